@@ -1,0 +1,34 @@
+"""Recipes: typed sections, presets, rules across sections, TOML both ways."""
+
+from megascratch.config.load import config_from_dict, load_config, resolve, to_toml
+from megascratch.config.presets import PRESETS
+from megascratch.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RopeScaling,
+    TrainConfig,
+)
+
+__all__ = [
+    "PRESETS",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RopeScaling",
+    "TrainConfig",
+    "config_from_dict",
+    "load_config",
+    "resolve",
+    "to_toml",
+]

@@ -1,0 +1,220 @@
+"""Rules between keys and sections. Each rule is one generator that yields the problems it finds; all of them run.
+
+A rule reads the configuration as the user wrote it (before `resolve`), so that a message shows the user's own values.
+"""
+
+from collections.abc import Callable, Iterator
+
+from megascratch.config.schema import Config
+from megascratch.errors import Problem
+
+Rule = Callable[[Config, int | None], Iterator[Problem]]
+
+
+def check(config: Config, world_size: int | None = None) -> Iterator[Problem]:
+    """Yield every problem of a configuration.
+
+    Args:
+        config: typed, not yet resolved.
+        world_size: ranks that will run, or None when the layout itself decides.
+    """
+    for rule in RULES:
+        yield from rule(config, world_size)
+
+
+def _heads(config: Config, _: int | None) -> Iterator[Problem]:
+    model = config.model
+    kv_heads = model.n_kv_heads or model.n_heads
+    if model.head_dim is None and model.hidden % model.n_heads:
+        yield Problem(
+            f"model.hidden = {model.hidden}",
+            f"must divide by model.n_heads = {model.n_heads} unless model.head_dim is given",
+            f"use {_multiples_near(model.hidden, model.n_heads)}, or set model.head_dim",
+        )
+    if model.n_heads % kv_heads:
+        yield Problem(
+            f"model.n_kv_heads = {kv_heads}",
+            f"must divide model.n_heads = {model.n_heads}",
+            f"use {_divisors(model.n_heads)}",
+        )
+    head_dim = model.head_dim or model.hidden // model.n_heads
+    if model.position == "rope" and head_dim % 2:
+        yield Problem(f"model.head_dim = {head_dim}", "must be even for rotary positions", f"use {head_dim + 1}")
+    if model.rope_scaling is not None and model.position != "rope":
+        yield Problem(
+            f"model.rope_scaling.type = {model.rope_scaling.type}",
+            f"needs model.position = rope, not {model.position}",
+            "remove [model.rope_scaling]",
+        )
+
+
+def _tensor_parallel(config: Config, _: int | None) -> Iterator[Problem]:
+    model, tp = config.model, config.parallel.tp
+    kv_heads = model.n_kv_heads or model.n_heads
+    if model.n_heads % tp:
+        yield Problem(
+            f"parallel.tp = {tp}", f"must divide model.n_heads = {model.n_heads}", f"use {_divisors(model.n_heads)}"
+        )
+    elif kv_heads % tp:
+        yield Problem(
+            f"parallel.tp = {tp}",
+            f"must divide model.n_kv_heads = {kv_heads}: a key/value head lies on one rank",
+            f"use {_divisors(kv_heads)}",
+        )
+    if model.ffn_hidden % tp:
+        yield Problem(
+            f"parallel.tp = {tp}",
+            f"must divide model.ffn_hidden = {model.ffn_hidden}",
+            f"use an ffn_hidden of {_multiples_near(model.ffn_hidden, tp)}",
+        )
+    sequence_parallel = config.parallel.sequence_parallel is not False and tp > 1
+    if sequence_parallel and config.data.seq_length % tp:
+        yield Problem(
+            f"data.seq_length = {config.data.seq_length}",
+            f"must divide by parallel.tp = {tp} under sequence parallelism",
+            f"use {_multiples_near(config.data.seq_length, tp)}",
+        )
+    if config.parallel.sequence_parallel and tp == 1:
+        yield Problem(
+            "parallel.sequence_parallel = true", "needs parallel.tp > 1", "leave it out: it is on whenever tp > 1"
+        )
+
+
+def _pipeline(config: Config, _: int | None) -> Iterator[Problem]:
+    parallel, n_layers = config.parallel, config.model.n_layers
+    stages = parallel.pp * parallel.vp
+    if stages > n_layers:
+        yield Problem(
+            f"parallel.pp = {parallel.pp}, vp = {parallel.vp}",
+            f"make {stages} stages of {n_layers} layers: every stage needs one",
+            f"use pp × vp ≤ {n_layers}",
+        )
+    if parallel.vp > 1 and parallel.pp == 1:
+        yield Problem(f"parallel.vp = {parallel.vp}", "needs parallel.pp > 1", "set vp = 1 or pp = 2 or more")
+    if parallel.vp > 1 and parallel.schedule not in (None, "interleaved"):
+        yield Problem(
+            f"parallel.schedule = {parallel.schedule}",
+            f"runs one chunk a rank, not vp = {parallel.vp}",
+            "use interleaved, or vp = 1",
+        )
+    if parallel.schedule == "interleaved" and parallel.vp == 1:
+        yield Problem("parallel.schedule = interleaved", "needs parallel.vp > 1", "set vp = 2, or use 1f1b")
+
+
+def _context_parallel(config: Config, _: int | None) -> Iterator[Problem]:
+    if config.parallel.cp > 1:
+        yield Problem(
+            f"parallel.cp = {config.parallel.cp}", "context parallelism is not built yet", "use cp = 1 with more tp"
+        )
+
+
+def _world(config: Config, world_size: int | None) -> Iterator[Problem]:
+    if world_size is None:
+        return
+    parallel = config.parallel
+    others = parallel.tp * parallel.pp * parallel.cp
+    if parallel.dp is None:
+        if world_size % others:
+            yield Problem(
+                f"world size = {world_size}",
+                f"must divide by tp {parallel.tp} × pp {parallel.pp} × cp {parallel.cp} = {others}",
+                f"start {_multiples_near(world_size, others)} ranks",
+            )
+    elif world_size != others * parallel.dp:
+        yield Problem(
+            f"world size = {world_size}",
+            f"must be tp {parallel.tp} × pp {parallel.pp} × cp {parallel.cp} × dp {parallel.dp}"
+            f" = {others * parallel.dp}",
+            f"start {others * parallel.dp} ranks, or leave parallel.dp out",
+        )
+
+
+def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
+    parallel, train = config.parallel, config.train
+    others = parallel.tp * parallel.pp * parallel.cp
+    dp = parallel.dp if parallel.dp is not None else max(1, (world_size or others) // others)
+    step = train.micro_batch * dp
+    if train.global_batch % step:
+        yield Problem(
+            f"train.global_batch = {train.global_batch}",
+            f"must divide by micro_batch {train.micro_batch} × dp {dp}",
+            f"use {_multiples_near(train.global_batch, step)}",
+        )
+        return
+    microbatches = train.global_batch // step
+    if parallel.vp > 1 and microbatches % parallel.pp:
+        yield Problem(
+            f"train.global_batch = {train.global_batch}",
+            f"gives {microbatches} microbatches, which must divide by pp = {parallel.pp} for the interleaved schedule",
+            f"use {_multiples_near(train.global_batch, step * parallel.pp)}",
+        )
+
+
+def _lengths(config: Config, _: int | None) -> Iterator[Problem]:
+    if config.data.seq_length > config.model.max_seq_length:
+        yield Problem(
+            f"data.seq_length = {config.data.seq_length}",
+            f"must not exceed model.max_seq_length = {config.model.max_seq_length}",
+            "shorten the sequence, or raise model.max_seq_length",
+        )
+
+
+def _data(config: Config, _: int | None) -> Iterator[Problem]:
+    data = config.data
+    if data.weights is not None and len(data.weights) != len(data.paths):
+        yield Problem(
+            f"data.weights has {len(data.weights)} entries",
+            f"must have one for each of the {len(data.paths)} data.paths",
+            "give one weight a path, or none",
+        )
+    parts = data.split.split(",")
+    try:
+        numbers = [float(part) for part in parts]
+        valid = len(parts) == 3 and all(n >= 0 for n in numbers) and sum(numbers) > 0
+    except ValueError:
+        valid = False
+    if not valid:
+        yield Problem(
+            f"data.split = {data.split!r}",
+            "must be three weights: train, validation, test",
+            "for example 969,30,1",
+        )
+
+
+def _learning_rate(config: Config, _: int | None) -> Iterator[Problem]:
+    optim, steps = config.optim, config.train.steps
+    if optim.min_lr > optim.lr:
+        yield Problem(f"optim.min_lr = {optim.min_lr}", f"must not exceed optim.lr = {optim.lr}", "lower optim.min_lr")
+    if optim.warmup_steps > steps:
+        yield Problem(
+            f"optim.warmup_steps = {optim.warmup_steps}",
+            f"must not exceed train.steps = {steps}",
+            "shorten the warm-up",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _heads,
+    _tensor_parallel,
+    _pipeline,
+    _context_parallel,
+    _world,
+    _batch,
+    _lengths,
+    _data,
+    _learning_rate,
+)
+
+
+def _divisors(n: int) -> str:
+    return _either([d for d in range(1, n + 1) if n % d == 0])
+
+
+def _multiples_near(value: int, step: int) -> str:
+    below = value // step * step
+    return _either([n for n in (below, below + step) if n > 0])
+
+
+def _either(numbers: list[int]) -> str:
+    words = [str(n) for n in numbers]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

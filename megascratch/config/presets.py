@@ -1,0 +1,94 @@
+"""Published model shapes by name.
+
+A preset gives the defaults of `[model]`; keys that the recipe names win. Sources: the `config.json` that each owner
+publishes, and Radford et al. 2019 for GPT-2; `tiny` is ours, for laptops and tests.
+"""
+
+from typing import Any
+
+_LLAMA3 = {
+    "vocab_size": 128256,
+    "norm": "rmsnorm",
+    "norm_eps": 1e-5,
+    "activation": "swiglu",
+    "position": "rope",
+    "rope_theta": 500000.0,
+    "max_seq_length": 8192,
+}
+
+_LLAMA31_SCALING = {
+    "type": "llama3",
+    "factor": 8.0,
+    "original_seq_length": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "n_layers": 4,
+        "hidden": 256,
+        "n_heads": 8,
+        "n_kv_heads": 4,
+        "ffn_hidden": 704,
+        "rope_theta": 10000.0,
+        "max_seq_length": 2048,
+    },
+    "gpt2-124m": {
+        "n_layers": 12,
+        "hidden": 768,
+        "n_heads": 12,
+        "ffn_hidden": 3072,
+        "vocab_size": 50257,
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "activation": "gelu",
+        "position": "learned",
+        "max_seq_length": 1024,
+        "tie_embeddings": True,
+        "bias": True,
+    },
+    # Llama 3.2 1B: https://huggingface.co/meta-llama/Llama-3.2-1B
+    "llama-1b": {
+        **_LLAMA3,
+        "n_layers": 16,
+        "hidden": 2048,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "head_dim": 64,
+        "ffn_hidden": 8192,
+        "tie_embeddings": True,
+        "max_seq_length": 131072,
+        "rope_scaling": {**_LLAMA31_SCALING, "factor": 32.0},
+    },
+    "llama3-8b": {**_LLAMA3, "n_layers": 32, "hidden": 4096, "n_heads": 32, "n_kv_heads": 8, "ffn_hidden": 14336},
+    "llama3-70b": {**_LLAMA3, "n_layers": 80, "hidden": 8192, "n_heads": 64, "n_kv_heads": 8, "ffn_hidden": 28672},
+    # The 405B model exists only as Llama 3.1, with its long context (Llama 3 herd, arXiv:2407.21783, table 3).
+    "llama3-405b": {
+        **_LLAMA3,
+        "n_layers": 126,
+        "hidden": 16384,
+        "n_heads": 128,
+        "n_kv_heads": 8,
+        "ffn_hidden": 53248,
+        "max_seq_length": 131072,
+        "rope_scaling": _LLAMA31_SCALING,
+    },
+    # Yang et al. 2025, arXiv:2505.09388; https://huggingface.co/Qwen/Qwen3-8B
+    "qwen3-8b": {
+        "n_layers": 36,
+        "hidden": 4096,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "head_dim": 128,
+        "ffn_hidden": 12288,
+        "vocab_size": 151936,
+        "norm": "rmsnorm",
+        "norm_eps": 1e-6,
+        "activation": "swiglu",
+        "position": "rope",
+        "rope_theta": 1000000.0,
+        "max_seq_length": 40960,
+        "qk_norm": True,
+    },
+}

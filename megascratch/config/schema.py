@@ -1,0 +1,166 @@
+"""What a recipe may say: typed, frozen sections.
+
+One class a section, one line a key. A key's rule that concerns itself alone stands here as a type; a rule between keys
+or sections stands in `check.py`. Nothing here imports torch: a recipe is checked before anything heavy is loaded.
+
+Units are in the names: `_steps`, `_tokens`, `_bytes`, `_s`. `None` means "follows from the rest", and `resolve` in
+`load.py` puts the value in.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+DType = Literal["fp64", "fp32", "bf16", "fp16"]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RopeScaling(Section):
+    """How rotary frequencies are stretched beyond the length that a model was trained on.
+
+    `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595); `llama3` divides the low ones and
+    blends between `low_freq_factor` and `high_freq_factor` (Llama 3.1); `yarn` ramps between `beta_slow` and `beta_fast`
+    rotations and scales attention (Peng et al. 2023, arXiv:2309.00071).
+    """
+
+    type: Literal["linear", "llama3", "yarn"]
+    factor: Annotated[float, Field(ge=1)]
+    original_seq_length: Count = 8192
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+
+
+class ModelConfig(Section):
+    """Shape of the decoder. `preset` gives the defaults of every key that is left out."""
+
+    preset: str | None = None
+    n_layers: Count
+    hidden: Count
+    n_heads: Count
+    n_kv_heads: Count | None = None  # groups of query heads that share a key and value head; n_heads when left out
+    head_dim: Count | None = None  # hidden / n_heads when left out
+    ffn_hidden: Count
+    vocab_size: Count | None = None  # the tokenizer's when left out
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: Positive = 1e-5
+    norm_position: Literal["pre", "post"] = "pre"  # post: norms on each branch's output, as in OLMo-2
+    activation: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu"
+    position: Literal["rope", "learned", "none"] = "rope"
+    rope_theta: Positive = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_seq_length: Count = 8192  # rows of a learned position table; the length that a rotary model is meant for
+    tie_embeddings: bool = False
+    qk_norm: bool = False
+    bias: bool = False  # on every linear layer but the head
+    qkv_bias: bool = False  # on the QKV projection alone (Qwen 2)
+    dropout: Fraction = 0.0
+    init_std: Positive = 0.02
+
+
+class ParallelConfig(Section):
+    """The layout: how many ranks along each mesh axis, and how each stage is driven."""
+
+    tp: Count = 1
+    pp: Count = 1
+    cp: Count = 1
+    dp: Count | None = None  # world size / (tp · pp · cp) when left out
+    vp: Count = 1  # model chunks a pipeline rank (interleaved schedule)
+    schedule: Literal["gpipe", "1f1b", "interleaved"] | None = None  # 1f1b, or interleaved when vp > 1
+    sequence_parallel: bool | None = None  # on when tp > 1
+    zero: Literal[0, 1] = 0
+    recompute: Literal["none", "full"] = "none"
+
+
+class DataConfig(Section):
+    """Which indexed datasets to read, and how samples are cut from them."""
+
+    paths: list[str] = []
+    weights: list[Positive] | None = None
+    split: str = "969,30,1"
+    seq_length: Count = 1024
+    tokenizer: str | None = None
+    eod_mask_loss: bool = False
+    reset_position_ids: bool = False
+    cache_dir: str | None = None  # beside the data when left out
+
+
+class TrainConfig(Section):
+    """How long, how much at once, and in which precision."""
+
+    steps: Count = 1000
+    global_batch: Count = 8
+    micro_batch: Count = 1
+    dtype: DType = "bf16"
+    seed: Whole = 1234
+    attention: Literal["auto", "softmax", "sdpa"] = "auto"  # auto: sdpa on CUDA, fused softmax elsewhere
+    timeout_s: Count = 600  # a collective that waits longer ends the run
+
+
+class OptimConfig(Section):
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: Positive = 3e-4
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
+    warmup_steps: Whole = 0
+    decay_steps: Count | None = (
+        None  # step where min_lr is reached (train.steps when left out); wsd: length of the decay
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Positive = 1e-8
+    clip: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 switches clipping off
+    loss_scale: Positive = 65536.0  # fp16 only: where dynamic loss scaling starts
+    loss_scale_window: Count = 1000  # fp16 only: good steps before the scale doubles
+    bucket_numel: Count = 40_000_000  # largest gradient bucket, in elements
+
+
+class CheckpointConfig(Section):
+    """Where checkpoints go, where one is resumed from, and how many are kept."""
+
+    dir: str | None = None  # <log.dir>/checkpoints when left out
+    load: str | None = None  # a checkpoint, or a directory with `latest`; the run's own newest when left out
+    every: Whole = 0  # steps; 0 saves at the end and on a signal only
+    keep: Whole = 0  # newest n; 0 keeps all
+
+
+class LogConfig(Section):
+    """The run directory and how often a line is written to the console."""
+
+    dir: str = "runs/default"
+    every: Count = 1
+    tensorboard: bool = True
+
+
+class EvalConfig(Section):
+    """Validation during training."""
+
+    every: Whole = 0  # steps; 0 evaluates at the end only
+    batches: Count = 8  # global batches a validation pass
+
+
+class Config(Section):
+    """A whole recipe."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    eval: EvalConfig = EvalConfig()
