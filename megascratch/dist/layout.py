@@ -1,0 +1,260 @@
+"""How one logical tensor lies on the mesh: `ParamSpec`, `Split`, and `extents`, the only layout arithmetic there is.
+
+A logical tensor has one name and one shape, whatever the layout. A rank holds a physical part of it. `extents` says
+which: pairs of (slices of the local tensor, slices of the logical tensor), covering every real element of the local
+part once. Initialisation, saving, loading, resharding, conversion and the ZeRO shards of optimizer state all read it.
+
+By hand: gate and up projections [gate; up] of 4 rows each, fused into one weight of 8 rows, on tp=2:
+
+    logical rows   0 1 2 3 | 4 5 6 7        Split(dim=0, axis="tp", blocks=(4, 4))
+    rank 0 holds   0 1       4 5            extents: local 0:2 ↔ logical 0:2, local 2:4 ↔ logical 4:6
+    rank 1 holds       2 3       6 7        extents: local 0:2 ↔ logical 2:4, local 2:4 ↔ logical 6:8
+
+A vocabulary of 5 rows on tp=2 needs 6: `pad=1` makes the physical part of rank 1 hold rows 3, 4 and one padding row,
+which no extent covers: padding is physical, never logical.
+
+ZeRO cuts a rank's part once more, as a run of its flattened elements. The run is covered by boxes of whole rows, so the
+same pairs describe it: elements 1..7 of a local [2, 4] are [0, 1:4] and [1, 0:3].
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from megascratch.dist.mesh import Axis, Mesh
+
+Box = tuple[slice, ...]  # one slice a dimension, every start and stop given
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a tensor dimension is divided along a mesh axis.
+
+    Attributes:
+        dim: tensor dimension that is divided.
+        axis: name of the mesh axis.
+        blocks: logical sizes of the parts that were fused along `dim`, each divided on its own; empty means one part.
+        pad: physical elements after the last logical one, so that the size divides. Only without `blocks`.
+    """
+
+    dim: int
+    axis: str
+    blocks: tuple[int, ...] = ()
+    pad: int = 0
+
+
+@dataclass(frozen=True)
+class Init:
+    """Initial values: normal with a standard deviation, or a constant when `std` is 0."""
+
+    std: float = 0.0
+    mean: float = 0.0
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """How one logical parameter lies on the mesh. Attached to the parameter (`parameter`), named by its stage.
+
+    Attributes:
+        name: global name, the same on every layout and pipeline stage: `layers.17.attn.qkv.weight`.
+        shape: logical shape.
+        split: how it is divided over a mesh axis, or None where every rank holds it whole.
+        grad_axes: axes besides dp and cp over which its gradient must be summed, because each rank saw only a part of
+            the tokens or heads (a norm's weight under sequence parallelism).
+        tied: True for a second copy of a tensor whose first copy lies on the first pipeline stage, under the same name:
+            its gradient is summed with the other's, and it is neither saved nor counted twice.
+        decay: whether weight decay applies.
+        init: initial values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    split: Split | None = None
+    grad_axes: tuple[str, ...] = ()
+    tied: bool = False
+    decay: bool = True
+    init: Init = Init()
+
+    def local_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the physical shape on one rank of a mesh with these axis sizes."""
+        if self.split is None:
+            return self.shape
+        n, shape = sizes.get(self.split.axis, 1), list(self.shape)
+        physical = shape[self.split.dim] + self.split.pad
+        assert physical % n == 0 and all(b % n == 0 for b in self.split.blocks), f"{self.name} does not divide by {n}"
+        shape[self.split.dim] = physical // n
+        return tuple(shape)
+
+    def is_owner(self, mesh: Mesh) -> bool:
+        """Return whether this rank's copy is the one that counts: every tensor has one owner for each of its parts.
+
+        Replicas along dp and cp are not told apart here: who counts among them depends on how state is sharded.
+        """
+        split_over_tp = self.split is not None and self.split.axis == "tp"
+        return not self.tied and (split_over_tp or mesh.tp.rank == 0)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A box of the local tensor and the equally shaped box of the logical tensor that it holds."""
+
+    local: Box
+    logical: Box
+
+
+def extents(spec: ParamSpec, sizes: Mapping[str, int], coords: Mapping[str, int]) -> list[Extent]:
+    """Return where a rank's part of a tensor lies in the logical tensor.
+
+    Args:
+        spec: the tensor.
+        sizes: size of each mesh axis; axes left out have size 1.
+        coords: the rank's coordinate along each axis; axes left out are 0.
+
+    Returns: extents whose local boxes are disjoint and cover all but the padding of the local part.
+    """
+    whole = tuple(slice(0, n) for n in spec.shape)
+    split = spec.split
+    if split is None or sizes.get(split.axis, 1) == 1:
+        return [Extent(whole, whole)]
+    n, rank = sizes[split.axis], coords.get(split.axis, 0)
+    result = []
+    local_start = logical_start = 0
+    for block in split.blocks or (spec.shape[split.dim],):
+        part = (block + split.pad) // n
+        first = min(rank * part, block)
+        length = min(part, block - first)  # the last ranks may hold padding alone
+        if length > 0:
+            local, logical = list(whole), list(whole)
+            local[split.dim] = slice(local_start, local_start + length)
+            logical[split.dim] = slice(logical_start + first, logical_start + first + length)
+            result.append(Extent(tuple(local), tuple(logical)))
+        local_start += part
+        logical_start += block
+    return result
+
+
+def run_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, Box]]:
+    """Cover elements start ≤ i < stop of a flattened tensor with boxes, in order.
+
+    Yields: (offset of the box within the run, box). A box is contiguous in the flattened tensor.
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield 0, ()
+        return
+    row = math.prod(shape[1:])
+    done = 0
+    while start < stop:
+        index, inside = divmod(start, row)
+        if inside == 0 and stop - start >= row:  # as many whole rows as fit, in one box
+            count = (stop - start) // row
+            yield done, (slice(index, index + count), *(slice(0, n) for n in shape[1:]))
+            taken = count * row
+        else:
+            taken = min(row - inside, stop - start)
+            for offset, box in run_boxes(shape[1:], inside, inside + taken):
+                yield done + offset, (slice(index, index + 1), *box)
+        start += taken
+        done += taken
+
+
+def intersect(a: Box, b: Box) -> Box | None:
+    """Return the common box of two boxes in the same coordinates, or None where they are disjoint."""
+    common = tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b))
+    return common if all(s.start < s.stop for s in common) else None
+
+
+def shift(box: Box, origin: Box, target: Box) -> Box:
+    """Move a box given in the coordinates of `origin`'s space to those in which `origin` is called `target`."""
+    return tuple(slice(s.start - o.start + t.start, s.stop - o.start + t.start) for s, o, t in zip(box, origin, target))
+
+
+def run_extents(
+    spec: ParamSpec, sizes: Mapping[str, int], coords: Mapping[str, int], start: int, stop: int
+) -> list[Extent]:
+    """Return where a run of a rank's flattened part lies in the logical tensor.
+
+    Args:
+        spec, sizes, coords: as for `extents`.
+        start, stop: the run within the flattened local part.
+
+    Returns: extents whose local boxes are one-dimensional, relative to the run's start. A box that is several rows high
+        is contiguous in the run, because the rows of the local part follow each other there.
+    """
+    local_shape = spec.local_shape(sizes)
+    result = []
+    for offset, box in run_boxes(local_shape, start, stop):
+        for extent in extents(spec, sizes, coords):
+            common = intersect(box, extent.local)
+            if common is None:
+                continue
+            first = offset + _flat_offset(common, local_shape) - _flat_offset(box, local_shape)
+            numel = math.prod(s.stop - s.start for s in common)
+            # A padded or fused dimension is only ever cut by whole rows of it, so the common box stays contiguous.
+            assert _is_contiguous(common, local_shape)
+            result.append(Extent((slice(first, first + numel),), shift(common, extent.local, extent.logical)))
+    return result
+
+
+def _flat_offset(box: Box, shape: tuple[int, ...]) -> int:
+    offset = 0
+    for s, n in zip(box, shape):
+        offset = offset * n + s.start
+    return offset
+
+
+def _is_contiguous(box: Box, shape: tuple[int, ...]) -> bool:
+    """Return whether a box is one run of the flattened tensor: partial in at most one dimension, length 1 before it."""
+    lengths = [s.stop - s.start for s in box]
+    first_long = next((i for i, length in enumerate(lengths) if length > 1), len(lengths))
+    return all(lengths[i] == shape[i] for i in range(first_long + 1, len(shape)))
+
+
+def parameter(
+    shape: tuple[int, ...],
+    *,
+    split: Split | None = None,
+    grad_axes: tuple[str, ...] = (),
+    decay: bool = True,
+    init: Init = Init(),
+    axis: Axis | None = None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Parameter:
+    """Make this rank's part of a parameter, with its `ParamSpec` attached as `.spec`; values are set by `initialize`.
+
+    Args:
+        shape: logical shape.
+        split, grad_axes, decay, init: see `ParamSpec`.
+        axis: the mesh axis that `split` names; None where there is no split.
+        dtype, device: of the local tensor.
+    """
+    spec = ParamSpec("", shape, split, grad_axes, False, decay, init)
+    sizes = {axis.name: axis.size} if axis is not None else {}
+    local = nn.Parameter(torch.empty(spec.local_shape(sizes), dtype=dtype, device=device))
+    local.spec = spec  # type: ignore[attr-defined]
+    return local
+
+
+def spec_of(param: Tensor) -> ParamSpec:
+    """Return the `ParamSpec` of a parameter made by `parameter`."""
+    spec = param.spec  # type: ignore[attr-defined]
+    assert isinstance(spec, ParamSpec)
+    return spec
+
+
+def name_parameters(module: nn.Module, tied: Mapping[str, str] | None = None) -> None:
+    """Give every parameter of a stage its global name: the path of its module.
+
+    Args:
+        module: the stage; its module paths are global (`layers.17`, not the stage's own count).
+        tied: module path of each second copy → name of the tensor that it copies.
+    """
+    tied = tied or {}
+    for path, param in module.named_parameters():
+        name = tied.get(path, path)
+        param.spec = replace(spec_of(param), name=name, tied=path in tied)  # type: ignore[attr-defined]

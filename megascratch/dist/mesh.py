@@ -1,0 +1,187 @@
+"""How ranks are arranged: `MeshSpec` is the arithmetic, `Axis` one direction of it, `Mesh` a running rank's own view.
+
+Rank order is (pp, dp, cp, tp) with tp fastest, so a tensor-parallel group lies inside a node. By hand, for
+pp=2, dp=1, cp=1, tp=2:
+
+    rank   pp dp cp tp        tp groups  [0, 1] [2, 3]
+    0      0  0  0  0         pp groups  [0, 2] [1, 3]
+    1      0  0  0  1         dp groups  [0] [1] [2] [3]   (size 1: no process group, collectives are the identity)
+    2      1  0  0  0
+    3      1  0  0  1
+
+Two derived axes are used by gradients: `data` = dp × cp, over which every gradient is summed, and `ends` = the first
+and the last pipeline rank, which hold the two copies of a tied embedding.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from megascratch.config import ParallelConfig
+from megascratch.errors import LayoutError, Problem
+
+AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """Sizes of the mesh axes, and the arithmetic between ranks and coordinates. No process group is involved."""
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> "MeshSpec":
+        """Take the sizes from a resolved `[parallel]` section."""
+        return cls(pp=parallel.pp, dp=parallel.dp or 1, cp=parallel.cp, tp=parallel.tp)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp * self.cp * self.tp
+
+    def coords(self, rank: int) -> dict[str, int]:
+        """Return the coordinate of a rank along each axis."""
+        assert 0 <= rank < self.world_size
+        coords = {}
+        for axis in reversed(AXES):
+            rank, coords[axis] = divmod(rank, self.sizes[axis])
+        return coords
+
+    def rank(self, coords: Mapping[str, int]) -> int:
+        """Return the rank at the given coordinates; axes left out are 0."""
+        rank = 0
+        for axis in AXES:
+            rank = rank * self.sizes[axis] + coords.get(axis, 0)
+        return rank
+
+    def group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
+        """Return, in rank order, the ranks that differ from `rank` only along `axes`."""
+        own = self.coords(rank)
+        return tuple(
+            other
+            for other in range(self.world_size)
+            if all(c == own[axis] for axis, c in self.coords(other).items() if axis not in axes)
+        )
+
+    def groups(self, axes: tuple[str, ...]) -> Iterator[tuple[int, ...]]:
+        """Yield every group along `axes`, in the order of its first rank."""
+        for rank in range(self.world_size):
+            group = self.group(rank, axes)
+            if group[0] == rank:
+                yield group
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One mesh axis as one rank sees it.
+
+    Attributes:
+        name: of the axis, as `ParamSpec` uses it.
+        size: number of ranks along it.
+        rank: this rank's coordinate, 0 ≤ rank < size.
+        ranks: global ranks along it, in order.
+        group: process group, or None when size is 1: then every collective is the identity.
+    """
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    ranks: tuple[int, ...] = (0,)
+    group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A running rank's place: its coordinates, its axes and its device. Made once by the verb and passed down."""
+
+    spec: MeshSpec
+    rank: int
+    device: torch.device
+    pp: Axis
+    dp: Axis
+    cp: Axis
+    tp: Axis
+    data: Axis  # dp × cp
+    ends: Axis  # first and last pipeline rank; size 1 elsewhere
+    world: Axis
+
+    def axis(self, name: str) -> Axis:
+        """Return an axis by the name that a `ParamSpec` uses."""
+        axis = getattr(self, name)
+        assert isinstance(axis, Axis)
+        return axis
+
+    @property
+    def coords(self) -> dict[str, int]:
+        return self.spec.coords(self.rank)
+
+    @classmethod
+    def serial(cls, device: torch.device | None = None) -> "Mesh":
+        """Return the mesh of one rank, without any process group: the serial model is the parallel model."""
+        names = ("pp", "dp", "cp", "tp", "data", "ends", "world")
+        return cls(MeshSpec(), 0, device or torch.device("cpu"), **{name: Axis(name) for name in names})
+
+    @classmethod
+    def create(cls, spec: MeshSpec, device: torch.device) -> "Mesh":
+        """Make the process groups of every axis. Every rank of the default group must call this, at the same point.
+
+        Raises: LayoutError: if the world has another size than the mesh.
+        """
+        if spec.world_size == 1 and not dist.is_initialized():
+            return cls.serial(device)
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+        if world_size != spec.world_size:
+            raise LayoutError(
+                Problem(
+                    f"world size = {world_size}",
+                    f"must be pp {spec.pp} × dp {spec.dp} × cp {spec.cp} × tp {spec.tp} = {spec.world_size}",
+                    f"start {spec.world_size} ranks",
+                )
+            )
+
+        def make(name: str, axes: tuple[str, ...]) -> Axis:
+            return _own_axis(name, list(spec.groups(axes)), rank)
+
+        single = {axis: make(axis, (axis,)) for axis in AXES}
+        ends = [tuple(dict.fromkeys((group[0], group[-1]))) for group in spec.groups(("pp",))]
+        return cls(
+            spec,
+            rank,
+            device,
+            **single,
+            data=make("data", ("dp", "cp")),
+            ends=_own_axis("ends", ends, rank),
+            world=make("world", AXES),
+        )
+
+
+def _own_axis(name: str, groups: list[tuple[int, ...]], rank: int) -> Axis:
+    """Create the process group of every group in `groups`, and return the one that holds this rank.
+
+    Creating a group is collective over the whole world, so every rank walks through all of them in the same order.
+    """
+    own = Axis(name, ranks=(rank,))
+    for ranks in groups:
+        if len(ranks) == 1:
+            continue
+        group = dist.new_group(list(ranks))
+        if rank in ranks:
+            assert group is not None
+            own = Axis(name, len(ranks), ranks.index(rank), ranks, group)
+    return own
