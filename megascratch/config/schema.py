@@ -28,9 +28,9 @@ class Section(BaseModel):
 class RopeScaling(Section):
     """How rotary frequencies are stretched beyond the length that a model was trained on.
 
-    `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595); `llama3` divides the low ones and
-    blends between `low_freq_factor` and `high_freq_factor` (Llama 3.1); `yarn` ramps between `beta_slow` and `beta_fast`
-    rotations and scales attention (Peng et al. 2023, arXiv:2309.00071).
+    `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595); `llama3` divides the low ones
+    and blends between `low_freq_factor` and `high_freq_factor` (Llama 3.1); `yarn` ramps between `beta_slow` and
+    `beta_fast` rotations and scales attention (Peng et al. 2023, arXiv:2309.00071).
     """
 
     type: Literal["linear", "llama3", "yarn"]

@@ -1,0 +1,215 @@
+"""Collectives along one mesh axis, as autograd functions in conjugate pairs, and the plain ones that carry no gradient.
+
+The gradient of a linear map A is its adjoint Aᵀ, and the adjoint of one collective is another:
+
+    forward          backward         who uses it
+    copy             all_reduce       enter a tensor-parallel region without sequence parallelism
+    all_reduce       copy             leave it
+    all_gather       reduce_scatter   enter a tensor-parallel region under sequence parallelism
+    reduce_scatter   all_gather       leave it
+    scatter          gather           take one's part of a tensor that every rank holds
+    gather           scatter          put the parts together for ranks that then all compute the same
+    all_to_all       all_to_all       swap which dimension is divided
+
+`all_gather` and `gather` move the same bytes and differ in what follows: after `all_gather` each rank uses the whole
+for its own purpose, so gradients differ and are summed; after `gather` every rank computes the same, so the gradient is
+the same everywhere and each takes its part.
+
+On an axis of size 1 every function returns its input. No function changes its input. Shapes: `dim` is divided by, or
+multiplied with, the size of the axis; all other dimensions stay.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megascratch.dist.mesh import Axis
+
+
+class Work(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> Any: ...
+
+
+def _reduced(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, op=op, group=axis.group)
+    return out
+
+
+def _gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    x = x.contiguous()
+    out = x.new_empty((axis.size, *x.shape))
+    dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=axis.group)
+    if dim == 0:  # [n, s, ...] is already the concatenation
+        return out.view(axis.size * x.shape[0], *x.shape[1:])
+    return torch.cat(out.unbind(0), dim=dim)
+
+
+def _reduce_scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    assert x.shape[dim] % axis.size == 0, f"dim {dim} of {tuple(x.shape)} does not divide by {axis.name} {axis.size}"
+    parts = x.contiguous() if dim == 0 else torch.cat(x.chunk(axis.size, dim=dim), dim=0)
+    shape = list(x.shape)
+    shape[dim] //= axis.size
+    out = x.new_empty(shape)
+    dist.reduce_scatter_tensor(out.view(-1), parts.view(-1), group=axis.group)
+    return out
+
+
+def _part(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    assert x.shape[dim] % axis.size == 0, f"dim {dim} of {tuple(x.shape)} does not divide by {axis.name} {axis.size}"
+    return x.chunk(axis.size, dim=dim)[axis.rank].contiguous()
+
+
+def _swapped(x: Tensor, axis: Axis, split_dim: int, join_dim: int) -> Tensor:
+    parts = torch.stack(x.chunk(axis.size, dim=split_dim))
+    out = torch.empty_like(parts)
+    dist.all_to_all_single(out.view(-1), parts.view(-1), group=axis.group)
+    return torch.cat(out.unbind(0), dim=join_dim)
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map with its adjoint as the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, apply: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.adjoint = adjoint
+        return apply(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.adjoint(grad), None, None
+
+
+def copy(x: Tensor, axis: Axis) -> Tensor:
+    """Hand the same tensor to every rank's own computation. Backward sums the gradients over the axis."""
+    if axis.size == 1:
+        return x
+    return _Linear.apply(x, lambda t: t.view_as(t), lambda g: _reduced(g, axis))
+
+
+def all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over the axis; every rank gets the sum. Backward passes the gradient through."""
+    if axis.size == 1:
+        return x
+    return _Linear.apply(x, lambda t: _reduced(t, axis), lambda g: g)
+
+
+def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """Concatenate the ranks' parts along `dim`. Backward sums the gradients and leaves each rank its part."""
+    if axis.size == 1:
+        return x
+    return _Linear.apply(x, lambda t: _gathered(t, axis, dim), lambda g: _reduce_scattered(g, axis, dim))
+
+
+def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """Sum over the axis and leave each rank its part along `dim`. Backward concatenates the gradients."""
+    if axis.size == 1:
+        return x
+    return _Linear.apply(x, lambda t: _reduce_scattered(t, axis, dim), lambda g: _gathered(g, axis, dim))
+
+
+def scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """Take this rank's part, along `dim`, of a tensor that is the same everywhere. Backward concatenates."""
+    if axis.size == 1:
+        return x
+    return _Linear.apply(x, lambda t: _part(t, axis, dim), lambda g: _gathered(g, axis, dim))
+
+
+def gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """Concatenate parts for ranks that then all compute the same. Backward takes this rank's part of the gradient."""
+    if axis.size == 1:
+        return x
+    return _Linear.apply(x, lambda t: _gathered(t, axis, dim), lambda g: _part(g, axis, dim))
+
+
+def all_to_all(x: Tensor, axis: Axis, split_dim: int, join_dim: int) -> Tensor:
+    """Divide `split_dim` over the axis and put `join_dim` together. Backward does the reverse."""
+    if axis.size == 1:
+        return x
+    return _Linear.apply(
+        x, lambda t: _swapped(t, axis, split_dim, join_dim), lambda g: _swapped(g, axis, join_dim, split_dim)
+    )
+
+
+# Plain collectives: no gradient.
+
+
+def max_over(x: Tensor, axis: Axis) -> Tensor:
+    """Return the elementwise maximum over the axis, on every rank."""
+    return x if axis.size == 1 else _reduced(x.detach(), axis, dist.ReduceOp.MAX)
+
+
+def sum_over(x: Tensor, axis: Axis) -> Tensor:
+    """Return the elementwise sum over the axis, on every rank."""
+    return x if axis.size == 1 else _reduced(x.detach(), axis)
+
+
+def reduce_buffer(buffer: Tensor, axis: Axis) -> None:
+    """Sum a gradient buffer over the axis in place: the one collective that writes to its argument, to save a copy."""
+    if axis.size > 1:
+        dist.all_reduce(buffer, group=axis.group)
+
+
+def reduce_scatter_buffer(buffer: Tensor, axis: Axis) -> Tensor:
+    """Sum a flat buffer over the axis and return this rank's part of the sum, [n / size]."""
+    return buffer if axis.size == 1 else _reduce_scattered(buffer, axis, 0)
+
+
+def all_gather_buffer(buffer: Tensor, part: Tensor, axis: Axis) -> None:
+    """Fill a flat buffer [n] with every rank's part [n / size], in rank order."""
+    if axis.size == 1:
+        buffer.copy_(part)
+    else:
+        dist.all_gather_into_tensor(buffer, part.contiguous(), group=axis.group)
+
+
+def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:
+    """Return the tensor of the rank at coordinate `source`; the others give one of equal shape and dtype."""
+    if axis.size == 1:
+        return x
+    out = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.broadcast(out, src=axis.ranks[source], group=axis.group)
+    return out
+
+
+def barrier(axis: Axis) -> None:
+    """Wait until every rank of the axis is here."""
+    if axis.size > 1:
+        dist.barrier(group=axis.group)
+
+
+def gather_bytes(data: bytes, axis: Axis, device: torch.device | None = None) -> list[bytes]:
+    """Return every rank's bytes, in the order of the axis, on every rank.
+
+    Args:
+        data: any length, also different on each rank.
+        axis: to gather along.
+        device: where the backend wants its tensors; CPU when left out.
+    """
+    if axis.size == 1:
+        return [data]
+    own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    lengths = _gathered(torch.tensor([len(data)], device=device), axis, 0).tolist()
+    padded = torch.zeros(max(1, *lengths), dtype=torch.uint8, device=device)
+    padded[: len(data)] = own.to(padded.device)
+    rows = _gathered(padded, axis, 0).view(axis.size, -1).cpu()
+    return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths)]
+
+
+def isend(x: Tensor, axis: Axis, peer: int, tag: int) -> Work:
+    """Start sending a contiguous tensor to the rank at coordinate `peer`. It must not change before `wait`."""
+    work = dist.isend(x, dst=axis.ranks[peer], group=axis.group, tag=tag)
+    assert work is not None
+    return work
+
+
+def irecv(buffer: Tensor, axis: Axis, peer: int, tag: int) -> Work:
+    """Start receiving into a contiguous buffer from the rank at coordinate `peer`; it is filled after `wait`."""
+    work = dist.irecv(buffer, src=axis.ranks[peer], group=axis.group, tag=tag)
+    assert work is not None
+    return work
