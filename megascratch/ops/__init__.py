@@ -1,0 +1,52 @@
+"""Fused operators, in the torch.library namespace `megascratch`.
+
+Each operator's module holds its schema, a plain PyTorch reference, its autograd formula and its fake version; csrc/
+holds its C++ and CUDA kernels. The functions check their arguments and call the dispatcher, which picks the kernel.
+"""
+
+import torch
+
+from megascratch.ops.activation import OPERATORS as activation_operators
+from megascratch.ops.activation import geglu, gelu, relu_squared, swiglu
+from megascratch.ops.backend import Backend, load
+from megascratch.ops.norm import OPERATORS as norm_operators
+from megascratch.ops.norm import layer_norm, rms_norm
+from megascratch.ops.registry import NAMESPACE, acc_dtype, define
+from megascratch.ops.rope import OPERATORS as rope_operators
+from megascratch.ops.rope import rope
+from megascratch.ops.scaled_softmax import OPERATORS as softmax_operators
+from megascratch.ops.scaled_softmax import scaled_softmax
+
+__all__ = [
+    "OPERATORS",
+    "Backend",
+    "acc_dtype",
+    "available",
+    "backends",
+    "geglu",
+    "gelu",
+    "layer_norm",
+    "relu_squared",
+    "rms_norm",
+    "rope",
+    "scaled_softmax",
+    "swiglu",
+]
+
+OPERATORS = rope_operators + softmax_operators + norm_operators + activation_operators
+
+# torch unregisters a namespace when its Library object dies; this one lives as long as the process.
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+for _operator in OPERATORS:
+    define(_operator, _LIBRARY)
+_BACKENDS = (load("cpu"), load("cuda"))
+
+
+def backends() -> tuple[Backend, ...]:
+    """Every compiled library, loaded or not, and why."""
+    return _BACKENDS
+
+
+def available() -> tuple[str, ...]:
+    """The names of the compiled libraries whose kernels are registered."""
+    return tuple(backend.name for backend in _BACKENDS if backend.loaded)
