@@ -1,0 +1,161 @@
+"""Causal self-attention with grouped key/value heads, divided over tp by heads.
+
+Legend: `s` sequence (queries), `t` keys, `b` micro-batch, `h` hidden, `n` query heads, `k` key/value heads,
+`g` = n/k query heads a group, `d` head dimension. Head counts inside a rank are already divided by tp.
+
+The QKV product is one weight whose rows are grouped by key/value head, [q … q, k, v] for each group, so that tp divides
+it by whole groups.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megascratch import ops
+from megascratch.config import ModelConfig
+from megascratch.nn.linear import ColumnParallelLinear, RowParallelLinear
+from megascratch.nn.norm import RMSNorm
+from megascratch.nn.placement import Placement
+from megascratch.nn.sequence import Dropout, SequenceInfo
+
+Core = Callable[[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor] | None], Tensor]
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one layer's past tokens, each [t_max, b, k, d]; the one value that generation mutates."""
+
+    keys: Tensor
+    values: Tensor
+
+    def extend(self, k: Tensor, v: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """Write k, v [s, b, k, d] at positions offset … and return all up to there, [offset + s, b, k, d]."""
+        end = offset + k.shape[0]
+        assert end <= self.keys.shape[0], f"cache of {self.keys.shape[0]} tokens cannot hold {end}"
+        self.keys[offset:end], self.values[offset:end] = k, v
+        return self.keys[:end], self.values[:end]
+
+
+def softmax_core(q: Tensor, k: Tensor, v: Tensor, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Attend by two batched products with the fused causal softmax between them.
+
+    Args:
+        q: [s, b, n, d]; query i is token t − s + i.
+        k, v: [t, b, k, d].
+        drop: applied to the probabilities [b, n, s, t], or None.
+
+    Returns: [s, b, n·d].
+    """
+    s, b, n, d = q.shape
+    t, kv = k.shape[0], k.shape[2]
+    # The g query heads of a group become more rows of one product: keys are never repeated.
+    rows = q.permute(1, 2, 0, 3).reshape(b * kv, (n // kv) * s, d)
+    keys = k.permute(1, 2, 3, 0).reshape(b * kv, d, t)
+    values = v.permute(1, 2, 0, 3).reshape(b * kv, t, d)
+    probs = ops.scaled_softmax((rows @ keys).view(b, n, s, t), 1.0 / math.sqrt(d))
+    if drop is not None:
+        probs = drop(probs)
+    out = probs.view(b * kv, (n // kv) * s, t) @ values
+    return out.view(b, n, s, d).permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+
+def sdpa_core(q: Tensor, k: Tensor, v: Tensor, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Attend through torch's fused attention; shapes as in `softmax_core`. It knows no layout-independent dropout."""
+    assert drop is None
+    s, b, n, d = q.shape
+    t = k.shape[0]
+    # `is_causal` aligns to the top left corner: right when s = t, or when a single query sees every key.
+    mask = None
+    if 1 < s < t:
+        mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)
+    out = F.scaled_dot_product_attention(
+        q.permute(1, 2, 0, 3),
+        k.permute(1, 2, 0, 3),
+        v.permute(1, 2, 0, 3),
+        attn_mask=mask,
+        is_causal=s == t and s > 1,
+        enable_gqa=n != k.shape[2],
+    )
+    return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+
+CORES: dict[str, Core] = {"softmax": softmax_core, "sdpa": sdpa_core}
+
+
+class Attention(nn.Module):
+    """Project to queries, keys and values; rotate; attend; project back.
+
+    Args:
+        model: resolved shape.
+        placement: where the parameters lie.
+        site: global name of this layer, for dropout.
+        core: key of `CORES`.
+        out_std: standard deviation of the output projection's initial weight.
+    """
+
+    def __init__(self, model: ModelConfig, placement: Placement, site: str, *, core: str, out_std: float) -> None:
+        super().__init__()
+        assert model.head_dim is not None and model.n_kv_heads is not None
+        tp = placement.tp.size
+        self.n_heads, self.n_kv_heads, self.head_dim = model.n_heads // tp, model.n_kv_heads // tp, model.head_dim
+        self.first_head = placement.tp.rank * self.n_heads
+        self.core = CORES[core]
+        features = (model.n_heads + 2 * model.n_kv_heads) * model.head_dim
+        self.qkv = ColumnParallelLinear(
+            model.hidden, features, placement, std=model.init_std, bias=model.bias or model.qkv_bias
+        )
+        # Each rank normalises its own heads, so these gradients are partial with or without sequence parallelism.
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if model.qk_norm:
+            self.q_norm = RMSNorm(model.head_dim, model.norm_eps, placement, grad_axes=("tp",))
+            self.k_norm = RMSNorm(model.head_dim, model.norm_eps, placement, grad_axes=("tp",))
+        self.proj = RowParallelLinear(
+            model.n_heads * model.head_dim, model.hidden, placement, std=out_std, bias=model.bias
+        )
+        self.dropout = Dropout(f"{site}.probabilities", model.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        info: SequenceInfo,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Map x [s/tp or s, b, h] to the same shape.
+
+        Args:
+            x: activations.
+            rotary: cos and sin tables, [max_seq_length, d/2], or None without rotary positions.
+            info: positions and samples.
+            cache: past keys and values, to read and extend; None in training.
+        """
+        q, k, v = self._split(self.qkv(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = ops.rope(q, k, *rotary, offset=info.offset, positions=info.positions)
+        if cache is not None:
+            k, v = cache.extend(k, v, info.offset)
+        drops = self.training and self.dropout.p > 0.0
+        core, drop = (softmax_core, lambda probs: self._drop(probs, info)) if drops else (self.core, None)
+        return self.proj(core(q, k, v, drop))
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take [s, b, k·(g+2)·d] apart into q [s, b, n, d] and k, v [s, b, k, d]."""
+        s, b, _ = qkv.shape
+        group = self.n_heads // self.n_kv_heads
+        grouped = qkv.view(s, b, self.n_kv_heads, group + 2, self.head_dim)
+        q = grouped[..., :group, :].reshape(s, b, self.n_heads, self.head_dim)
+        return q, grouped[..., group, :], grouped[..., group + 1, :]
+
+    def _drop(self, probs: Tensor, info: SequenceInfo) -> Tensor:
+        _, n, s, t = probs.shape
+        device = probs.device
+        head = torch.arange(self.first_head, self.first_head + n, device=device).view(n, 1, 1)
+        query = torch.arange(s, device=device).view(s, 1)
+        return self.dropout(probs, info, (head * s + query) * t + torch.arange(t, device=device), 0)

@@ -1,0 +1,62 @@
+"""Token embedding divided over the vocabulary, and learned positions.
+
+Legend: `s` sequence, `b` micro-batch, `h` hidden, `v` vocabulary.
+
+The vocabulary is padded so that it divides over any tp and fills whole tiles of a matrix product. Padding rows are
+physical only: they are zero, no token reads them, no logit of theirs enters a loss, and no checkpoint holds them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megascratch.dist import comm
+from megascratch.dist.layout import Init, Split
+from megascratch.nn.placement import Placement
+
+VOCABULARY_TILE = 64  # rows a rank is padded to: 128 bytes of 16-bit logits, what tensor cores want aligned
+
+
+def vocabulary_split(vocab_size: int, tp: int) -> Split:
+    """Return how a [v, h] weight is divided over tp ranks, with the padding that makes it divide."""
+    return Split(0, "tp", pad=-vocab_size % (tp * VOCABULARY_TILE))
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of the embedding divided over tp: each rank looks up the tokens that it has, and a sum joins them."""
+
+    def __init__(self, vocab_size: int, hidden: int, placement: Placement, *, std: float) -> None:
+        super().__init__()
+        self.placement = placement
+        split = vocabulary_split(vocab_size, placement.tp.size)
+        self.weight = placement.parameter(vocab_size, hidden, split=split, init=Init(std))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look up tokens [b, s]. Returns: [s/tp, b, h] under sequence parallelism, else [s, b, h]."""
+        tp = self.placement.tp
+        local = tokens.t() - tp.rank * self.weight.shape[0]
+        if tp.size == 1:
+            return F.embedding(local, self.weight)
+        elsewhere = (local < 0) | (local >= self.weight.shape[0])
+        x = F.embedding(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        return comm.reduce_scatter(x, tp) if self.placement.sequence_parallel else comm.all_reduce(x, tp)
+
+
+class LearnedPositions(nn.Module):
+    """A vector for each position, added to the token embeddings."""
+
+    def __init__(self, length: int, hidden: int, placement: Placement, *, std: float) -> None:
+        super().__init__()
+        self.weight = placement.parameter(length, hidden, grad_axes=placement.token_axes, decay=False, init=Init(std))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Look up positions of this rank's tokens, [s/tp or s, b]. Returns: [s/tp or s, b, h]."""
+        return F.embedding(positions, self.weight)
+
+
+def local_positions(length: int, offset: int, placement: Placement) -> Tensor:
+    """Return the positions of this rank's tokens, [s/tp] under sequence parallelism, else [s] (int64)."""
+    parts = placement.tp.size if placement.sequence_parallel else 1
+    part = length // parts
+    first = offset + (placement.tp.rank * part if parts > 1 else 0)
+    return torch.arange(first, first + part, device=placement.device)

@@ -1,0 +1,50 @@
+"""Where a module's parameters lie: one value that every layer takes, so that constructors stay about shapes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megascratch.dist.layout import Init, Split, parameter
+from megascratch.dist.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The tensor-parallel axis that layers are divided over, and the dtype and device of their parameters.
+
+    Attributes:
+        tp: tensor-parallel axis; size 1 makes every layer its serial self.
+        sequence_parallel: whether activations between tensor-parallel regions are divided along the sequence.
+        dtype, device: of parameters and activations.
+    """
+
+    tp: Axis
+    sequence_parallel: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """Axes over which the gradient of a replicated weight is partial because each rank saw only its own tokens."""
+        return ("tp",) if self.sequence_parallel else ()
+
+    def parameter(
+        self,
+        *shape: int,
+        split: Split | None = None,
+        grad_axes: tuple[str, ...] = (),
+        decay: bool = True,
+        init: Init = Init(),
+    ) -> nn.Parameter:
+        """Make this rank's part of a parameter of logical `shape`; see `dist.layout.parameter`."""
+        return parameter(
+            shape,
+            split=split,
+            grad_axes=grad_axes,
+            decay=decay,
+            init=init,
+            axis=self.tp,
+            dtype=self.dtype,
+            device=self.device,
+        )

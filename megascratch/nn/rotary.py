@@ -1,0 +1,61 @@
+"""Tables of rotary positions, with the three ways to stretch them to longer sequences.
+
+Legend: `d` head dimension; pair i of a head turns by position · θ^(−2i/d) (Su et al. 2021, arXiv:2104.09864, eq. 15).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megascratch.config import ModelConfig, RopeScaling
+
+
+def rotary_tables(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of every position and pair, each [max_seq_length, d/2], computed in float64.
+
+    Args:
+        model: resolved shape; `head_dim`, `rope_theta`, `rope_scaling` and `max_seq_length` are read.
+        dtype: of the tables; float32, or float64 for float64 models.
+        device: of the tables.
+    """
+    assert model.head_dim is not None
+    pairs = torch.arange(0, model.head_dim, 2, dtype=torch.float64, device=device)
+    frequencies = model.rope_theta ** (-pairs / model.head_dim)
+    scale = 1.0
+    if model.rope_scaling is not None:
+        frequencies, scale = SCALINGS[model.rope_scaling.type](frequencies, model.rope_scaling, model)
+    positions = torch.arange(model.max_seq_length, dtype=torch.float64, device=device)
+    angles = torch.outer(positions, frequencies)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def _linear(frequencies: Tensor, scaling: RopeScaling, _: ModelConfig) -> tuple[Tensor, float]:
+    return frequencies / scaling.factor, 1.0
+
+
+def _llama3(frequencies: Tensor, scaling: RopeScaling, _: ModelConfig) -> tuple[Tensor, float]:
+    """Keep wavelengths well inside the original length, divide those beyond it, blend linearly between."""
+    turns = scaling.original_seq_length * frequencies / (2 * math.pi)  # full turns over the original length
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / scaling.factor), 1.0
+
+
+def _yarn(frequencies: Tensor, scaling: RopeScaling, model: ModelConfig) -> tuple[Tensor, float]:
+    """Divide pairs that turn fewer than `beta_slow` times, keep those above `beta_fast`, ramp between."""
+    assert model.head_dim is not None
+    dim, length = model.head_dim, scaling.original_seq_length
+
+    def pair_with(turns: float) -> float:
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(model.rope_theta))
+
+    first = max(math.floor(pair_with(scaling.beta_fast)), 0)
+    last = min(math.ceil(pair_with(scaling.beta_slow)), dim - 1)
+    index = torch.arange(dim // 2, dtype=torch.float64, device=frequencies.device)
+    divide = ((index - first) / max(last - first, 0.001)).clamp(0, 1)
+    # Attention over a longer context is flatter: the paper's temperature, folded into q and k (section 3.4).
+    return frequencies * (1 - divide + divide / scaling.factor), 0.1 * math.log(scaling.factor) + 1.0
+
+
+SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}

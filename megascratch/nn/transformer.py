@@ -1,0 +1,177 @@
+"""The decoder: blocks, and the stage of consecutive blocks that one pipeline rank runs.
+
+Legend: `s` sequence, `b` micro-batch, `h` hidden, `v` vocabulary; activations between blocks are [s, b, h], divided
+along s under sequence parallelism.
+
+A whole model is the stage that is both first and last. Module paths are global names: a stage that holds layers 8 to 15
+calls them `layers.8` … `layers.15`, so a parameter has the same name on every layout.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megascratch import ops
+from megascratch.config import ModelConfig
+from megascratch.dist.layout import Init, ParamSpec, name_parameters, spec_of
+from megascratch.dist.mesh import Axis
+from megascratch.nn.attention import Attention, LayerCache
+from megascratch.nn.embedding import LearnedPositions, VocabParallelEmbedding, local_positions, vocabulary_split
+from megascratch.nn.linear import column_linear
+from megascratch.nn.mlp import make_mlp
+from megascratch.nn.norm import NORMS
+from megascratch.nn.placement import Placement
+from megascratch.nn.rotary import rotary_tables
+from megascratch.nn.sequence import ResidualDropout, SequenceInfo
+
+
+def layer_range(n_layers: int, stage: int, n_stages: int) -> range:
+    """Return the layers of a stage: consecutive, and as even as the counts allow."""
+    return range(stage * n_layers // n_stages, (stage + 1) * n_layers // n_stages)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on a residual branch.
+
+    Norms stand before each branch (`pre`), or on its output (`post`, OLMo 2, arXiv:2501.00656, section 3.3).
+    """
+
+    def __init__(self, model: ModelConfig, placement: Placement, index: int, *, core: str) -> None:
+        super().__init__()
+        site = f"layers.{index}"
+        # Outputs onto the residual stream shrink with its length (Radford et al. 2019, section 2.3).
+        out_std = model.init_std / math.sqrt(2 * model.n_layers)
+        norm = NORMS[model.norm]
+        self.post = model.norm_position == "post"
+        self.attn_norm = norm(model.hidden, model.norm_eps, placement, placement.token_axes)
+        self.attn = Attention(model, placement, f"{site}.attn", core=core, out_std=out_std)
+        self.mlp_norm = norm(model.hidden, model.norm_eps, placement, placement.token_axes)
+        self.mlp = make_mlp(model, placement, out_std=out_std)
+        self.attn_dropout = ResidualDropout(f"{site}.attn", model.dropout, placement)
+        self.mlp_dropout = ResidualDropout(f"{site}.mlp", model.dropout, placement)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        info: SequenceInfo,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Map x [s/tp or s, b, h] to the same shape; arguments as in `Attention.forward`."""
+        if self.post:
+            x = x + self.attn_dropout(self.attn_norm(self.attn(x, rotary, info, cache)), info)
+            return x + self.mlp_dropout(self.mlp_norm(self.mlp(x)), info)
+        x = x + self.attn_dropout(self.attn(self.attn_norm(x), rotary, info, cache), info)
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), info)
+
+
+class Head(nn.Module):
+    """The output projection onto the vocabulary, divided over tp as the embedding is."""
+
+    def __init__(self, model: ModelConfig, placement: Placement) -> None:
+        super().__init__()
+        assert model.vocab_size is not None
+        split = vocabulary_split(model.vocab_size, placement.tp.size)
+        self.weight = placement.parameter(model.vocab_size, model.hidden, split=split, init=Init(model.init_std))
+
+
+class Stage(nn.Module):
+    """Consecutive layers, with the embedding on the first stage and the final norm and head on the last.
+
+    Args:
+        model: resolved shape, vocabulary size included.
+        placement: where the parameters lie; they are allocated, and filled by `dist.rng.initialize`.
+        stage, n_stages: which of how many; one of one is the whole model.
+        core: attention core, a key of `nn.attention.CORES`.
+        recompute: "full" keeps only each block's input for backward.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        placement: Placement,
+        stage: int = 0,
+        n_stages: int = 1,
+        *,
+        core: str = "softmax",
+        recompute: str = "none",
+    ) -> None:
+        super().__init__()
+        assert model.vocab_size is not None
+        self.model, self.placement = model, placement
+        self.is_first, self.is_last = stage == 0, stage == n_stages - 1
+        self.recompute = recompute == "full"
+        indices = layer_range(model.n_layers, stage, n_stages)
+        if self.is_first:
+            self.embed = VocabParallelEmbedding(model.vocab_size, model.hidden, placement, std=model.init_std)
+            if model.position == "learned":
+                self.position = LearnedPositions(model.max_seq_length, model.hidden, placement, std=model.init_std)
+            self.embed_dropout = ResidualDropout("embed", model.dropout, placement)
+        self.layers = nn.ModuleDict({str(i): Block(model, placement, i, core=core) for i in indices})
+        if self.is_last:
+            self.norm = NORMS[model.norm](model.hidden, model.norm_eps, placement, placement.token_axes)
+            if not (model.tie_embeddings and self.is_first):
+                self.head = Head(model, placement)
+        self.rotary: tuple[Tensor, Tensor] | None = None
+        if model.position == "rope":
+            table_dtype = ops.acc_dtype(torch.empty(0, dtype=placement.dtype))
+            self.rotary = rotary_tables(model, table_dtype, placement.device)
+        name_parameters(self, tied={"head.weight": "embed.weight"} if model.tie_embeddings else None)
+
+    def forward(
+        self,
+        x: Tensor | None,
+        tokens: Tensor | None,
+        info: SequenceInfo,
+        caches: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """Run the stage on one micro-batch.
+
+        Args:
+            x: the previous stage's output, [s/tp or s, b, h]; None on the first stage.
+            tokens: [b, s] int64; read on the first stage only.
+            info: positions and samples.
+            caches: one a layer, in order, for generation; None in training.
+
+        Returns: activations [s/tp or s, b, h], or on the last stage this rank's logits [s, b, v/tp].
+        """
+        if self.is_first:
+            assert tokens is not None
+            x = self._embed(tokens, info)
+        assert x is not None
+        for i, block in enumerate(self.layers.values()):
+            if caches is not None:
+                x = block(x, self.rotary, info, caches[i])
+            elif self.recompute and self.training:
+                # Dropout is counter-based, so there is no generator state to restore.
+                x = checkpoint(block, x, self.rotary, info, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, self.rotary, info)
+        return self._logits(x) if self.is_last else x
+
+    def _embed(self, tokens: Tensor, info: SequenceInfo) -> Tensor:
+        x = self.embed(tokens)
+        if self.model.position == "learned":
+            own = local_positions(info.length, info.offset, self.placement)
+            positions = own.unsqueeze(1) if info.positions is None else info.positions.t()[own - info.offset]
+            x = x + self.position(positions)
+        return self.embed_dropout(x, info)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        weight = self.head.weight if hasattr(self, "head") else self.embed.weight
+        return column_linear(self.norm(x), weight, self.placement.tp, self.placement.sequence_parallel)
+
+
+def parameter_specs(model: ModelConfig, tp: int = 1, sequence_parallel: bool = False) -> list[ParamSpec]:
+    """Return the spec of every logical parameter of a model, in the order of its layers, without allocating any.
+
+    Args:
+        model: resolved shape, vocabulary size included.
+        tp: size of the tensor-parallel axis; only vocabulary padding depends on it.
+        sequence_parallel: decides `grad_axes` alone.
+    """
+    placement = Placement(Axis("tp", tp), sequence_parallel, torch.float32, torch.device("meta"))
+    return [spec_of(param) for param in Stage(model, placement).parameters()]
