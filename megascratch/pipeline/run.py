@@ -1,0 +1,208 @@
+"""`run`: execute one rank's list of actions. The only loop there is; it knows no schedule's name.
+
+What a rank keeps, and for how long:
+
+    arrivals    an activation or gradient, from its receive until the forward or backward that uses it
+    results     what a forward or backward leaves for the neighbouring stage, until its send
+    graphs      the autograd graph of a forward, and its input, until the backward: these are the in-flight activations
+    sending     transfers under way, a few at a time
+
+A forward's output is not kept with its graph: once sent, it is free unless the graph itself saved it. On one rank
+holding neighbouring stages a result becomes an arrival on the spot, so the serial model is the pipeline with pp = 1.
+
+Receives are started where they stand in the list and waited for just before their consumer.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from megascratch.dist import comm
+from megascratch.dist.mesh import Axis
+from megascratch.errors import Problem
+from megascratch.pipeline.action import Action, Kind, ScheduleError, delivery, needs, partner, rank_of
+
+StageFn = Callable[[Tensor | None, int], Tensor]
+"""A stage: (input activation or None on the first stage, microbatch) -> output activation, or on the last stage the
+scalar to differentiate."""
+
+# Sends a rank may have under way. Four keep a rank from waiting on its neighbour's jitter, and bound the buffers that
+# sends hold to four activations, whatever the number of microbatches.
+_MAX_SENDS = 4
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The tensor between any two neighbouring stages: an activation forwards, its gradient backwards.
+
+    Attributes:
+        shape: of the activation, [s/tp, b, h] under sequence parallelism.
+        dtype: of the activation and of its gradient.
+        device: where it is computed.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What one rank did.
+
+    Attributes:
+        executed: actions, in the order in which they were executed.
+        peak_in_flight: most autograd graphs held at once, one for each stage and microbatch.
+    """
+
+    executed: tuple[Action, ...]
+    peak_in_flight: int
+
+
+def run(
+    actions: Sequence[Action],
+    stages: Mapping[int, StageFn],
+    pp: Axis,
+    boundary: Boundary,
+    *,
+    n_stages: int,
+    backward: bool = True,
+    on_event: Callable[[Action, bool], None] | None = None,
+) -> RunReport:
+    """Execute this rank's actions; gradients are left on the parameters.
+
+    Args:
+        actions: this rank's list out of a checked schedule.
+        stages: this rank's stages by their number.
+        pp: pipeline axis; size 1 runs every stage here, without communication.
+        boundary: shape, dtype and device of what passes between stages.
+        n_stages: in the whole model.
+        backward: False runs forwards alone, without an autograd graph.
+        on_event: called with (action, True) when an action starts, its inputs being here, and with (action, False)
+            when it ends. Times on a GPU need events on the stream: the host only queues the work.
+
+    Raises: ScheduleError: before anything runs, if the list splits the backward.
+    """
+    for action in actions:
+        if action.kind in (Kind.I, Kind.W):
+            raise ScheduleError(
+                Problem(f"{action}", "splits the backward, which no stage here supports", "use B instead of I and W")
+            )
+    rank = _Rank(stages, pp, boundary, n_stages, backward)
+    executed = []
+    for action in actions:
+        rank.wait_for_inputs(action)
+        if on_event is not None:
+            on_event(action, True)
+        rank.execute(action)
+        executed.append(action)
+        if on_event is not None:
+            on_event(action, False)
+    rank.finish_sends(left=0)
+    return RunReport(tuple(executed), rank.peak_in_flight)
+
+
+@dataclass
+class _Rank:
+    """State of one rank while it runs. Arrivals are filed under their receive, results under their send."""
+
+    stages: Mapping[int, StageFn]
+    pp: Axis
+    boundary: Boundary
+    n_stages: int
+    backward: bool
+    arrivals: dict[Action, Tensor] = field(default_factory=dict)
+    results: dict[Action, Tensor] = field(default_factory=dict)
+    graphs: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = field(default_factory=dict)
+    receiving: dict[Action, comm.Work] = field(default_factory=dict)
+    sending: deque[tuple[comm.Work, Tensor]] = field(default_factory=deque)
+    peak_in_flight: int = 0
+
+    def wait_for_inputs(self, action: Action) -> None:
+        """Wait for the receives that a compute action uses."""
+        for need in needs(action, self.n_stages) if action.kind.is_compute else []:
+            if need in self.receiving:
+                self.receiving.pop(need).wait()
+
+    def execute(self, action: Action) -> None:
+        match action.kind:
+            case Kind.F:
+                self.run_forward(action)
+            case Kind.B:
+                self.run_backward(action)
+            case Kind.SEND_F | Kind.SEND_B:
+                self.send(action)
+            case Kind.RECV_F | Kind.RECV_B:
+                self.receive(action)
+
+    def run_forward(self, action: Action) -> None:
+        """Run a stage on its input, and keep the graph until the backward."""
+        x = self.take_input(action, Kind.RECV_F, at_the_end=action.stage == 0)
+        if x is not None:
+            x.requires_grad_(self.backward)
+        with torch.set_grad_enabled(self.backward):
+            y = self.stages[action.stage](x, action.microbatch)
+        if self.backward:
+            self.graphs[action.stage, action.microbatch] = (x, get_gradient_edge(y))
+            self.peak_in_flight = max(self.peak_in_flight, len(self.graphs))
+        self.hand_over(action, y.detach())
+
+    def run_backward(self, action: Action) -> None:
+        """Differentiate a stage's output by its input and weights; the graph is freed."""
+        grad = self.take_input(action, Kind.RECV_B, at_the_end=action.stage == self.n_stages - 1)
+        x, output = self.graphs.pop((action.stage, action.microbatch))
+        torch.autograd.backward(output, grad)
+        if x is not None:
+            assert x.grad is not None, f"stage {action.stage} does not depend on its input"
+            self.hand_over(action, x.grad)
+
+    def take_input(self, action: Action, kind: Kind, at_the_end: bool) -> Tensor | None:
+        """Return what the neighbouring stage left for an action; None at the end of the pipeline, where none is."""
+        return None if at_the_end else self.arrivals.pop(Action(action.stage, kind, action.microbatch))
+
+    def hand_over(self, action: Action, result: Tensor) -> None:
+        """File a result under its send, or as an arrival if the stage that needs it lies on this rank."""
+        transfer = delivery(action, self.n_stages)
+        if transfer is None:
+            return
+        assert result.shape == self.boundary.shape, f"{action} gives {tuple(result.shape)}, not {self.boundary.shape}"
+        assert result.dtype == self.boundary.dtype, f"{action} gives {result.dtype}, not {self.boundary.dtype}"
+        send, receive = transfer
+        if self.peer(receive) == self.pp.rank:
+            self.arrivals[receive] = result
+        else:
+            self.results[send] = result
+
+    def send(self, action: Action) -> None:
+        """Start a send, once few enough are under way."""
+        self.finish_sends(left=_MAX_SENDS - 1)
+        result = self.results.pop(action).contiguous()
+        work = comm.isend(result, self.pp, self.peer(partner(action)), self.tag(action))
+        self.sending.append((work, result))  # the buffer must live as long as the transfer
+
+    def receive(self, action: Action) -> None:
+        """Start a receive into a new buffer."""
+        send = partner(action)
+        buffer = torch.empty(self.boundary.shape, dtype=self.boundary.dtype, device=self.boundary.device)
+        self.receiving[action] = comm.irecv(buffer, self.pp, self.peer(send), self.tag(send))
+        self.arrivals[action] = buffer
+
+    def finish_sends(self, left: int) -> None:
+        """Wait for the oldest sends until at most `left` are under way.
+
+        The checker's rendezvous shows that waiting here, after their place in the list, cannot deadlock.
+        """
+        while len(self.sending) > left:
+            work, _ = self.sending.popleft()
+            work.wait()
+
+    def peer(self, action: Action) -> int:
+        return rank_of(action.stage, self.pp.size)
+
+    def tag(self, send: Action) -> int:
+        """Return a number that no other send of the step has."""
+        return 2 * (send.microbatch * self.n_stages + send.stage) + (send.kind is Kind.SEND_B)
