@@ -25,21 +25,21 @@ def check(config: Config, world_size: int | None = None) -> Iterator[Problem]:
 def _heads(config: Config, _: int | None) -> Iterator[Problem]:
     model = config.model
     kv_heads = model.n_kv_heads or model.n_heads
+    head_dim = model.head_dim or model.hidden // model.n_heads
     if model.head_dim is None and model.hidden % model.n_heads:
         yield Problem(
             f"model.hidden = {model.hidden}",
             f"must divide by model.n_heads = {model.n_heads} unless model.head_dim is given",
             f"use {_multiples_near(model.hidden, model.n_heads)}, or set model.head_dim",
         )
+    elif model.position == "rope" and head_dim % 2:
+        yield Problem(f"model.head_dim = {head_dim}", "must be even for rotary positions", f"use {head_dim + 1}")
     if model.n_heads % kv_heads:
         yield Problem(
             f"model.n_kv_heads = {kv_heads}",
             f"must divide model.n_heads = {model.n_heads}",
             f"use {_divisors(model.n_heads)}",
         )
-    head_dim = model.head_dim or model.hidden // model.n_heads
-    if model.position == "rope" and head_dim % 2:
-        yield Problem(f"model.head_dim = {head_dim}", "must be even for rotary positions", f"use {head_dim + 1}")
     if model.rope_scaling is not None and model.position != "rope":
         yield Problem(
             f"model.rope_scaling.type = {model.rope_scaling.type}",
@@ -51,16 +51,19 @@ def _heads(config: Config, _: int | None) -> Iterator[Problem]:
 def _tensor_parallel(config: Config, _: int | None) -> Iterator[Problem]:
     model, tp = config.model, config.parallel.tp
     kv_heads = model.n_kv_heads or model.n_heads
+    # A tp that does not fit the heads will change: what else it does not divide is no news.
     if model.n_heads % tp:
         yield Problem(
             f"parallel.tp = {tp}", f"must divide model.n_heads = {model.n_heads}", f"use {_divisors(model.n_heads)}"
         )
-    elif kv_heads % tp:
+        return
+    if kv_heads % tp:
         yield Problem(
             f"parallel.tp = {tp}",
             f"must divide model.n_kv_heads = {kv_heads}: a key/value head lies on one rank",
             f"use {_divisors(kv_heads)}",
         )
+        return
     if model.ffn_hidden % tp:
         yield Problem(
             f"parallel.tp = {tp}",
@@ -167,16 +170,15 @@ def _data(config: Config, _: int | None) -> Iterator[Problem]:
             f"must have one for each of the {len(data.paths)} data.paths",
             "give one weight a path, or none",
         )
-    parts = data.split.split(",")
     try:
-        numbers = [float(part) for part in parts]
-        valid = len(parts) == 3 and all(n >= 0 for n in numbers) and sum(numbers) > 0
+        shares = [float(part) for part in data.split.split(",")]
+        valid = len(shares) <= 3 and all(0 <= share < float("inf") for share in shares) and sum(shares) > 0
     except ValueError:
         valid = False
     if not valid:
         yield Problem(
             f"data.split = {data.split!r}",
-            "must be three weights: train, validation, test",
+            "must be one to three weights, of train, validation and test, that are not all 0",
             "for example 969,30,1",
         )
 

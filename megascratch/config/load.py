@@ -53,7 +53,9 @@ def config_from_dict(
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
-        problems += [p for e in error.errors() if (p := _problem_of(e)) is not None]
+        # Of a preset that is not known, every key that it would have given is missing too: only the cause is told.
+        known = [e for e in error.errors() if not (preset_problems and e["type"] == "missing")]
+        problems += [p for e in known if (p := _problem_of(e)) is not None]
         raise ConfigError(problems, where) from None
     if problems:
         raise ConfigError(problems, where)
@@ -110,11 +112,15 @@ def to_toml(config: Config) -> str:
 def _write_table(table: Mapping[str, Any], name: str, lines: list[str]) -> None:
     if name:
         lines += ["", f"[{name}]"]
-    # A TOML string is written as JSON writes it; so are numbers, booleans and flat lists.
-    lines += [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in table.items() if not isinstance(v, Mapping)]
+    lines += [f"{key} = {_toml_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
     for key, value in table.items():
         if isinstance(value, Mapping):
             _write_table(value, f"{name}.{key}" if name else key, lines)
+
+
+def _toml_value(value: Any) -> str:
+    """Write strings, numbers, booleans and flat lists as JSON does, but for the delete character: TOML escapes it."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+"""Every rule between keys and sections: its message with value, rule and remedy, and the case beside it that holds."""
+
+import pytest
+
+from megascratch.config import check as check_module
+from megascratch.config import load_config
+from megascratch.errors import ConfigError
+
+# 4 layers, hidden 256, 8 heads, 4 kv heads, ffn_hidden 704.
+TINY = "model.preset=tiny"
+
+
+@pytest.mark.parametrize(
+    ("rule", "overrides", "world_size", "message"),
+    [
+        (
+            "_heads",
+            "model.hidden=250",
+            None,
+            r"model\.hidden = 250 +must divide by model\.n_heads = 8 unless model\.head_dim is given"
+            r" +use 248 or 256, or set model\.head_dim",
+        ),
+        ("_heads", "model.n_kv_heads=3", None, r"n_kv_heads = 3 +must divide model\.n_heads = 8 +use 1, 2, 4 or 8"),
+        ("_heads", "model.head_dim=33", None, r"model\.head_dim = 33 +must be even for rotary positions +use 34"),
+        (
+            "_heads",
+            "model.rope_scaling.type=linear model.rope_scaling.factor=2 model.position=learned",
+            None,
+            r"rope_scaling\.type = linear +needs model\.position = rope, not learned +remove \[model\.rope_scaling\]",
+        ),
+        ("_tensor_parallel", "parallel.tp=3", None, r"tp = 3 +must divide model\.n_heads = 8 +use 1, 2, 4 or 8"),
+        (
+            "_tensor_parallel",
+            "parallel.tp=8",
+            None,
+            r"tp = 8 +must divide model\.n_kv_heads = 4: a key/value head lies on one rank +use 1, 2 or 4",
+        ),
+        (
+            "_tensor_parallel",
+            "parallel.tp=4 model.ffn_hidden=702",
+            None,
+            r"tp = 4 +must divide model\.ffn_hidden = 702 +use an ffn_hidden of 700 or 704",
+        ),
+        (
+            "_tensor_parallel",
+            "parallel.tp=2 data.seq_length=1023",
+            None,
+            r"seq_length = 1023 +must divide by parallel\.tp = 2 under sequence parallelism +use 1022 or 1024",
+        ),
+        (
+            "_tensor_parallel",
+            "parallel.sequence_parallel=true",
+            None,
+            r"sequence_parallel = true +needs parallel\.tp > 1 +leave it out",
+        ),
+        (
+            "_pipeline",
+            "parallel.pp=4 parallel.vp=2",
+            None,
+            r"pp = 4, vp = 2 +make 8 stages of 4 layers: every stage needs one +use pp × vp ≤ 4",
+        ),
+        ("_pipeline", "parallel.vp=2", None, r"vp = 2 +needs parallel\.pp > 1 +set vp = 1 or pp = 2 or more"),
+        (
+            "_pipeline",
+            "parallel.pp=2 parallel.vp=2 parallel.schedule=gpipe",
+            None,
+            r"schedule = gpipe +runs one chunk a rank, not vp = 2 +use interleaved, or vp = 1",
+        ),
+        (
+            "_pipeline",
+            "parallel.pp=2 parallel.schedule=interleaved",
+            None,
+            r"schedule = interleaved +needs parallel\.vp > 1 +set vp = 2, or use 1f1b",
+        ),
+        ("_context_parallel", "parallel.cp=2", None, r"cp = 2 +context parallelism is not built yet"),
+        (
+            "_world",
+            "parallel.tp=2 parallel.pp=2",
+            6,
+            r"world size = 6 +must divide by tp 2 × pp 2 × cp 1 = 4 +start 4 or 8 ranks",
+        ),
+        (
+            "_world",
+            "parallel.tp=2 parallel.dp=2",
+            8,
+            r"world size = 8 +must be tp 2 × pp 1 × cp 1 × dp 2 = 4 +start 4 ranks, or leave parallel\.dp out",
+        ),
+        (
+            "_batch",
+            "parallel.dp=5 train.micro_batch=4 train.global_batch=48",
+            None,
+            r"global_batch = 48 +must divide by micro_batch 4 × dp 5 +use 40 or 60",
+        ),
+        (
+            "_batch",
+            "train.micro_batch=3 train.global_batch=32 parallel.tp=2",
+            8,
+            r"global_batch = 32 +must divide by micro_batch 3 × dp 4 +use 24 or 36",
+        ),
+        (
+            "_batch",
+            "parallel.pp=2 parallel.vp=2 train.global_batch=7",
+            None,
+            r"global_batch = 7 +gives 7 microbatches, which must divide by pp = 2 for the interleaved .* +use 6 or 8",
+        ),
+        (
+            "_lengths",
+            "data.seq_length=4096",
+            None,
+            r"seq_length = 4096 +must not exceed model\.max_seq_length = 2048 +shorten the sequence",
+        ),
+        (
+            "_data",
+            'data.paths=["a","b"] data.weights=[1]',
+            None,
+            r"data\.weights has 1 entries +must have one for each of the 2 data\.paths +give one weight a path",
+        ),
+        ("_data", "data.split=1,2,3,4", None, r"data\.split = '1,2,3,4' +must be one to three weights.* +for example"),
+        ("_data", "data.split=a,b", None, r"data\.split = 'a,b' +must be one to three weights"),
+        ("_data", "data.split=0,0,0", None, r"data\.split = '0,0,0' +must be one to three weights"),
+        ("_data", "data.split=1,-1,1", None, r"data\.split = '1,-1,1' +must be one to three weights"),
+        ("_data", "data.split=1,nan,1", None, r"data\.split = '1,nan,1' +must be one to three weights"),
+        (
+            "_learning_rate",
+            "optim.lr=1e-4 optim.min_lr=1e-3",
+            None,
+            r"min_lr = 0\.001 +must not exceed optim\.lr = 0\.0001 +lower optim\.min_lr",
+        ),
+        (
+            "_learning_rate",
+            "optim.warmup_steps=11 train.steps=10",
+            None,
+            r"warmup_steps = 11 +must not exceed train\.steps = 10 +shorten the warm-up",
+        ),
+    ],
+)
+def test_broken_rule(rule: str, overrides: str, world_size: int | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(None, [TINY, *overrides.split()], world_size=world_size)
+    assert len(caught.value.problems) == 1, "the other rules hold"
+
+
+def test_every_rule_is_tested() -> None:
+    marks = test_broken_rule.pytestmark  # type: ignore[attr-defined]
+    tested = {case[0] for mark in marks for case in mark.args[1]}
+    assert tested == {rule.__name__ for rule in check_module.RULES}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size"),
+    [
+        ("model.hidden=250 model.head_dim=32", None),
+        ("model.position=learned model.head_dim=33", None),
+        ("parallel.tp=4", None),
+        ("parallel.tp=2 parallel.sequence_parallel=false data.seq_length=1023", None),
+        ("parallel.pp=4", None),
+        ("parallel.pp=2 parallel.vp=2", None),
+        ("parallel.tp=2 parallel.pp=2", 8),
+        ("parallel.dp=5 train.micro_batch=4 train.global_batch=60", None),
+        ("data.seq_length=2048", None),
+        ("data.split=99,1", None),
+        ("optim.warmup_steps=10 train.steps=10", None),
+    ],
+)
+def test_rule_that_holds(overrides: str, world_size: int | None) -> None:
+    load_config(None, [TINY, *overrides.split()], world_size=world_size)
