@@ -25,11 +25,13 @@ def vocabulary_split(vocab_size: int, tp: int) -> Split:
 class VocabParallelEmbedding(nn.Module):
     """Rows of the embedding divided over tp: each rank looks up the tokens that it has, and a sum joins them."""
 
-    def __init__(self, vocab_size: int, hidden: int, placement: Placement, *, std: float) -> None:
+    def __init__(
+        self, vocab_size: int, hidden: int, placement: Placement, *, std: float, grad_axes: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
         self.placement = placement
         split = vocabulary_split(vocab_size, placement.tp.size)
-        self.weight = placement.parameter(vocab_size, hidden, split=split, init=Init(std))
+        self.weight = placement.parameter(vocab_size, hidden, split=split, grad_axes=grad_axes, init=Init(std))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up tokens [b, s]. Returns: [s/tp, b, h] under sequence parallelism, else [s, b, h]."""

@@ -71,11 +71,16 @@ class Block(nn.Module):
 class Head(nn.Module):
     """The output projection onto the vocabulary, divided over tp as the embedding is."""
 
-    def __init__(self, model: ModelConfig, placement: Placement) -> None:
+    def __init__(self, model: ModelConfig, placement: Placement, grad_axes: tuple[str, ...]) -> None:
         super().__init__()
         assert model.vocab_size is not None
-        split = vocabulary_split(model.vocab_size, placement.tp.size)
-        self.weight = placement.parameter(model.vocab_size, model.hidden, split=split, init=Init(model.init_std))
+        self.weight = placement.parameter(
+            model.vocab_size,
+            model.hidden,
+            split=vocabulary_split(model.vocab_size, placement.tp.size),
+            grad_axes=grad_axes,
+            init=Init(model.init_std),
+        )
 
 
 class Stage(nn.Module):
@@ -105,8 +110,12 @@ class Stage(nn.Module):
         self.is_first, self.is_last = stage == 0, stage == n_stages - 1
         self.recompute = recompute == "full"
         indices = layer_range(model.n_layers, stage, n_stages)
+        # A tied embedding that lies on two stages gets its gradient from both.
+        tied_axes = ("ends",) if model.tie_embeddings and n_stages > 1 else ()
         if self.is_first:
-            self.embed = VocabParallelEmbedding(model.vocab_size, model.hidden, placement, std=model.init_std)
+            self.embed = VocabParallelEmbedding(
+                model.vocab_size, model.hidden, placement, std=model.init_std, grad_axes=tied_axes
+            )
             if model.position == "learned":
                 self.position = LearnedPositions(model.max_seq_length, model.hidden, placement, std=model.init_std)
             self.embed_dropout = ResidualDropout("embed", model.dropout, placement)
@@ -114,7 +123,7 @@ class Stage(nn.Module):
         if self.is_last:
             self.norm = NORMS[model.norm](model.hidden, model.norm_eps, placement, placement.token_axes)
             if not (model.tie_embeddings and self.is_first):
-                self.head = Head(model, placement)
+                self.head = Head(model, placement, tied_axes)
         self.rotary: tuple[Tensor, Tensor] | None = None
         if model.position == "rope":
             table_dtype = ops.acc_dtype(torch.empty(0, dtype=placement.dtype))
