@@ -44,8 +44,8 @@ def rope(
 
     Raises:
         LayoutError: if shapes, dtypes or devices disagree, or offset + s runs past the table.
-        IndexError: if a given position lies outside the table (on CUDA the token becomes NaN instead: checking there
-            would stall the stream).
+        RuntimeError: if a given position lies outside the table. On CUDA the token's rotary dimensions become NaN
+            instead: looking there would stall the stream.
 
     Backward rotates the gradients by the negative angle. The table gets no gradient.
     """
@@ -103,7 +103,7 @@ def _reference(
     else:
         at = positions.t() + offset  # [s, b]
         if at.device.type != "cuda" and bool(((at < 0) | (at >= cos.shape[0])).any()):
-            raise IndexError(f"rope: a position lies outside the table's {cos.shape[0]}")
+            raise RuntimeError(f"rope: a position lies outside the table's {cos.shape[0]}")
     c, s = cos[at].unsqueeze(2), sin[at].unsqueeze(2)  # [s, b or 1, 1, r/2]
     s = -s if inverse else s
     return rotate(q, c, s, interleaved), rotate(k, c, s, interleaved)

@@ -1,0 +1,12 @@
+// The CUDA kernels' launchers: arguments and a stream in, a CUDA error code (0: none) out. They allocate nothing and
+// wait for nothing.
+
+#pragma once
+
+#include "arguments.h"
+
+extern "C" {
+int megascratch_cuda_rope(const megascratch::RopeArguments* arguments, void* stream);
+int megascratch_cuda_scaled_softmax(const megascratch::SoftmaxArguments* arguments, void* stream);
+int megascratch_cuda_scaled_softmax_backward(const megascratch::SoftmaxBackwardArguments* arguments, void* stream);
+}

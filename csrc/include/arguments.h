@@ -1,0 +1,61 @@
+// What a fused operator's kernel is told: raw pointers, 64-bit sizes and strides, no torch.
+//
+// The same structures serve the C++ kernels, the CUDA kernels and the host run of the CUDA kernels. Sizes and strides
+// count elements. Inputs may be strided, with a contiguous last dimension; outputs are contiguous.
+//
+// Legend: s sequence, b micro-batch, n heads, d head dimension, r rotary dimensions, sq/sk query/key length.
+
+#pragma once
+
+#include <cstdint>
+
+namespace megascratch {
+
+enum class DType : int32_t { Float, Double, Half, BFloat16 };
+
+// One of q and k: x [s, b, n, d] → out [s, b, n, d].
+struct RopeHeads {
+  const void* x;
+  void* out;
+  int64_t n;
+  int64_t stride_s, stride_b, stride_n;
+};
+
+struct RopeArguments {
+  RopeHeads q, k;
+  const void* cos;           // [s_max, r/2], in the accumulation type
+  const void* sin;           // [s_max, r/2]
+  const int64_t* positions;  // [b, s], or null: position = offset + index along s
+  int64_t positions_stride_b, positions_stride_s;
+  int64_t offset;
+  int64_t s, b, d, r, s_max;
+  bool interleaved;          // pairs (2j, 2j+1) instead of (j, j + r/2)
+  bool inverse;              // rotate by the negative angle: the backward pass
+  DType dtype;
+};
+
+struct SoftmaxArguments {
+  const void* scores;  // [b, n, sq, sk]
+  void* probs;         // [b, n, sq, sk]
+  int64_t b, n, sq, sk;
+  int64_t stride_b, stride_n, stride_q;
+  const bool* mask;    // true = masked out; null for none. A broadcast dimension has stride 0.
+  int64_t mask_stride_b, mask_stride_n, mask_stride_q, mask_stride_k;
+  double scale;
+  bool causal;         // query i sees the keys up to i + sk − sq
+  DType dtype;
+};
+
+struct SoftmaxBackwardArguments {
+  const void* grad;    // [b, n, sq, sk], of the probabilities
+  const void* probs;   // [b, n, sq, sk]
+  void* grad_scores;   // [b, n, sq, sk]
+  int64_t b, n, sq, sk;
+  int64_t grad_stride_b, grad_stride_n, grad_stride_q;
+  int64_t probs_stride_b, probs_stride_n, probs_stride_q;
+  double scale;
+  bool causal;
+  DType dtype;
+};
+
+}  // namespace megascratch
