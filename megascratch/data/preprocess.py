@@ -154,7 +154,7 @@ def preprocess(
     seconds = time.perf_counter() - started
     n_tokens = dict(zip(json_keys, tally.n_tokens))
     return Summary(
-        prefixes, tally.n_documents, n_tokens, tally.n_text_bytes, dict(tally.n_bad_lines), tally.bad_lines, seconds
+        prefixes, tally.n_documents, n_tokens, tally.n_text_bytes, dict(+tally.n_bad_lines), tally.bad_lines, seconds
     )
 
 

@@ -1,14 +1,12 @@
 """Writing an indexed dataset: whole under its final name, or not there at all.
 
-Tokens stream into `<prefix>.bin.<pid>.tmp`; lengths and document marks stay in memory (12 bytes a document). When the
-writer is left without an error, both files are flushed to disk and renamed, the index last: a dataset without its
-`.idx` does not open, so no reader ever sees half of one.
+Tokens stream into `<prefix>.bin.<random>.tmp`; lengths and document marks stay in memory (12 bytes a document). When
+the writer is left without an error, both files are flushed to disk and renamed, the index last: a dataset without
+its `.idx` does not open, so no reader ever sees half of one.
 """
 
-import os
 from array import array
 from collections.abc import Sequence
-from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +14,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from megascratch.data.atomic import sync, sync_directory, temporary_name
 from megascratch.data.indexed import (
     HEADER,
     LENGTH_DTYPE,
@@ -72,8 +71,8 @@ class IndexedDatasetWriter:
         self._marks = array("q", [0])
         self._modes = array("b") if with_modes else None
         assert (self._lengths.itemsize, self._marks.itemsize) == (LENGTH_DTYPE.itemsize, MARK_DTYPE.itemsize)
-        self._bin_tmp, self._idx_tmp = (Path(f"{path}.{os.getpid()}.tmp") for path in self._final_paths())
-        self._bin = self._bin_tmp.open("wb")
+        self._bin_tmp, self._idx_tmp = (temporary_name(path) for path in self._final_paths())
+        self._bin = self._bin_tmp.open("xb")
 
     def add_document(
         self, tokens: ArrayLike, lengths: Sequence[int] | None = None, modes: Sequence[int] | None = None
@@ -168,25 +167,25 @@ class IndexedDatasetWriter:
         self._lengths.frombytes(lengths.astype(LENGTH_DTYPE).tobytes())
 
     def _commit(self) -> None:
-        _sync(self._bin)
+        sync(self._bin)
         self._write_index()
         require_free(self.prefix, self.overwrite)  # another process may have finished first
         bin_final, idx_final = self._final_paths()
         idx_final.unlink(missing_ok=True)  # so that the old index never stands beside the new tokens
         self._bin_tmp.replace(bin_final)
         self._idx_tmp.replace(idx_final)
-        _sync_directory(bin_final.parent)
+        sync_directory(bin_final.parent)
 
     def _write_index(self) -> None:
         lengths = np.frombuffer(self._lengths, LENGTH_DTYPE) if self._lengths else np.empty(0, LENGTH_DTYPE)
         ends = np.cumsum(lengths, dtype=POINTER_DTYPE) * self.dtype.itemsize
         pointers = np.concatenate([np.zeros(1, POINTER_DTYPE), ends])[:-1]
         modes = np.frombuffer(self._modes, MODE_DTYPE) if self._modes else np.empty(0, MODE_DTYPE)
-        with self._idx_tmp.open("wb") as file:
+        with self._idx_tmp.open("xb") as file:
             file.write(HEADER.pack(MAGIC, VERSION, dtype_code(self.dtype), len(lengths), len(self._marks)))
             for section in (lengths, pointers, np.frombuffer(self._marks, MARK_DTYPE), modes):
                 file.write(section.data)
-            _sync(file)
+            sync(file)
 
 
 def require_same_kind(dataset: IndexedDataset, dtype: np.dtype, with_modes: bool) -> None:
@@ -203,16 +202,3 @@ def require_same_kind(dataset: IndexedDataset, dtype: np.dtype, with_modes: bool
         problems.append(Problem(f"has {has}", f"the first dataset has {needs}", "merge datasets of one kind"))
     if problems:
         raise DataError(problems, str(dataset.prefix))
-
-
-def _sync(file: BufferedWriter) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
