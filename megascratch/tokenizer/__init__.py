@@ -1,0 +1,21 @@
+"""Byte-level BPE: train, encode, decode, and exchange with Hugging Face and tiktoken.
+
+`Tokenizer` is what the rest of the system uses; `train` makes one from files, `train_from_texts` from any texts.
+"""
+
+from megascratch.tokenizer.patterns import PATTERNS
+from megascratch.tokenizer.streaming import StreamDecoder
+from megascratch.tokenizer.tokenizer import Tokenizer
+from megascratch.tokenizer.training import train, train_from_texts
+from megascratch.tokenizer.vocabulary import END_OF_DOCUMENT, AddedToken, Vocabulary
+
+__all__ = [
+    "END_OF_DOCUMENT",
+    "PATTERNS",
+    "AddedToken",
+    "StreamDecoder",
+    "Tokenizer",
+    "Vocabulary",
+    "train",
+    "train_from_texts",
+]

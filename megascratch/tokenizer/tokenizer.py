@@ -1,0 +1,268 @@
+"""`Tokenizer`: text to ids and back, by one `Vocabulary`.
+
+    "Hi <|endoftext|> there"
+      added tokens asked for are found first      "Hi "   <|endoftext|>   " there"
+      each stretch between is cut into pieces     Hi ␣                    ␣there
+      each piece is merged                        [17250, 220]  [50256]   [612]
+
+Exact round trip: `decode_bytes(encode_bytes(data)) == data` for any bytes, and `decode(encode(text)) == text` for any
+text that UTF-8 can write (and, with an NFC vocabulary, that is composed).
+"""
+
+import json
+import os
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megascratch.errors import Problem, TokenizerError
+from megascratch.tokenizer import _bpe, hugging_face, tiktoken_ranks
+from megascratch.tokenizer.patterns import Pieces, Splitter, finder, pattern_named, well_formed
+from megascratch.tokenizer.vocabulary import AddedToken, Vocabulary
+
+Specials = Literal["all"] | Collection[str]
+Ids = NDArray[np.int32]
+
+_BATCH_CHARACTERS = 1 << 22  # text split before it is encoded: bounds the memory that a batch takes beside its result
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer.
+
+    Text that looks like a special token is ordinary text, unless the call allows it: `allowed_special="all"`, or the
+    names. (Hugging Face's `tokenizers` always allows all.) `disallowed_special` refuses a text that holds one. Added
+    tokens that are not special are always recognised.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._splitter = Splitter(vocabulary.pattern)
+        self._encoder = _bpe.Encoder(vocabulary.tokens, vocabulary.merges, vocabulary.whole_first)
+        self._id_of_added = {token.content: token.id for token in vocabulary.added}
+        self._bytes = list(vocabulary.tokens)
+        for token in vocabulary.added:
+            self._bytes[token.id] = token.content.encode()
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Vocabulary]]:
+        # Workers of a spawned pool get the vocabulary and build their own tables.
+        return type(self), (self.vocabulary,)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], end_of_document: str | None = None) -> "Tokenizer":
+        """Open a `tokenizer.json`, or a directory that holds one.
+
+        Args:
+            end_of_document: the token that ends a document, where the files do not say or say otherwise.
+
+        Raises: TokenizerError: if there is no such file, or it is not a byte-level BPE tokenizer that we can run.
+        """
+        return cls(hugging_face.read(Path(path), end_of_document))
+
+    @classmethod
+    def from_tiktoken(
+        cls, path: str | os.PathLike[str], pattern: str, special_tokens: Mapping[str, int]
+    ) -> "Tokenizer":
+        """Open a `.tiktoken` rank file.
+
+        Args:
+            pattern: name of the pre-tokeniser's pattern, such as cl100k.
+            special_tokens: ids of the special tokens by content; the file does not hold them.
+
+        Raises: TokenizerError: if the file is missing or malformed, or the pattern unknown.
+        """
+        return cls(tiktoken_ranks.read(Path(path), pattern_named(pattern), special_tokens))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write `tokenizer.json`: to the path itself if it ends in .json, else into that directory with its config.
+
+        Returns: the path of the `tokenizer.json`. It is replaced as a whole: a reader never sees half of it.
+        """
+        path = Path(path)
+        file = path if path.suffix == ".json" else path / hugging_face.FILE_NAME
+        text = json.dumps(hugging_face.render(self.vocabulary), ensure_ascii=False, indent=1)
+        _write_whole(file, text.encode())
+        if file != path:
+            config = json.dumps(hugging_face.render_config(self.vocabulary), ensure_ascii=False, indent=1)
+            _write_whole(path / hugging_face.CONFIG_NAME, config.encode())
+        return file
+
+    def save_tiktoken(self, path: str | os.PathLike[str]) -> None:
+        """Write a `.tiktoken` rank file.
+
+        Raises: TokenizerError: if tiktoken would encode differently with it; see `tiktoken_ranks.render`.
+        """
+        _write_whole(Path(path), tiktoken_ranks.render(self.vocabulary))
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id: the rows that an embedding needs."""
+        return len(self._bytes)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens by content."""
+        return {token.content: token.id for token in self.vocabulary.added if token.special}
+
+    @property
+    def eod_id(self) -> int | None:
+        """Id of the token that ends a document; None when the vocabulary has none."""
+        end = self.vocabulary.end_of_document
+        return None if end is None else self._id_of_added[end]
+
+    def token_bytes(self, id: int) -> bytes:
+        """Return the bytes that an id decodes to. Raises: TokenizerError: for an id outside the vocabulary."""
+        return self.decode_bytes([id])
+
+    def byte_lengths(self) -> Ids:
+        """Bytes of text that each id stands for, int32 [vocab_size]; 0 for special tokens, which stand for none.
+
+        Dividing a loss by the sum of these gives bits per byte, comparable between tokenizers.
+        """
+        lengths = np.array([len(token) for token in self._bytes], np.int32)
+        lengths[list(self.special_tokens.values())] = 0
+        return lengths
+
+    def encode(self, text: str, *, allowed_special: Specials = (), disallowed_special: Specials = ()) -> list[int]:
+        """Encode one text.
+
+        Args:
+            allowed_special: special tokens to recognise in the text, "all" or names.
+            disallowed_special: special tokens that the text must not hold, "all" or names; allowed ones excepted.
+
+        Returns: ids. A lone surrogate, which UTF-8 cannot write, is encoded as U+FFFD.
+
+        Raises: TokenizerError: if the text holds a disallowed special token, or an option names an unknown one.
+        """
+        [ids] = self.encode_batch([text], allowed_special=allowed_special, disallowed_special=disallowed_special)
+        return ids.tolist()
+
+    def encode_batch(
+        self,
+        texts: Iterable[str],
+        threads: int = 1,
+        *,
+        allowed_special: Specials = (),
+        disallowed_special: Specials = (),
+    ) -> list[Ids]:
+        """Encode many texts; options and errors are those of `encode`.
+
+        Args:
+            threads: threads that merge; the GIL is free meanwhile.
+
+        Returns: int32 [tokens] for each text.
+        """
+        if threads < 1:
+            raise TokenizerError(Problem(f"threads = {threads}", "must be at least 1"))
+        find = self._finder(allowed_special, disallowed_special)
+        encoded: list[Ids] = []
+        for batch in _batches(texts):
+            stretches = [list(find(well_formed(text))) for text in batch]
+            flat = [part for parts in stretches for part in parts]
+            pieces = [self._split(part) for part in flat if isinstance(part, str)]
+            encoded += _regroup(stretches, self._merge(pieces, threads))
+        return encoded
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Encode bytes that need not be UTF-8; where they are, as `encode` does the text. No normalisation."""
+        return self._merge([self._splitter.split(data.decode("utf-8", "surrogateescape"))], threads=1)[0].tolist()
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """Decode to text; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            skip_special: leave special tokens out.
+
+        Raises: TokenizerError: for an id outside the vocabulary.
+        """
+        if skip_special:
+            special = set(self.special_tokens.values())
+            ids = [id for id in ids if id not in special]
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Decode to the exact bytes. Raises: TokenizerError: for an id outside the vocabulary."""
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+            wrong = next(id for id in ids if not 0 <= id < self.vocab_size)
+            raise TokenizerError(
+                Problem(f"token id {wrong}", f"must be from 0 to {self.vocab_size - 1}", "is this the right tokenizer?")
+            )
+        return b"".join(map(self._bytes.__getitem__, ids))
+
+    def _split(self, text: str) -> Pieces:
+        if self.vocabulary.normalizer is not None:
+            text = unicodedata.normalize(self.vocabulary.normalizer, text)
+        return self._splitter.split(text)
+
+    def _merge(self, pieces: Sequence[Pieces], threads: int) -> list[Ids]:
+        """Encode split texts in one call, [pieces] each → int32 [tokens] each."""
+        if not pieces:
+            return []
+        starts = np.cumsum([0, *(len(one.utf8) for one in pieces)])
+        ends = np.concatenate([one.ends + start for one, start in zip(pieces, starts)])
+        document_ends = np.cumsum([len(one.ends) for one in pieces])
+        ids, id_ends = self._encoder.encode(b"".join(one.utf8 for one in pieces), ends, document_ends, threads)
+        return np.split(ids, id_ends[:-1])
+
+    def _finder(self, allowed: Specials, disallowed: Specials) -> Callable[[str], Iterator[str | AddedToken]]:
+        """Return a function that cuts a text at the added tokens to recognise, and refuses those disallowed."""
+        special = {token.content for token in self.vocabulary.added if token.special}
+        recognised = _chosen(allowed, special)
+        wanted = {t.content: t for t in self.vocabulary.added if not t.special or t.content in recognised}
+        border, refused = finder(wanted), finder(_chosen(disallowed, special) - recognised)
+
+        def find(text: str) -> Iterator[str | AddedToken]:
+            if refused is not None and (match := refused.search(text)):
+                raise TokenizerError(
+                    Problem(f"{match[0]!r} in the text", "is a special token", "allow it with allowed_special")
+                )
+            if border is None:
+                yield text
+                return
+            for n, part in enumerate(border.split(text)):  # text, token, text, token, ..., text
+                if n % 2 == 1:
+                    yield wanted[part]
+                elif part:
+                    yield part
+
+        return find
+
+
+def _chosen(names: Specials, special: set[str]) -> set[str]:
+    if names == "all":
+        return special
+    if unknown := [name for name in names if name not in special]:
+        raise TokenizerError([Problem(f"special token {name!r}", "is not in the vocabulary") for name in unknown])
+    return set(names)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    n_characters = 0
+    for text in texts:
+        batch.append(text)
+        n_characters += len(text)
+        if n_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, n_characters = [], 0
+    if batch:
+        yield batch
+
+
+def _regroup(stretches: Sequence[Sequence[str | AddedToken]], merged: Sequence[Ids]) -> Iterator[Ids]:
+    """Put the ids of added tokens back between those of the stretches of text around them."""
+    remaining = iter(merged)
+    for parts in stretches:
+        arrays = [np.array([p.id], np.int32) if isinstance(p, AddedToken) else next(remaining) for p in parts]
+        yield arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, np.int32), *arrays])
+
+
+def _write_whole(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".tmp")
+    partial.write_bytes(content)
+    partial.replace(file)
