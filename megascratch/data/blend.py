@@ -3,8 +3,8 @@
 Weights 0.5, 0.3 and 0.2; each step takes the next sample of the dataset that lags furthest behind its share:
 
     step      0  1  2  3  4  5  6  7  8  9
-    dataset   0  1  2  0  0  1  0  2  1  0
-    sample    0  0  0  1  2  1  3  1  2  4
+    dataset   0  1  2  0  1  0  2  0  1  0
+    sample    0  0  0  1  1  2  1  3  2  4
 
 The order is the same at every prefix of training, so any stretch of it has about the right proportions.
 """
