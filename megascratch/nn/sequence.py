@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megascratch.dist.rng import keep_mask, stream_key
+from megascratch.dist.rng import keep_mask, random_bits, stream_key
 from megascratch.nn.placement import Placement
 
 
@@ -57,9 +57,11 @@ class Dropout(nn.Module):
         assert info.sample_ids is not None, "dropout needs sample ids"
         shape = [1] * x.dim()
         shape[sample_dim] = -1
-        # A sample's elements take their own stretch of the stream, long enough for any activation.
-        counter = info.sample_ids.to(x.device).view(shape) * 2**44 + index
-        keep = keep_mask(stream_key(info.seed, self.site), counter, self.p)
+        key = stream_key(info.seed, self.site)
+        # Each sample's elements are counted from a place of its own among 2⁶⁴. A fixed stride between samples would
+        # wrap: 2⁴⁴ elements apart, sample 2²⁰ would get the mask of sample 0.
+        first = random_bits(key, info.sample_ids.to(x.device)).view(shape)
+        keep = keep_mask(key, first + index, self.p)
         return x * keep.to(x.dtype) / (1.0 - self.p)
 
 
