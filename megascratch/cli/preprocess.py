@@ -1,0 +1,54 @@
+"""`megascratch preprocess`: JSON Lines to indexed datasets of token ids."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class OnError(StrEnum):
+    """What a bad line does."""
+
+    fatal = "fatal"
+    skip = "skip"
+
+
+def preprocess(
+    input: Annotated[list[Path], typer.Option(help="JSON Lines: plain, .gz or .zst. Give it once a file.")],
+    tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json.")],
+    output_prefix: Annotated[Path, typer.Option(help="Datasets are named <prefix>_<key>_document.bin and .idx.")],
+    json_keys: Annotated[list[str] | None, typer.Option(help="Key to tokenize, text by default; repeatable.")] = None,
+    append_eod: Annotated[bool, typer.Option("--append-eod", help="End each document with the EOD token.")] = False,
+    workers: Annotated[int, typer.Option(help="Tokenizing processes.")] = 1,
+    on_error: Annotated[OnError, typer.Option(help="A bad line stops everything, or is left out.")] = OnError.fatal,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace datasets that exist.")] = False,
+) -> None:
+    """Tokenize JSON Lines into Megatron's .bin and .idx."""
+    from megascratch.data.preprocess import preprocess as run
+    from megascratch.log import make_console
+    from megascratch.tokenizer import Tokenizer
+
+    console = make_console()
+    summary = run(
+        input,
+        Tokenizer.from_file(tokenizer),
+        output_prefix,
+        json_keys=json_keys or ["text"],
+        append_eod=append_eod,
+        workers=workers,
+        on_error=on_error.value,
+        overwrite=overwrite,
+        console=console,
+    )
+    for bad in summary.bad_lines:
+        console.print(f"left out {bad}", markup=False)
+    n_bad = sum(summary.n_bad_lines.values())
+    if n_bad > len(summary.bad_lines):
+        console.print(f"left out {n_bad - len(summary.bad_lines):,} more bad lines")
+    for key, prefix in summary.prefixes.items():
+        print(f"{prefix}: {summary.n_documents:,} documents, {summary.n_tokens[key]:,} tokens")
+    print(
+        f"{summary.n_text_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s: {summary.text_bytes_per_s / 1e6:,.1f} MB/s,"
+        f" {summary.documents_per_s:,.0f} documents/s, {n_bad:,} bad lines"
+    )
