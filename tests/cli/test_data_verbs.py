@@ -1,0 +1,150 @@
+"""tokenizer, preprocess, merge and inspect, through the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import Files, Run
+
+TEXT = "def read(path): naïve 12345 <|endoftext|>\n"
+
+
+def test_encode_and_decode_are_inverse(run: Run, files: Files) -> None:
+    encoded = run("tokenizer", "encode", "--tokenizer", files.tokenizer, TEXT)
+    assert encoded.code == 0
+    decoded = run("tokenizer", "decode", "--tokenizer", files.tokenizer, *encoded.out.split())
+    assert (decoded.code, decoded.out) == (0, TEXT)
+
+
+def test_special_tokens_in_text_are_text_unless_allowed(run: Run, files: Files) -> None:
+    plain = run("tokenizer", "encode", "--tokenizer", files.tokenizer, "<|endoftext|>").out.split()
+    special = run("tokenizer", "encode", "--tokenizer", files.tokenizer, "--allow-special", "<|endoftext|>").out.split()
+    assert len(plain) > 1
+    assert special == ["299"]
+
+
+def test_decode_refuses_what_is_no_id(run: Run, files: Files) -> None:
+    finished = run("tokenizer", "decode", "--tokenizer", files.tokenizer, "12", "x1", "300")
+    assert (finished.code, finished.out) == (2, "")
+    assert "x1  is not a token id  give whole numbers" in finished.err
+    finished = run("tokenizer", "decode", "--tokenizer", files.tokenizer, "300")
+    assert (finished.code, finished.out) == (2, "")
+    assert "token id 300  must be from 0 to 299" in finished.err
+
+
+def test_train_overwrites_only_when_told(run: Run, files: Files, tmp_path: Path) -> None:
+    output = tmp_path / "tokenizer.json"
+    output.write_text("mine")
+    arguments = ["tokenizer", "train", "--vocab-size", "280", "--output", output, files.corpus]
+    finished = run(*arguments)
+    assert (finished.code, output.read_text()) == (2, "mine")
+    assert "exists already  add --overwrite" in finished.err
+    finished = run(*arguments, "--overwrite")
+    assert (finished.code, finished.out) == (0, f"{output}: 280 ids, 1 of them special\n")
+    assert json.loads(output.read_text())["model"]["type"] == "BPE"
+
+
+def test_train_tells_all_problems_at_once(run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "tokenizer.json"
+    finished = run(
+        "tokenizer", "train", "--vocab-size", "100", "--pattern", "gpt3", "--output", output, "nothing.jsonl"
+    )
+    assert finished.code == 2
+    assert finished.err.startswith("3 problems")
+    assert not output.exists()
+
+
+def test_export_to_tiktoken_and_back(run: Run, files: Files, tmp_path: Path) -> None:
+    ranks, folder = tmp_path / "ranks.tiktoken", tmp_path / "back"
+    assert run("tokenizer", "export", files.tokenizer, ranks, "--to", "tiktoken").code == 0
+    back = run("tokenizer", "export", ranks, folder, "--pattern", "cl100k", "--special-token", "<|endoftext|>=299")
+    assert (back.code, back.out) == (0, f"{folder / 'tokenizer.json'}: 300 ids\n")
+    ours = run("tokenizer", "encode", "--tokenizer", files.tokenizer, TEXT).out
+    assert run("tokenizer", "encode", "--tokenizer", folder, TEXT).out == ours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ranks.tiktoken", "out"], "a .tiktoken file does not say it  add --pattern, one of gpt2"),
+        (["ranks.tiktoken", "out", "--pattern", "gpt2", "--special-token", "x"], "must have the form TEXT=ID"),
+        (["tokenizer.json", "out", "--pattern", "gpt2"], "belongs to a .tiktoken source"),
+        (["tokenizer.json", "out"], "tokenizer.json"),
+    ],
+)
+def test_export_refuses(run: Run, arguments: list[str], message: str) -> None:
+    finished = run("tokenizer", "export", *arguments)
+    assert finished.code == 2
+    assert message in finished.err
+
+
+def test_preprocess_reports_what_it_wrote(run: Run, files: Files, tmp_path: Path) -> None:
+    prefix = tmp_path / "out"
+    arguments = ["--input", files.corpus, "--input", files.corpus, "--tokenizer", files.tokenizer]
+    finished = run("preprocess", *arguments, "--output-prefix", prefix, "--workers", "2")
+    assert finished.code == 0
+    assert f"{prefix}_text_document: 400 documents," in finished.out
+    assert Path(f"{prefix}_text_document.bin").exists()
+
+
+def test_preprocess_stops_at_a_bad_line_or_leaves_it_out(run: Run, files: Files, tmp_path: Path) -> None:
+    corpus, prefix = tmp_path / "bad.jsonl", tmp_path / "out"
+    corpus.write_text('{"text": "good"}\n{"text": \n{"txt": "good"}\n')
+    arguments = ["preprocess", "--input", corpus, "--tokenizer", files.tokenizer, "--output-prefix", prefix]
+    finished = run(*arguments)
+    assert (finished.code, finished.out) == (2, "")
+    assert str(corpus) in finished.err
+    assert "line 2" in finished.err
+    assert not list(tmp_path.glob("out*"))
+    finished = run(*arguments, "--on-error", "skip")
+    assert finished.code == 0
+    assert "1 documents" in finished.out
+    assert "2 bad lines" in finished.out
+    assert f"left out {corpus}:2" in finished.err
+
+
+def test_merge_and_inspect(run: Run, files: Files, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    arguments = ["merge", files.dataset, files.dataset, "--output-prefix", merged]
+    assert run(*arguments).out.startswith(f"{merged}: 400 documents, ")
+    again = run(*arguments)
+    assert again.code == 2
+    assert "exist" in again.err
+
+    shown = run("inspect", f"{merged}.bin", "--tokenizer", files.tokenizer, "--documents", "1")
+    assert shown.code == 0
+    assert "400 in 400 sequences" in shown.out
+    assert "def function_0(path):" in shown.out
+    assert "function_1" not in shown.out
+
+
+def test_inspect_a_dataset_without_a_tokenizer_shows_ids(run: Run, files: Files) -> None:
+    shown = run("inspect", files.dataset)
+    assert shown.code == 0
+    assert "add --tokenizer to see text" in shown.out
+
+
+def test_inspect_a_tokenizer(run: Run, files: Files) -> None:
+    shown = run("inspect", files.tokenizer)
+    assert shown.code == 0
+    assert "300, of which 1 special" in shown.out
+    assert "<|endoftext|> = 299" in shown.out
+    assert "bytes a token" in shown.out
+
+
+@pytest.mark.parametrize("name", ["nothing", "corpus.txt"])
+def test_inspect_refuses_anything_else(run: Run, tmp_path: Path, name: str) -> None:
+    (tmp_path / "corpus.txt").write_text("text")
+    finished = run("inspect", tmp_path / name)
+    assert (finished.code, finished.out) == (2, "")
+    assert "no such file" in finished.err or "is no dataset" in finished.err
+
+
+def test_truncated_dataset_is_one_message(run: Run, files: Files, tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        data = Path(f"{files.dataset}{suffix}").read_bytes()
+        (tmp_path / f"cut{suffix}").write_bytes(data[: -10 if suffix == ".bin" else None])
+    finished = run("inspect", tmp_path / "cut")
+    assert (finished.code, finished.out) == (2, "")
+    assert "truncated" in finished.err
+    assert len(finished.err.splitlines()) == 2
