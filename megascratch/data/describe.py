@@ -2,21 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from megascratch.data.indexed import IndexedDataset
+from megascratch.tokenizer import Tokenizer
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-
-
-class TextDecoder(Protocol):
-    """What describing asks of a tokenizer; `megascratch.tokenizer.Tokenizer` is one."""
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of token ids."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class DatasetDescription:
 
 
 def describe_dataset(
-    prefix: Path | str, tokenizer: TextDecoder | None = None, *, n_documents: int = 3, n_tokens: int = 64
+    prefix: Path | str, tokenizer: Tokenizer | None = None, *, n_documents: int = 3, n_tokens: int = 64
 ) -> DatasetDescription:
     """Describe the dataset at `prefix`, with the first `n_tokens` of its first `n_documents`.
 

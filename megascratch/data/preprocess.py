@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,27 +28,10 @@ from megascratch.data.workers import in_order
 from megascratch.data.writer import IndexedDatasetWriter, require_free
 from megascratch.errors import DataError, Problem
 from megascratch.log import progress
+from megascratch.tokenizer import Tokenizer
 
 _BLOCK_BYTES = 256 << 10
 _SHOWN_BAD_LINES = 20
-
-
-class TextEncoder(Protocol):
-    """What preprocessing asks of a tokenizer; `megascratch.tokenizer.Tokenizer` is one."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        ...
-
-    @property
-    def eod_id(self) -> int | None:
-        """Id of the end-of-document token, or None."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str], threads: int = ...) -> Sequence[NDArray]:
-        """Return the ids of each text."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +81,7 @@ class Summary:
 
 def preprocess(
     inputs: Sequence[Path | str],
-    tokenizer: TextEncoder,
+    tokenizer: Tokenizer,
     output_prefix: Path | str,
     *,
     json_keys: Sequence[str] = ("text",),
@@ -112,7 +95,7 @@ def preprocess(
 
     Args:
         inputs: files of one JSON object a line, plain, `.gz` or `.zst`; blank lines are passed over.
-        tokenizer: its vocabulary size decides between uint16 and int32.
+        tokenizer: its vocabulary size decides between uint16 and int32; text that looks like a special token is text.
         output_prefix: where the datasets go.
         json_keys: whose strings are tokenized; a line that lacks one is bad for all.
         append_eod: end each document that has tokens with the end-of-document token.
@@ -158,7 +141,7 @@ def preprocess(
     )
 
 
-def _require_options(json_keys: Sequence[str], append_eod: bool, tokenizer: TextEncoder, workers: int) -> None:
+def _require_options(json_keys: Sequence[str], append_eod: bool, tokenizer: Tokenizer, workers: int) -> None:
     problems = []
     for key, count in Counter(json_keys).items():
         if count > 1:
@@ -222,7 +205,7 @@ class _Tally:
 
 
 def _encode_block(
-    block: Block, *, tokenizer: TextEncoder, json_keys: tuple[str, ...], eod_id: int | None, dtype: np.dtype
+    block: Block, *, tokenizer: Tokenizer, json_keys: tuple[str, ...], eod_id: int | None, dtype: np.dtype
 ) -> _EncodedBlock:
     texts: list[list[str]] = [[] for _ in json_keys]
     bad_lines = []
@@ -256,18 +239,13 @@ def _parse_line(line: bytes, json_keys: tuple[str, ...]) -> list[str]:
     for key in json_keys:
         if key not in parsed:
             raise ValueError(f'no key "{key}"')
-        value = parsed[key]
-        if not isinstance(value, str):
-            raise ValueError(f'"{key}" is not a string: {type(value).__name__}')
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f'"{key}" holds half of a surrogate pair') from None
-        values.append(value)
+        if not isinstance(parsed[key], str):
+            raise ValueError(f'"{key}" is not a string: {type(parsed[key]).__name__}')
+        values.append(parsed[key])
     return values
 
 
-def _encode_texts(tokenizer: TextEncoder, texts: list[str], eod_id: int | None, dtype: np.dtype) -> _Documents:
+def _encode_texts(tokenizer: Tokenizer, texts: list[str], eod_id: int | None, dtype: np.dtype) -> _Documents:
     documents = [np.asarray(ids) for ids in tokenizer.encode_batch(texts, threads=1)] if texts else []
     if eod_id is not None:
         # An empty document gets no end, as in Megatron: it has no sequence at all.
