@@ -1,4 +1,4 @@
-"""Every layer against its size-1 self: output, input gradient and weight gradients, with and without sequence parallelism."""
+"""Every layer against its size-1 self: output and all gradients, with and without sequence parallelism."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,7 +138,7 @@ def test_embedding_equals_its_one_rank_self(vocab_size: int) -> None:
         torch.testing.assert_close(run(mesh, sequence_parallel), (output, gradient), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("s, t", [(8, 8), (1, 8), (3, 8), (1, 1)])  # whole sequence; decoding; a chunk; first token
+@pytest.mark.parametrize(("s", "t"), [(8, 8), (1, 8), (3, 8), (1, 1)])  # whole sequence; decoding; a chunk; first token
 def test_attention_cores_agree(s: int, t: int) -> None:
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(s, B, 8, 6, dtype=F64, generator=generator, requires_grad=True)
