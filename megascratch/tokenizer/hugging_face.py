@@ -165,12 +165,16 @@ def _checked_id(id: object, name: str) -> int:
 
 
 def _tokens(ids: dict[str, int], added: tuple[AddedToken, ...]) -> list[bytes]:
+    tokens = [b""] * (
+        1 + max([*(_checked_id(id, name) for name, id in ids.items()), *(t.id for t in added)], default=-1)
+    )
     added_ids = {token.content: token.id for token in added}
-    highest = max((_checked_id(id, name) for name, id in (ids | added_ids).items()), default=-1)
-    tokens = [b""] * (highest + 1)
     for characters, id in ids.items():
-        if added_ids.get(characters) == id:
-            continue
+        if characters in added_ids:
+            if added_ids[characters] == id:
+                continue
+            rule = f"has id {added_ids[characters]} among the added tokens and {id} in the vocabulary"
+            raise TokenizerError(Problem(f"token {characters!r}", rule))
         try:
             token = to_bytes(characters)
         except KeyError as error:

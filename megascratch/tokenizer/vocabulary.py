@@ -64,16 +64,21 @@ class Vocabulary:
     end_of_document: str | None = None
 
     def __post_init__(self) -> None:
-        problems = [
-            Problem(f"special token {token.content!r}", "is given twice")
-            for n, token in enumerate(self.added)
-            if token.content in {earlier.content for earlier in self.added[:n]}
-        ]
-        problems += [
-            Problem(f"special token with id {token.id}", "must be text that UTF-8 can write, and not empty")
-            for token in self.added
-            if not token.content or token.content != well_formed(token.content)
-        ]
+        problems = []
+        ids: dict[int, str] = {}
+        contents = set()
+        for token in self.added:
+            if not token.content or token.content != well_formed(token.content):
+                rule = "must be text that UTF-8 can write, and not empty"
+                problems.append(Problem(f"added token with id {token.id}", rule))
+            if token.content in contents:
+                problems.append(Problem(f"added token {token.content!r}", "is given twice"))
+            elif token.id in ids:
+                problems.append(
+                    Problem(f"added token {token.content!r}", f"shares id {token.id} with {ids[token.id]!r}")
+                )
+            contents.add(token.content)
+            ids[token.id] = token.content
         if missing := set(range(256)) - {token[0] for token in self.tokens if len(token) == 1}:
             problems.append(
                 Problem(
@@ -82,7 +87,7 @@ class Vocabulary:
                     "only a vocabulary with all of them can encode any text",
                 )
             )
-        if self.end_of_document is not None and self.end_of_document not in {token.content for token in self.added}:
+        if self.end_of_document is not None and self.end_of_document not in contents:
             problems.append(
                 Problem(f"end-of-document token {self.end_of_document!r}", "is not in the vocabulary", self._choices())
             )

@@ -1,0 +1,197 @@
+"""Encoding and decoding: the ids of `tokenizers` and `tiktoken`, exact round trips, special tokens, long runs."""
+
+import json
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiktoken_ext import openai_public
+
+from megascratch.errors import TokenizerError
+from megascratch.tokenizer import PATTERNS, StreamDecoder, Tokenizer
+from megascratch.tokenizer.hugging_face import render
+
+SHARED_TEXTS = sorted(Path("../shared/data").glob("*.txt"))
+TIKTOKEN_CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+TIKTOKEN_O200K = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+# tiktoken's own spelling of each pattern, so that ours is compared with it and not with itself.
+TIKTOKEN_PATTERNS = {
+    "gpt2": openai_public.r50k_pat_str,
+    "cl100k": TIKTOKEN_CL100K,
+    "o200k": TIKTOKEN_O200K,
+    "llama3": TIKTOKEN_CL100K,
+}
+
+
+def assert_same_ids(ours: list[int], theirs: list[int], tokenizer: Tokenizer) -> None:
+    if ours != theirs:
+        first = next((n for n, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+        around = slice(max(0, first - 3), first + 5)
+        pytest.fail(
+            f"ids differ from {first}: {[tokenizer.token_bytes(id) for id in ours[around]]}"
+            f" against {[tokenizer.token_bytes(id) for id in theirs[around]]}"
+        )
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_ids_are_those_of_tokenizers(
+    pattern: str, tokenizers_by_pattern: dict[str, Tokenizer], mixed_text: str, tmp_path: Path
+) -> None:
+    tokenizer = tokenizers_by_pattern[pattern]
+    oracle = tokenizers.Tokenizer.from_file(str(tokenizer.save(tmp_path / "tokenizer.json")))
+    theirs = oracle.encode(mixed_text, add_special_tokens=False).ids
+    assert_same_ids(tokenizer.encode(mixed_text, allowed_special="all"), theirs, tokenizer)
+    assert oracle.decode(theirs, skip_special_tokens=False) == mixed_text
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_ids_are_those_of_tiktoken(
+    pattern: str, tokenizers_by_pattern: dict[str, Tokenizer], mixed_text: str, tmp_path: Path
+) -> None:
+    tokenizer = tokenizers_by_pattern[pattern]
+    tokenizer.save_tiktoken(tmp_path / "ranks.tiktoken")
+    oracle = tiktoken.Encoding(
+        "ours",
+        pat_str=TIKTOKEN_PATTERNS[pattern],
+        mergeable_ranks=tiktoken.load.load_tiktoken_bpe(str(tmp_path / "ranks.tiktoken")),
+        special_tokens=tokenizer.special_tokens,
+    )
+    assert_same_ids(tokenizer.encode(mixed_text), oracle.encode_ordinary(mixed_text), tokenizer)
+    assert_same_ids(
+        tokenizer.encode(mixed_text, allowed_special="all"), oracle.encode(mixed_text, allowed_special="all"), tokenizer
+    )
+
+
+@pytest.mark.skipif(not SHARED_TEXTS, reason="no ../shared/data")
+@pytest.mark.parametrize("path", SHARED_TEXTS, ids=lambda path: path.name)
+def test_ids_of_prose_are_those_of_tokenizers(path: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = path.read_text("utf-8")
+    oracle = tokenizers.Tokenizer.from_file(str(tokenizer.save(tmp_path / "tokenizer.json")))
+    assert_same_ids(tokenizer.encode(text), oracle.encode(text).ids, tokenizer)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.binary() | st.text(alphabet="a'sT 1\n\r\u00e9\u4e00\U0001f642").map(str.encode))
+def test_any_bytes_come_back(tokenizer: Tokenizer, data: bytes) -> None:
+    assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)) == data
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text())
+def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode_bytes(text.encode()) == tokenizer.encode(text)
+
+
+def test_lone_surrogates_become_replacement_characters(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("a\ud800b\udcffc")) == "a\ufffdb\ufffdc"
+    assert tokenizer.decode(tokenizer.encode("\ud83d\ude42")) == "🙂"
+
+
+def test_a_batch_is_its_texts_one_by_one(tokenizer: Tokenizer, source_texts: list[str], mixed_text: str) -> None:
+    texts = ["", *source_texts, "", "é", "<|endoftext|>", mixed_text * 5, ""]  # more than one inner batch
+    expected = [tokenizer.encode(text) for text in texts]
+    for threads in (1, 3):
+        batch = tokenizer.encode_batch(texts, threads=threads)
+        assert all(ids.dtype == np.int32 for ids in batch)
+        assert [ids.tolist() for ids in batch] == expected
+    assert tokenizer.encode_batch([]) == []
+    assert tokenizer.encode_batch(["", ""])[1].tolist() == []
+
+
+def test_at_least_one_thread(tokenizer: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match=r"threads = 0\s+must be at least 1"):
+        tokenizer.encode_batch(["a"], threads=0)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("letters", ["a", "ab", "=", "é", " ", "漢字", "\n"])
+@pytest.mark.parametrize("pattern", ["gpt2", "o200k"])
+def test_a_megabyte_without_a_break_takes_bounded_work(
+    pattern: str, letters: str, tokenizers_by_pattern: dict[str, Tokenizer]
+) -> None:
+    text = letters * (1_000_000 // len(letters))
+    start = time.process_time()
+    ids = tokenizers_by_pattern[pattern].encode(text)
+    assert time.process_time() - start < 20  # takes about 0.5 s; 10^12 steps would take minutes
+    assert tokenizers_by_pattern[pattern].decode(ids) == text
+
+
+def test_long_and_short_pieces_merge_alike(tokenizer: Tokenizer, source_texts: list[str]) -> None:
+    letters = "".join(filter(str.isalpha, source_texts[0]))[:400]
+    oracle = tokenizers.Tokenizer.from_str(json.dumps(render(tokenizer.vocabulary)))
+    for length in range(1, len(letters), 3):  # across the border between scan and heap
+        assert tokenizer.encode(letters[:length]) == oracle.encode(letters[:length]).ids
+
+
+def test_special_tokens_in_text_are_text_unless_allowed(tokenizer: Tokenizer) -> None:
+    text = "a<|endoftext|>b"
+    assert tokenizer.eod_id == tokenizer.vocab_size - 1
+    assert tokenizer.eod_id not in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    for allowed in ("all", ["<|endoftext|>"]):
+        ids = tokenizer.encode(text, allowed_special=allowed)
+        assert ids == [*tokenizer.encode("a"), tokenizer.eod_id, *tokenizer.encode("b")]
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode(ids, skip_special=True) == "ab"
+    assert tokenizer.encode("<|endoftext|>" * 2, allowed_special="all") == [tokenizer.eod_id] * 2
+
+
+def test_disallowed_special_tokens_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match=r"'<\|endoftext\|>' in the text\s+is a special token\s+allow it"):
+        tokenizer.encode("a<|endoftext|>", disallowed_special="all")
+    assert tokenizer.encode("<|endoftext|>", allowed_special="all", disallowed_special="all") == [tokenizer.eod_id]
+    with pytest.raises(TokenizerError, match=r"special token '<x>'\s+is not in the vocabulary"):
+        tokenizer.encode("a", allowed_special=["<x>"])
+
+
+def test_ids_outside_the_vocabulary(tokenizer: Tokenizer) -> None:
+    for id in (-1, tokenizer.vocab_size):
+        with pytest.raises(TokenizerError, match=rf"token id {id}\s+must be from 0 to {tokenizer.vocab_size - 1}"):
+            tokenizer.decode([0, id])
+
+
+def test_byte_lengths_add_up_to_the_text(tokenizer: Tokenizer, mixed_text: str) -> None:
+    ids = tokenizer.encode(mixed_text)
+    assert tokenizer.byte_lengths()[ids].sum() == len(mixed_text.encode())
+    assert sum(len(tokenizer.token_bytes(id)) for id in ids) == len(mixed_text.encode())
+    assert tokenizer.byte_lengths()[tokenizer.eod_id] == 0
+
+
+def test_a_stream_never_splits_a_character(tokenizer: Tokenizer, mixed_text: str) -> None:
+    ids = tokenizer.encode(mixed_text[:50_000])
+    stream = StreamDecoder(tokenizer)
+    parts = [stream.feed(id) for id in ids]
+    assert not any("\ufffd" in part for part in parts)
+    assert "".join(parts) + stream.finish() == mixed_text[:50_000]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.binary(max_size=40))
+def test_a_stream_gives_what_decoding_at_once_gives(tokenizer: Tokenizer, data: bytes) -> None:
+    ids = tokenizer.encode_bytes(data)
+    stream = StreamDecoder(tokenizer)
+    assert "".join(map(stream.feed, ids)) + stream.finish() == tokenizer.decode(ids)
+
+
+def test_a_tokenizer_travels_to_worker_processes(tokenizer: Tokenizer) -> None:
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("def f(x):") == tokenizer.encode("def f(x):")
