@@ -17,8 +17,8 @@ With `pp` ranks, stage s lies on rank s % pp: a rank that holds several stages m
 """
 
 import re
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from megascratch.errors import Problem, UserError
 
@@ -39,6 +39,8 @@ class Kind(StrEnum):
     SEND_B = "SB"
     RECV_B = "RB"
 
+    __hash__ = str.__hash__  # in C; Enum's own is Python, and checking 10⁵ actions hashes millions
+
     @property
     def is_compute(self) -> bool:
         return len(self.value) == 1
@@ -48,8 +50,7 @@ class Kind(StrEnum):
 _TEXT = re.compile(rf"([0-9]{{1,9}})({'|'.join(Kind)})([0-9]{{1,9}})")
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """One step of one rank: `kind` for `stage` on `microbatch`, both counted from 0."""
 
     stage: int

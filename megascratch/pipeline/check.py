@@ -81,10 +81,9 @@ def _incomplete(
             pair = "" if action.kind.is_compute else f"; it pairs with {partner(action)}"
             rule = f"must stand on rank {rank_of(action.stage, pp)} exactly once, not {count} times{pair}"
             yield Problem(str(action), rule, "add it" if count == 0 else "drop the others")
-    known = set(expected)
     for rank, count_of in enumerate(counts):
         for action in count_of:
-            if action not in known:
+            if action not in expected:
                 rule = f"has no place among {n_stages} stages and {n_microbatches} microbatches on {pp} ranks"
                 yield Problem(f"rank {rank}: {action}", rule, "drop it")
             elif rank_of(action.stage, pp) != rank:
@@ -114,9 +113,8 @@ def _expected(
 
 def _disordered(schedule: Sequence[Sequence[Action]], n_stages: int) -> Iterator[Problem]:
     """Yield every action that stands before something of its own rank that it needs."""
-    pp = len(schedule)
     for rank, actions in enumerate(schedule):
-        happened: set[Action] = set()  # on this rank: computed, received, or ready to be sent
+        happened: set[Action] = set()  # on this rank: computed, received, handed over, or ready to be sent
         for action in actions:
             if action.kind in (Kind.SEND_F, Kind.SEND_B) and action not in happened:
                 yield Problem(f"rank {rank}: {action}", "stands before what it sends is computed", "move it later")
@@ -124,11 +122,8 @@ def _disordered(schedule: Sequence[Sequence[Action]], n_stages: int) -> Iterator
                 if need not in happened:
                     yield Problem(f"rank {rank}: {action}", f"stands before {need}, which it needs", "move it later")
             happened.add(action)
-            transfer = delivery(action, n_stages) if action.kind.is_compute else None
-            if transfer is not None:
-                send, receive = transfer
-                local = rank_of(send.stage, pp) == rank_of(receive.stage, pp)
-                happened.add(receive if local else send)
+            if action.kind.is_compute:
+                happened.update(delivery(action, n_stages) or ())
 
 
 def _deadlocked(schedule: Sequence[Sequence[Action]]) -> Iterator[Problem]:
@@ -150,7 +145,11 @@ def _deadlocked(schedule: Sequence[Sequence[Action]]) -> Iterator[Problem]:
     moved = list(waiting)
     while moved:
         rank = moved.pop()
-        if rank not in waiting or waiting.get(peer := place[partner(waiting[rank])]) != partner(waiting[rank]):
+        if rank not in waiting:  # its partner took it to its end
+            continue
+        awaited = partner(waiting[rank])
+        peer = place[awaited]
+        if waiting.get(peer) != awaited:
             continue
         for one in (rank, peer):
             heads[one] += 1
@@ -161,9 +160,9 @@ def _deadlocked(schedule: Sequence[Sequence[Action]]) -> Iterator[Problem]:
                 waiting[one] = following
                 moved.append(one)
     for rank, action in sorted(waiting.items()):
-        peer = place[partner(action)]
-        at = f"which stands at {waiting[peer]}" if peer in waiting else "which has finished"
-        yield Problem(f"rank {rank}: {action}", f"waits for ever for {partner(action)} of rank {peer}, {at}", "reorder")
+        peer = place[partner(action)]  # still waiting too: it cannot have passed its half of the transfer
+        rule = f"waits for ever for {partner(action)} of rank {peer}, which stands at {waiting[peer]}"
+        yield Problem(f"rank {rank}: {action}", rule, "reorder the schedule")
 
 
 def _peak_in_flight(actions: Sequence[Action]) -> int:
