@@ -34,8 +34,8 @@ def read(path: Path, end_of_document: str | None = None) -> Vocabulary:
     file = path / FILE_NAME if path.is_dir() else path
     document = _load_json(file)
     try:
-        if end_of_document is None and (path / CONFIG_NAME).is_file():
-            end_of_document = _configured_end(_load_json(path / CONFIG_NAME))
+        if end_of_document is None and file.name == FILE_NAME:
+            end_of_document = _configured_end(file.with_name(CONFIG_NAME), document)
         return parse(document, end_of_document)
     except TokenizerError as error:
         raise TokenizerError(error.problems, where=str(file)) from None
@@ -130,10 +130,13 @@ def _load_json(file: Path) -> dict[str, Any]:
     return document
 
 
-def _configured_end(config: dict[str, Any]) -> str | None:
-    end = config.get("eos_token")
-    end = end.get("content") if isinstance(end, dict) else end
-    return end if isinstance(end, str) else None
+def _configured_end(file: Path, document: dict[str, Any]) -> str | None:
+    """Return the `eos_token` of a configuration, if there is one and it is an added token."""
+    if not file.is_file():
+        return None
+    end = _load_json(file).get("eos_token")
+    content = end.get("content") if isinstance(end, dict) else end
+    return next((t["content"] for t in document.get("added_tokens") or () if t["content"] == content), None)
 
 
 def _unsupported(model: dict[str, Any], document: dict[str, Any]) -> list[Problem]:

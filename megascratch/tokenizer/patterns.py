@@ -51,7 +51,7 @@ def pattern_named(name: str) -> str:
     raise TokenizerError(Problem(f"pattern = {name}", f"must be one of {', '.join(PATTERNS)}", remedy))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single equality
 class Pieces:
     """Pre-tokens of one text: piece i is `utf8[ends[i-1]:ends[i]]`, and together they are all of it.
 

@@ -262,7 +262,12 @@ def _regroup(stretches: Sequence[Sequence[str | AddedToken]], merged: Sequence[I
 
 
 def _write_whole(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Replace a file as a whole, making its directory where there is none."""
     partial = file.with_name(file.name + ".tmp")
-    partial.write_bytes(content)
-    partial.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(file)
+    except OSError as error:
+        problem = Problem(str(file), f"cannot be written: {error.strerror}", "choose another place")
+        raise TokenizerError(problem) from None

@@ -35,7 +35,7 @@ class AddedToken:
     special: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single equality
 class Vocabulary:
     """A byte-level BPE vocabulary.
 

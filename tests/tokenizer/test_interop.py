@@ -109,6 +109,7 @@ def test_the_end_of_a_document(document: dict[str, Any], tmp_path: Path) -> None
     for stop in ("<|stop|>", {"content": "<|stop|>"}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": stop}))
         assert Tokenizer.from_file(tmp_path).eod_id == 5001
+    assert Tokenizer.from_file(tmp_path / "tokenizer.json").eod_id == 5001
     assert Tokenizer.from_file(tmp_path).vocab_size == 5002
 
 
@@ -193,6 +194,12 @@ def test_a_special_token_that_reads_as_an_ordinary_one(tokenizer: Tokenizer, tmp
     with pytest.raises(TokenizerError, match=r"'Ġdef'\s+is how tokenizer\.json writes an ordinary token"):
         Tokenizer(vocabulary).save(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(TokenizerError, match=r"cannot be written: .*\s+choose another place"):
+        tokenizer.save(tmp_path / "file" / "below")
 
 
 def test_tiktoken_ranks_come_back(tokenizer: Tokenizer, mixed_text: str, tmp_path: Path) -> None:
