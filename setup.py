@@ -11,6 +11,7 @@ the unstable C++ ABI; hence this small `build_ext`. Only what changed is rebuilt
 
 import importlib.util
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,11 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+def escape(path: Path) -> str:
+    """A path as ninja wants it in a build line."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 class NinjaFile:
     """The text of a build.ninja, one edge at a time; ninja itself tracks headers, flags and what is out of date."""
 
@@ -66,12 +72,12 @@ class NinjaFile:
     def compile(self, source: Path, command: list[str], variant: str) -> str:
         """Add an object file; returns its name. The variant tells objects of one source apart."""
         name = f"{variant}/{source.stem}_{source.suffix[1:]}.o"
-        self.lines += [f"build {name}: compile {source}", f"  tool = {' '.join(command)}"]
+        self.lines += [f"build {name}: compile {escape(source)}", f"  tool = {shlex.join(command)}"]
         return name
 
     def link(self, name: str, objects: list[str], command: list[str], libraries: list[str]) -> None:
-        self.lines += [f"build {name}: link {' '.join(objects)}", f"  tool = {' '.join(command)}"]
-        self.lines += [f"  libraries = {' '.join(libraries)}"]
+        self.lines += [f"build {name}: link {' '.join(objects)}", f"  tool = {shlex.join(command)}"]
+        self.lines += [f"  libraries = {shlex.join(libraries)}"]
 
     def run(self) -> None:
         self.build_dir.mkdir(parents=True, exist_ok=True)
@@ -89,11 +95,13 @@ class BuildNative(build_ext):
             raise SystemExit(
                 "megascratch: g++ is missing: install it (Debian, Ubuntu: apt-get install g++), then repeat"
             )
-        ninja = NinjaFile(ROOT / self.build_temp / "native")
+        ninja = NinjaFile(ROOT / "build/native")  # build_temp would be a new one for each editable install
         self.add_operators(ninja, gxx)
         self.add_pybind11_modules(ninja, gxx)
         ninja.run()
         for name, target in self.targets().items():
+            if target.exists() and target.stat().st_mtime == (ninja.build_dir / name).stat().st_mtime:
+                continue
             target.parent.mkdir(parents=True, exist_ok=True)
             # A running process may have the old file mapped: a new inode leaves it whole, writing into it would not.
             fresh = target.with_suffix(".new")
@@ -103,7 +111,7 @@ class BuildNative(build_ext):
     def add_operators(self, ninja: NinjaFile, gxx: str) -> None:
         torch = package_dir("torch")
         cxx = [gxx, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{CSRC / 'include'}"]
-        stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-isystem {torch / 'include'}"]
+        stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", str(torch / "include")]
         # libtorch brings whichever of libtorch_cpu and libtorch_cuda this torch has; it is found by the time we load.
         libraries = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
 
@@ -124,17 +132,17 @@ class BuildNative(build_ext):
             print("megascratch: no nvcc, so no CUDA library: on a GPU the PyTorch reference runs")
             return
         codes = " ".join(arch.replace("compute", "sm") for arch in gpu_codes(nvcc))
-        described = f"""-DMEGASCRATCH_GPU_CODES='"{codes}"'"""
+        described = f'-DMEGASCRATCH_GPU_CODES="{codes}"'
         objects = [ninja.compile(CSRC / "cuda/registration.cpp", [*cxx, *stable, described], "cuda")]
         objects += [ninja.compile(source, nvcc_command(nvcc, gxx), "cuda") for source in kernels("cuda", "cu")]
         # The static runtime: the library then loads on a machine with neither a GPU nor a CUDA torch.
-        link = [nvcc, f"-ccbin {gxx}", "-cudart static"]
+        link = [nvcc, "-ccbin", gxx, "-cudart", "static"]
         ninja.link(
-            "libmegascratch_cuda.so", objects, link, [option.replace("-Wl,", "-Xlinker ") for option in libraries]
+            "libmegascratch_cuda.so", objects, link, [option.replace("-Wl,", "-Xlinker=") for option in libraries]
         )
 
     def add_pybind11_modules(self, ninja: NinjaFile, gxx: str) -> None:
-        include = [f"-isystem {package_dir('pybind11') / 'include'}", f"-isystem {sysconfig.get_path('include')}"]
+        include = ["-isystem", str(package_dir("pybind11") / "include"), "-isystem", sysconfig.get_path("include")]
         command = [gxx, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread", *include]
         for module, source in pybind11_modules().items():
             ninja.link(module, [ninja.compile(source, command, "host")], [gxx, "-pthread"], [])
@@ -169,19 +177,16 @@ def gpu_codes(nvcc: str) -> dict[str, str]:
 
 
 def nvcc_command(nvcc: str, gxx: str) -> list[str]:
-    generate = [f"-gencode arch={arch},code={code}" for arch, code in gpu_codes(nvcc).items()]
-    strict = ["-Werror all-warnings", "-Xptxas -warn-spills,-warn-lmem-usage"]
-    host = [f"-ccbin {gxx}", "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-    return [nvcc, "-std=c++20", "-O3", "--threads 0", *generate, *strict, *host, f"-I{CSRC / 'include'}"]
+    generate = [f"-gencode=arch={arch},code={code}" for arch, code in gpu_codes(nvcc).items()]
+    strict = ["-Werror=all-warnings", "-Xptxas=-warn-spills,-warn-lmem-usage"]
+    host = ["-ccbin", gxx, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+    return [nvcc, "-std=c++20", "-O3", "--threads=0", *generate, *strict, *host, f"-I{CSRC / 'include'}"]
 
 
 def pybind11_modules() -> dict[str, Path]:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    modules = {
-        f"tokenizer/_bpe{suffix}": CSRC / "host/bpe.cpp",
-        f"data/_sample_index{suffix}": CSRC / "host/sample_index.cpp",
-    }
-    return {module: source for module, source in modules.items() if source.exists()}
+    host = CSRC / "host"
+    return {f"tokenizer/_bpe{suffix}": host / "bpe.cpp", f"data/_sample_index{suffix}": host / "sample_index.cpp"}
 
 
 # The extension is named only so that setuptools knows the wheel to be of one platform.
