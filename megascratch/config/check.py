@@ -183,7 +183,7 @@ def _data(config: Config, _: int | None) -> Iterator[Problem]:
         )
 
 
-def _learning_rate(config: Config, _: int | None) -> Iterator[Problem]:
+def _steps(config: Config, _: int | None) -> Iterator[Problem]:
     optim, steps = config.optim, config.train.steps
     if optim.min_lr > optim.lr:
         yield Problem(f"optim.min_lr = {optim.min_lr}", f"must not exceed optim.lr = {optim.lr}", "lower optim.min_lr")
@@ -204,7 +204,7 @@ RULES: tuple[Rule, ...] = (
     _batch,
     _lengths,
     _data,
-    _learning_rate,
+    _steps,
 )
 
 

@@ -100,6 +100,7 @@ class TrainConfig(Section):
     """How long, how much at once, and in which precision."""
 
     steps: Count = 1000
+    stop_step: Count | None = None  # save and end after this step, to go on later; schedules still aim at `steps`
     global_batch: Count = 8
     micro_batch: Count = 1
     dtype: DType = "bf16"

@@ -28,6 +28,10 @@ from torch import Tensor
 
 from megascratch.dist.mesh import Axis
 
+# torch 2.13 gave these two new names and warns at the old ones.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Work(Protocol):
     """A transfer under way."""
@@ -44,7 +48,7 @@ def _reduced(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.
 def _gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
     x = x.contiguous()
     out = x.new_empty((axis.size, *x.shape))
-    dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=axis.group)
+    _ALL_GATHER(out.view(-1), x.view(-1), group=axis.group)
     if dim == 0:  # [n, s, ...] is already the concatenation
         return out.view(axis.size * x.shape[0], *x.shape[1:])
     return torch.cat(out.unbind(0), dim=dim)
@@ -56,7 +60,7 @@ def _reduce_scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] //= axis.size
     out = x.new_empty(shape)
-    dist.reduce_scatter_tensor(out.view(-1), parts.view(-1), group=axis.group)
+    _REDUCE_SCATTER(out.view(-1), parts.view(-1), group=axis.group)
     return out
 
 
@@ -165,7 +169,7 @@ def all_gather_buffer(buffer: Tensor, part: Tensor, axis: Axis) -> None:
     if axis.size == 1:
         buffer.copy_(part)
     else:
-        dist.all_gather_into_tensor(buffer, part.contiguous(), group=axis.group)
+        _ALL_GATHER(buffer, part.contiguous(), group=axis.group)
 
 
 def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:

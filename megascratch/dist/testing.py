@@ -11,9 +11,11 @@ traceback becomes the test's failure; a rank that hangs ends all of them at the 
 """
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import multiprocessing
+import pickle
 import sys
 import tempfile
 import time
@@ -56,14 +58,15 @@ def run_ranks(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megascratch.dist.testing"])
-    source, name = inspect.getsourcefile(function), function.__qualname__
+    source = inspect.getsourcefile(function)
     assert source is not None
+    where = (source, function.__module__, function.__qualname__)
     with tempfile.TemporaryDirectory(prefix="megascratch-test-") as folder:
         pipes: list[Connection] = []
         processes = []
         for rank in range(world):
             ours, theirs = context.Pipe(duplex=False)
-            target_args = (source, name, rank, world, folder, theirs, args, kwargs, timeout_s)
+            target_args = (where, rank, world, folder, theirs, args, kwargs, timeout_s)
             process = context.Process(target=_rank_main, args=target_args, daemon=True)
             process.start()
             theirs.close()
@@ -90,7 +93,7 @@ def _collect(pipes: list[Connection], processes: list[Any], timeout_s: float) ->
             assert isinstance(pipe, Connection)
             rank = waiting[pipe]
             try:
-                error, value = pipe.recv()
+                error, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 processes[rank].join(timeout=1)
                 raise AssertionError(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
@@ -101,8 +104,7 @@ def _collect(pipes: list[Connection], processes: list[Any], timeout_s: float) ->
 
 
 def _rank_main(
-    source: str,
-    name: str,
+    where: tuple[str, str, str],
     rank: int,
     world: int,
     folder: str,
@@ -111,32 +113,36 @@ def _rank_main(
     kwargs: dict[str, Any],
     timeout_s: float,
 ) -> None:
+    def report(error: str | None, value: Any = None) -> None:
+        # Plain pickle copies tensors; the pipe's own pickler would share memory that ends with this process.
+        pipe.send_bytes(pickle.dumps((error, value)))
+
     torch.set_num_threads(1)
     try:
         store = dist.FileStore(str(Path(folder) / "store"), world)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
-        function = _undecorated(source, name)
+        function = _undecorated(*where)
         value = function(*args, **kwargs)
         dist.barrier()
-        pipe.send((None, value))
+        report(None, value)
         dist.destroy_process_group()
     except UserError as error:
-        pipe.send((f"{type(error).__name__}: {error}\n{traceback.format_exc()}", None))
+        report(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
     except BaseException:
-        pipe.send((traceback.format_exc(), None))
+        report(traceback.format_exc())
 
 
-def _undecorated(source: str, name: str) -> Callable[..., Any]:
-    """Load the test's module by its file, since test modules are in no package, and return the body of the test."""
-    module_name = "ranks_" + Path(source).stem
-    for folder in (str(parent) for parent in Path(source).parents if (parent / "conftest.py").exists()):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(module_name, source)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    spec.loader.exec_module(module)
-    body: Any = functools.reduce(getattr, name.split("."), module)
+def _undecorated(source: str, module_name: str, name: str) -> Callable[..., Any]:
+    """Return the body of a test. Test modules lie in no package, so they are loaded by file, under their own name."""
+    if module_name not in sys.modules:
+        try:
+            importlib.import_module(module_name)
+        except ModuleNotFoundError:
+            spec = importlib.util.spec_from_file_location(module_name, source)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[module_name] = module
+            spec.loader.exec_module(module)
+    body: Any = functools.reduce(getattr, name.split("."), sys.modules[module_name])
     return inspect.unwrap(body)

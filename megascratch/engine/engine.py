@@ -1,0 +1,188 @@
+"""The engine: the stages of this rank, their optimizer, and one training step on any layout.
+
+    micro-batches ─ pipeline.run(actions) ─ sums of loss and gradients ─ optimizer.step ─ StepReport
+                      └ stage(x, tokens) … objective(outputs, micro-batch) on the last stage
+
+A micro-batch's loss is a sum. It is differentiated as it is (times a constant that keeps 16-bit gradients in range),
+and everything is divided once by the weight of the whole global batch: no layout can weigh a token differently.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from megascratch.config import Config
+from megascratch.data.microbatch import Microbatch
+from megascratch.dist import comm
+from megascratch.dist.mesh import Mesh
+from megascratch.dist.rng import initialize
+from megascratch.engine.objective import Objective, Outputs
+from megascratch.nn import Placement, SequenceInfo, Stage
+from megascratch.optim import LossScale, Optimizer, learning_rate
+from megascratch.pipeline import SCHEDULES, Action, Boundary, add_communication, check, forward_only, run
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Means over a global batch, equal on every rank, with the weight that divided them."""
+
+    loss: float
+    weight: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a training step did.
+
+    Attributes:
+        loss: mean over the global batch, before the update.
+        metrics: the objective's own means.
+        grad_norm: global norm before clipping.
+        lr: learning rate of the update.
+        loss_scale: fp16 factor used in the step; 1 elsewhere.
+        skipped: True when the gradient was not finite and nothing was updated.
+    """
+
+    loss: float
+    metrics: dict[str, float]
+    grad_norm: float
+    lr: float
+    loss_scale: float
+    skipped: bool
+
+
+class Engine:
+    """A model on a mesh, ready to train.
+
+    Args:
+        config: resolved and checked, `model.vocab_size` included.
+        mesh: this rank's place.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        assert config.model.vocab_size is not None
+        self.config, self.mesh = config, mesh
+        parallel, train = config.parallel, config.train
+        placement = Placement(mesh.tp, bool(parallel.sequence_parallel), DTYPES[train.dtype], mesh.device)
+        core = train.attention
+        if core == "auto":
+            core = "sdpa" if mesh.device.type == "cuda" else "softmax"
+        self.n_stages = parallel.pp * parallel.vp
+        self.stages = {
+            index: Stage(config.model, placement, index, self.n_stages, core=core, recompute=parallel.recompute)
+            for index in range(mesh.pp.rank, self.n_stages, parallel.pp)
+        }
+        for stage in self.stages.values():
+            initialize(dict(stage.named_parameters()), mesh, train.seed)
+        self.optimizer = Optimizer(self.parameters(), mesh, config.optim, parallel.zero)
+        self.loss_scale = LossScale.of(config.optim, train.dtype)
+        self.step = 0  # training steps done, skipped ones included
+        self.boundary = Boundary(self._boundary_shape(), placement.dtype, mesh.device)
+        self._actions = cache(self._make_actions)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return this rank's parameters, in the order of its stages."""
+        return [param for stage in self.stages.values() for param in stage.parameters()]
+
+    def train_step(self, microbatches: Sequence[Microbatch], objective: Objective) -> StepReport:
+        """Run one step: forward and backward of this rank's micro-batches, then the update."""
+        for stage in self.stages.values():
+            stage.train()
+        self.optimizer.zero_grads()
+        # Sums over a global batch overflow 16 bits where means would not; the exact weight is known only at the end.
+        nominal = float(self.config.train.global_batch * self.config.data.seq_length)
+        scale = self.loss_scale.value
+        totals = self._run(microbatches, objective, grad_seed=scale / nominal)
+        lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
+        result = self.optimizer.step(lr, grad_scale=nominal / (scale * totals.weight))
+        self.loss_scale.update(overflow=result.skipped)
+        self.step += 1
+        return StepReport(totals.loss, totals.metrics, result.grad_norm, lr, scale, result.skipped)
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Sequence[Microbatch], objective: Objective) -> Totals:
+        """Return the means over a global batch, without gradients and with dropout off."""
+        for stage in self.stages.values():
+            stage.eval()
+        return self._run(microbatches, objective, grad_seed=None)
+
+    def _run(self, microbatches: Sequence[Microbatch], objective: Objective, grad_seed: float | None) -> Totals:
+        """Drive the pipeline over the micro-batches; `grad_seed` is the gradient of the loss, or None without one."""
+        sums: dict[str, Tensor] = {}
+        moved = [microbatch.to(self.mesh.device) for microbatch in microbatches]
+        functions = {
+            index: partial(self._run_stage, stage, moved, objective, grad_seed, sums)
+            for index, stage in self.stages.items()
+        }
+        backward = grad_seed is not None
+        run(
+            self._actions(len(moved), backward),
+            functions,
+            self.mesh.pp,
+            self.boundary,
+            n_stages=self.n_stages,
+            backward=backward,
+        )
+        return self._reduce(sums)
+
+    def _run_stage(
+        self,
+        stage: Stage,
+        microbatches: Sequence[Microbatch],
+        objective: Objective,
+        grad_seed: float | None,
+        sums: dict[str, Tensor],
+        x: Tensor | None,
+        index: int,
+    ) -> Tensor:
+        """Run a stage on micro-batch `index`: activations, or on the last stage the scalar to differentiate."""
+        microbatch = microbatches[index]
+        info = SequenceInfo(
+            length=microbatch.tokens.shape[1],
+            positions=microbatch.position_ids if self.config.data.reset_position_ids else None,
+            sample_ids=microbatch.sample_ids,
+            seed=self.config.train.seed,
+        )
+        y = stage(x, microbatch.tokens, info)
+        if not stage.is_last:
+            return y
+        assert stage.model.vocab_size is not None
+        loss = objective(Outputs(y, stage.model.vocab_size, self.mesh.tp), microbatch)
+        for name, value in {"": loss.total, "weight": loss.weight, **loss.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().double()
+        return loss.total * grad_seed if grad_seed is not None else loss.total
+
+    def _reduce(self, sums: dict[str, Tensor]) -> Totals:
+        """Add up the last stage's sums over data-parallel ranks and tell every rank.
+
+        The names travel too: only the last stage knows which metrics its objective has.
+        """
+        names = list(sums)
+        if self.mesh.pp.size > 1:
+            joined = comm.gather_bytes("\n".join(names).encode(), self.mesh.pp, self.mesh.device)[-1]
+            names = joined.decode().split("\n")
+        zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        values = torch.stack([sums.get(name, zero) for name in names])
+        values = comm.sum_over(comm.sum_over(values, self.mesh.pp), self.mesh.data)
+        means = dict(zip(names, values.tolist()))
+        loss, weight = means.pop(""), means.pop("weight")
+        return Totals(loss / weight, weight, {name: value / weight for name, value in means.items()})
+
+    def _make_actions(self, n_microbatches: int, backward: bool) -> list[Action]:
+        """Return this rank's checked list of actions."""
+        parallel = self.config.parallel
+        generate = SCHEDULES[parallel.schedule or "1f1b"] if backward else forward_only
+        schedule = add_communication(generate(parallel.pp, parallel.vp, n_microbatches), self.n_stages)
+        check(schedule, self.n_stages, n_microbatches, backward=backward)
+        return schedule[self.mesh.pp.rank]
+
+    def _boundary_shape(self) -> tuple[int, ...]:
+        parallel = self.config.parallel
+        s = self.config.data.seq_length // (parallel.tp if parallel.sequence_parallel else 1)
+        return (s, self.config.train.micro_batch, self.config.model.hidden)

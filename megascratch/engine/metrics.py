@@ -1,0 +1,85 @@
+"""The run directory: resolved configuration, one JSON object a step, TensorBoard events. Only rank 0 writes."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+
+from megascratch.config import Config, to_toml
+
+
+class RunDirectory:
+    """`<log.dir>/` of one run.
+
+    Args:
+        config: resolved.
+        writes: whether this rank is the one that writes.
+    """
+
+    def __init__(self, config: Config, writes: bool) -> None:
+        self.path = Path(config.log.dir)
+        self.writes = writes
+        self._tensorboard: SummaryWriter | None = None
+        if not writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        self.stop_file.unlink(missing_ok=True)  # it stopped an earlier run
+        tokenizer = config.data.tokenizer
+        if tokenizer is not None:
+            self._keep_tokenizer(Path(tokenizer))
+        if config.log.tensorboard:
+            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+
+    @property
+    def stop_file(self) -> Path:
+        """Whoever makes this file asks the run to save and end after the step that it is in."""
+        return self.path / "stop"
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append one step's values to `metrics.jsonl`, full precision, and to TensorBoard.
+
+        JSON has no NaN: a value that is not finite is written as null.
+        """
+        if not self.writes:
+            return
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean) + "\n")
+        if self._tensorboard is not None:
+            for name, value in clean.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._tensorboard.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _keep_tokenizer(self, source: Path) -> None:
+        source = source / "tokenizer.json" if source.is_dir() else source
+        target = self.path / "tokenizer.json"
+        if source.is_file() and source.resolve() != target.resolve():
+            shutil.copyfile(source, target)
+
+
+def describe_step(values: dict[str, Any], console: Console) -> None:
+    """Print one step on one line."""
+    parts = [
+        f"step {values['step']:>6}",
+        f"loss {values['loss']:.4f}",
+        f"grad norm {values['grad_norm']:.3f}",
+        f"lr {values['lr']:.3g}",
+        f"{values['tokens_per_s']:,.0f} tokens/s",
+    ]
+    if values.get("mfu") is not None:
+        parts.append(f"MFU {values['mfu']:.1%} causal, {values['mfu_palm']:.1%} PaLM")
+    if "valid_loss" in values:
+        parts.append(f"valid {values['valid_loss']:.4f}")
+    if values.get("skipped"):
+        parts.append("skipped: the gradient was not finite")
+    console.print(" · ".join(parts))

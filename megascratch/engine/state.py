@@ -1,0 +1,94 @@
+"""An engine's state as a checkpoint's shards, and back.
+
+A checkpoint knows logical tensors only, so this is where a rank says which part of each it holds: its parameters by
+`extents`, its runs of optimizer state by `run_extents`. Resharding is loading.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from megascratch.checkpoint import Shard, find, load, read_state, save
+from megascratch.checkpoint.format import OPTIMIZER
+from megascratch.config import ModelConfig
+from megascratch.dist.layout import extents, spec_of
+from megascratch.engine.engine import Engine
+from megascratch.errors import CheckpointError, Problem
+
+# Keys of [model] that say how a model was made or is run, not which weights it has.
+_NOT_ARCHITECTURE = {"preset", "dropout", "init_std", "max_seq_length", "rope_scaling"}
+
+
+def weight_shards(engine: Engine) -> list[Shard]:
+    """Return this rank's parts of the model's weights."""
+    mesh = engine.mesh
+    shards = []
+    for param in engine.parameters():
+        spec = spec_of(param)
+        place = extents(spec, mesh.spec.sizes, mesh.coords)
+        writes = spec.is_owner(mesh) and mesh.data.rank == 0
+        shards.append(Shard(spec.name, spec.shape, param.detach(), place, writes))
+    return shards
+
+
+def optimizer_shards(engine: Engine) -> list[Shard]:
+    """Return this rank's runs of the optimizer's state."""
+    return [
+        Shard(f"{OPTIMIZER}{part.kind}/{part.spec.name}", part.spec.shape, part.tensor, part.extents, part.counts)
+        for part in engine.optimizer.state_parts()
+    ]
+
+
+def save_engine(engine: Engine, root: Path, consumed_samples: int) -> Path:
+    """Write a checkpoint of everything that the next step depends on. Every rank calls this at the same point."""
+    state = {
+        "consumed_samples": consumed_samples,
+        "updates": engine.optimizer.updates,
+        "loss_scale": {"value": engine.loss_scale.value, "good_steps": engine.loss_scale.good_steps},
+        # Every random number is a function of this seed, a name and an index, so it is the whole generator state.
+        "rng": {"seed": engine.config.train.seed},
+        "config": engine.config.model_dump(mode="json"),
+    }
+    shards = [*weight_shards(engine), *optimizer_shards(engine)]
+    return save(
+        root,
+        engine.step,
+        shards,
+        state,
+        engine.mesh.world,
+        keep=engine.config.checkpoint.keep,
+        device=engine.mesh.device,
+    )
+
+
+def load_engine(engine: Engine, path: Path) -> int:
+    """Load a checkpoint of any layout into this one, and return how many samples the run has consumed.
+
+    A checkpoint without optimizer state (imported weights) starts a run at step 0.
+
+    Raises: CheckpointError: if it is of another model, damaged, or incomplete.
+    """
+    path = find(path)
+    state = read_state(path)
+    _require_same_model(engine.config.model, state, path)
+    if "updates" not in state:
+        load(path, weight_shards(engine), cast=True)
+        engine.optimizer.refresh_masters()
+        return 0
+    load(path, [*weight_shards(engine), *optimizer_shards(engine)])
+    engine.optimizer.publish_masters()
+    engine.optimizer.updates = int(state["updates"])
+    engine.loss_scale.value = float(state["loss_scale"]["value"])
+    engine.loss_scale.good_steps = int(state["loss_scale"]["good_steps"])
+    engine.step = int(state["step"])
+    return int(state["consumed_samples"])
+
+
+def _require_same_model(model: ModelConfig, state: dict[str, Any], path: Path) -> None:
+    saved = state.get("config", {}).get("model", {})
+    problems = [
+        Problem(f"model.{key} = {value}", f"must be {saved[key]}, as in the checkpoint", "use the checkpoint's value")
+        for key, value in model.model_dump(mode="json").items()
+        if key not in _NOT_ARCHITECTURE and key in saved and saved[key] != value
+    ]
+    if problems:
+        raise CheckpointError(problems, str(path))

@@ -1,0 +1,78 @@
+"""Layout is not physics: every layout computes the same loss, gradient norm and weights, to 1e-9 in float64."""
+
+import functools
+
+import pytest
+import torch
+from layouts import LAYOUTS, MODELS, Layout, Trained, make_config, run_layout, whole_weights
+
+from megascratch.dist.testing import run_ranks
+from megascratch.nn import Placement
+
+N_STEPS = 5
+
+
+@functools.cache
+def one_rank(model: str) -> Trained:
+    """The reference: the same steps on one rank, one micro-batch after another."""
+    torch.set_num_threads(1)
+    return run_layout(make_config(model), N_STEPS)
+
+
+def assert_equal_runs(ranks: list[Trained], reference: Trained) -> None:
+    for rank, trained in enumerate(ranks):
+        for step, (got, want) in enumerate(zip(trained.reports, reference.reports, strict=True), start=1):
+            where = f"rank {rank}, step {step}"
+            assert got.loss == pytest.approx(want.loss, rel=1e-9), where
+            assert got.grad_norm == pytest.approx(want.grad_norm, rel=1e-9), where
+            assert got.lr == want.lr
+    weights = whole_weights(ranks)
+    for name, want in whole_weights([reference]).items():
+        error = (weights[name] - want).norm() / want.norm().clamp_min(1e-30)
+        assert error < 1e-9, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_a_layout_computes_what_one_rank_computes(layout: Layout) -> None:
+    config = make_config(layout.model, layout.parallel, layout.micro_batch)
+    ranks = run_ranks(layout.world, run_layout, config, N_STEPS)
+    assert_equal_runs(ranks, one_rank(layout.model))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_loss_goes_down_and_clipping_is_at_work(model: str) -> None:
+    """Parity of a model that learns nothing, or never clips, would prove little."""
+    reports = one_rank(model).reports
+    assert all(report.grad_norm > 0.5 for report in reports), "the gradient is never clipped"
+    assert reports[0].loss == pytest.approx(4.1, abs=0.8)
+
+
+def _without_norm_gradient_sync(config, n_steps: int) -> Trained:  # type: ignore[no-untyped-def]
+    Placement.token_axes = property(lambda self: ())  # type: ignore[assignment]
+    return run_layout(config, n_steps)
+
+
+def test_a_mutant_without_the_gradient_sync_of_norm_weights_is_caught() -> None:
+    """Under sequence parallelism each rank sees a part of the tokens; forgetting to sum a norm's gradient must show."""
+    config = make_config("llama", {"tp": 2})
+    ranks = run_ranks(2, _without_norm_gradient_sync, config, N_STEPS)
+    with pytest.raises(AssertionError):
+        assert_equal_runs(ranks, one_rank("llama"))
+
+
+def test_the_list_covers_what_it_promises() -> None:
+    """At least 14 layouts, every axis and switch among them."""
+    assert len(LAYOUTS) >= 14
+    assert max(layout.world for layout in LAYOUTS) == 8
+    for key, values in {
+        "tp": {2, 4},
+        "pp": {2, 4},
+        "dp": {2, 4},
+        "vp": {2},
+        "zero": {1},
+        "sequence_parallel": {False},
+        "recompute": {"full"},
+        "schedule": {"gpipe"},
+    }.items():
+        assert values <= {layout.parallel.get(key) for layout in LAYOUTS}, key
+    assert {layout.model for layout in LAYOUTS} == set(MODELS)

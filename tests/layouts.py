@@ -1,0 +1,191 @@
+"""The one list of layouts, shared by the tests of parity, resume and conversion, and what it takes to run on them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megascratch.config import Config, config_from_dict
+from megascratch.data.microbatch import Microbatch
+from megascratch.data.sampler import Batches
+from megascratch.data.samples import Sample
+from megascratch.dist.layout import extents, spec_of
+from megascratch.dist.mesh import Mesh, MeshSpec
+from megascratch.engine import Engine, StepReport, next_token
+
+VOCAB_SIZE, SEQ_LENGTH, GLOBAL_BATCH = 61, 16, 8
+
+BASE = {
+    "n_layers": 4,
+    "hidden": 32,
+    "n_heads": 8,
+    "n_kv_heads": 4,
+    "head_dim": 8,
+    "ffn_hidden": 48,
+    "vocab_size": VOCAB_SIZE,
+    "max_seq_length": 32,
+    "init_std": 0.1,  # large enough that every part of the model matters to the loss
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": BASE,
+    "tied": {**BASE, "tie_embeddings": True},
+    "qwen": {**BASE, "qk_norm": True, "qkv_bias": True},
+    "gpt2": {
+        **BASE,
+        "n_kv_heads": 8,
+        "norm": "layernorm",
+        "activation": "gelu",
+        "position": "learned",
+        "bias": True,
+        "tie_embeddings": True,
+    },
+    "olmo": {**BASE, "norm_position": "post", "activation": "geglu"},
+    "dropout": {**BASE, "dropout": 0.1, "activation": "relu2"},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of up to 8 ranks and the model that it is tried with.
+
+    Attributes:
+        name: what distinguishes it.
+        parallel: `[parallel]` keys.
+        model: key of `MODELS`.
+        micro_batch: samples in a micro-batch.
+    """
+
+    name: str
+    parallel: dict[str, Any]
+    model: str = "llama"
+    micro_batch: int = 1
+
+    @property
+    def world(self) -> int:
+        return int(np.prod([self.parallel.get(axis, 1) for axis in ("tp", "pp", "cp", "dp")]))
+
+
+def _layout(name: str, model: str = "llama", micro_batch: int = 1, **parallel: Any) -> Layout:
+    return Layout(name, parallel, model, micro_batch)
+
+
+LAYOUTS = [
+    _layout("tp2", tp=2),
+    _layout("tp2-no-sp", "gpt2", tp=2, sequence_parallel=False),
+    _layout("tp4-qwen", "qwen", tp=4),
+    _layout("tp2-no-sp-qwen", "qwen", tp=2, sequence_parallel=False),
+    _layout("pp2-gpipe", "tied", pp=2, schedule="gpipe"),
+    _layout("pp2-1f1b", "gpt2", micro_batch=2, pp=2),
+    _layout("pp4-1f1b-recompute", "olmo", pp=4, recompute="full"),
+    _layout("pp2-vp2-interleaved", "tied", pp=2, vp=2),
+    _layout("dp2", "olmo", dp=2),
+    _layout("dp4-zero1", "tied", dp=4, zero=1),
+    _layout("dp2-zero1-mb2", dp=2, zero=1, micro_batch=2),
+    _layout("tp2-dp2-zero1", "gpt2", tp=2, dp=2, zero=1),
+    _layout("tp2-pp2", "tied", tp=2, pp=2),
+    _layout("tp2-pp2-dropout-recompute", "dropout", tp=2, pp=2, recompute="full"),
+    _layout("tp2-pp2-vp2-no-sp", "qwen", tp=2, pp=2, vp=2, sequence_parallel=False),
+    _layout("pp2-dp2-zero1-gpipe", "qwen", pp=2, dp=2, zero=1, schedule="gpipe"),
+    _layout("tp2-pp2-dp2-zero1", "tied", tp=2, pp=2, dp=2, zero=1),
+    _layout("tp2-pp2-dp2-vp2-dropout", "dropout", tp=2, pp=2, dp=2, vp=2),
+    _layout("tp4-dp2-recompute", "olmo", tp=4, dp=2, recompute="full"),
+]
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
+
+
+def make_config(
+    model: str = "llama", parallel: dict[str, Any] | None = None, micro_batch: int = 1, **train: Any
+) -> Config:
+    """Return a resolved configuration for a few float64 steps."""
+    return config_from_dict(
+        {
+            "model": MODELS[model],
+            "parallel": parallel or {},
+            "data": {"seq_length": SEQ_LENGTH},
+            "train": {"dtype": "fp64", "steps": 6, "global_batch": GLOBAL_BATCH, "micro_batch": micro_batch, **train},
+            # Buckets of a few parameters each, so that bucket borders are part of what is tested.
+            "optim": {"lr": 0.01, "warmup_steps": 2, "clip": 0.5, "bucket_numel": 4000, "eps": 1e-4},
+        }
+    )
+
+
+class RandomSamples:
+    """A dataset whose sample i is a function of i: random tokens, a part of them masked."""
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def __getitem__(self, sample: int) -> Sample:
+        random = np.random.default_rng(sample)
+        tokens = random.integers(0, VOCAB_SIZE, SEQ_LENGTH + 1)
+        mask = (random.random(SEQ_LENGTH) < 0.7).astype(np.float32)
+        return Sample(tokens, mask, np.arange(SEQ_LENGTH))
+
+
+def make_batches(config: Config, mesh: Mesh) -> Batches:
+    """Return this rank's batches of `RandomSamples`."""
+    train = config.train
+    return Batches(RandomSamples(), train.global_batch, train.micro_batch, mesh.dp.rank, mesh.dp.size)
+
+
+@dataclass
+class Trained:
+    """What a few steps on one rank gave.
+
+    Attributes:
+        reports: one a step.
+        sample_ids: of this rank, one list a step.
+        weights: (name, logical box, values) of this rank's parts.
+        peaks: nothing here; see tests/pipeline.
+    """
+
+    reports: list[StepReport]
+    sample_ids: list[list[int]]
+    weights: list[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]]
+
+
+def make_engine(config: Config) -> Engine:
+    """Build the engine on this rank's mesh."""
+    return Engine(config, Mesh.create(MeshSpec.of(config.parallel), torch.device("cpu")))
+
+
+def train_steps(engine: Engine, n_steps: int, consumed_samples: int = 0) -> Trained:
+    """Train some steps and return what they gave on this rank."""
+    batches = make_batches(engine.config, engine.mesh)
+    reports, sample_ids = [], []
+    for _ in range(n_steps):
+        microbatches: list[Microbatch] = batches.at(consumed_samples)
+        reports.append(engine.train_step(microbatches, next_token))
+        sample_ids.append([int(i) for m in microbatches for i in m.sample_ids])
+        consumed_samples += engine.config.train.global_batch
+    return Trained(reports, sample_ids, local_weights(engine))
+
+
+def local_weights(engine: Engine) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]]:
+    """Return this rank's parts of every weight, with the box of the logical tensor that each is."""
+    return [
+        (spec.name, spec.shape, extent.logical, param.detach()[extent.local].clone())
+        for param in engine.parameters()
+        for spec in [spec_of(param)]
+        for extent in extents(spec, engine.mesh.spec.sizes, engine.mesh.coords)
+    ]
+
+
+def whole_weights(ranks: list[Trained]) -> dict[str, torch.Tensor]:
+    """Put the parts of all ranks together; replicas must agree to the last bit or nearly so."""
+    wholes: dict[str, torch.Tensor] = {}
+    for trained in ranks:
+        for name, shape, box, values in trained.weights:
+            whole = wholes.setdefault(name, torch.full(shape, torch.nan, dtype=values.dtype))
+            seen = whole[box]
+            known = ~seen.isnan()
+            torch.testing.assert_close(values[known], seen[known], rtol=1e-12, atol=1e-14)
+            whole[box] = values
+    assert not any(whole.isnan().any() for whole in wholes.values())
+    return wholes
+
+
+def run_layout(config: Config, n_steps: int) -> Trained:
+    """Build an engine on this rank and train it from its initial weights."""
+    return train_steps(make_engine(config), n_steps)
