@@ -223,7 +223,7 @@ class Manifest(Table):
         return manifest.model_copy(update={"xxh3": manifest.own_digest()})
 
     def own_digest(self) -> str:
-        return digest(self.model_copy(update={"xxh3": ""}).model_dump_json())
+        return digest(self.model_copy(update={"xxh3": ""}).model_dump_json().encode())
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
