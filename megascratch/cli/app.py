@@ -13,7 +13,7 @@ import typer
 
 from megascratch import __version__
 from megascratch.cli import config, convert, evaluate, generate, inspect, merge, preprocess, pretrain, tokenizer
-from megascratch.errors import UserError
+from megascratch.errors import MegascratchError
 
 
 def _print_version(asked: bool) -> None:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     try:
         app(arguments, prog_name="megascratch")
-    except UserError as error:
+    except MegascratchError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     raise AssertionError("typer leaves the process by itself")

@@ -1,9 +1,28 @@
 """`megascratch generate`: complete a prompt."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from megascratch.dist.launch import Environment
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate, and from which checkpoint."""
+
+    checkpoint: Path
+    prompt: str
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    tp: int
+    tokenizer: Path | None
 
 
 def generate(
@@ -18,20 +37,38 @@ def generate(
     tokenizer: Annotated[Path | None, typer.Option(help="The checkpoint's own when left out.")] = None,
 ) -> None:
     """Print the prompt and what the model makes of it, as it comes."""
-    from megascratch.infer import generate as stream
+    from megascratch.cli.ranks import run_ranks
 
-    pieces = stream(
-        checkpoint,
-        prompt,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        tp=tp,
-        tokenizer=tokenizer,
-    )
-    for number, piece in enumerate(pieces):
-        # A wrong option shows in the first piece: nothing is printed before.
-        print(piece if number else prompt + piece, end="", flush=True)
-    print()
+    request = Request(checkpoint, prompt, max_tokens, temperature, top_k, top_p, seed, tp, tokenizer)
+    raise typer.Exit(run_ranks(print_completion, request, tp))
+
+
+def print_completion(request: Request, env: "Environment | None") -> int:
+    """Run one rank of a request; rank 0 prints. Returns: the exit code."""
+    from contextlib import nullcontext
+    from itertools import chain
+
+    from megascratch.dist.launch import Environment, process_group, share_cores
+    from megascratch.dist.mesh import Mesh, MeshSpec
+    from megascratch.errors import EXIT_DONE
+    from megascratch.infer import generate_text
+
+    env = env or Environment(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    share_cores(env.local_world_size)
+    with process_group(env) if env.world_size > 1 else nullcontext():
+        mesh = Mesh.create(MeshSpec(tp=request.tp), env.device)
+        pieces = generate_text(
+            request.checkpoint,
+            request.prompt,
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            seed=request.seed,
+            mesh=mesh,
+            tokenizer=request.tokenizer,
+        )
+        for piece in chain([request.prompt], pieces, ["\n"]):  # a wrong request has shown by now: nothing is printed
+            if mesh.rank == 0:
+                print(piece, end="", flush=True)
+    return EXIT_DONE

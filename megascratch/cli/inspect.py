@@ -61,7 +61,8 @@ def _inspect_tokenizer(path: Path) -> None:
     ids = tokenizer.encode(_EXAMPLE)
     n_bytes = len(_EXAMPLE.encode())
     pieces = "|".join(tokenizer.decode_bytes([id]).decode("utf-8", "replace") for id in ids)
-    longest = tokenizer.byte_lengths().argsort(kind="stable")[::-1][:10].tolist()
+    by_length = tokenizer.byte_lengths().argsort(kind="stable")[::-1].tolist()
+    words = [text for id in by_length if (text := tokenizer.decode([id])).strip().isalnum()]
     _print_rows(
         f"tokenizer {path}",
         {
@@ -69,7 +70,7 @@ def _inspect_tokenizer(path: Path) -> None:
             "special tokens": ", ".join(f"{text} = {id}" for text, id in tokenizer.special_tokens.items()) or "none",
             "ends a document": "nothing" if tokenizer.eod_id is None else f"id {tokenizer.eod_id}",
             "pattern": tokenizer.vocabulary.pattern,
-            "longest tokens": " ".join(repr(tokenizer.decode([id])) for id in longest),
+            "longest words": " ".join(map(repr, words[:8])),
         },
     )
     print(f"\nan example: {n_bytes} bytes in {len(ids)} tokens, {n_bytes / len(ids):.2f} bytes a token")

@@ -28,7 +28,9 @@ def pretrain(arguments: RecipeArguments = None) -> None:
         if env is not None and env.rank != 0:
             raise typer.Exit(EXIT_USER_ERROR) from None  # rank 0 reads the same recipe, and prints
         raise
-    raise typer.Exit(run_ranks(stage, config))
+    parallel = config.parallel
+    n_ranks = parallel.tp * parallel.pp * parallel.cp * (parallel.dp or 1)
+    raise typer.Exit(run_ranks(stage, config, n_ranks))
 
 
 def checked_inputs(config: "Config", where: str) -> "Config":

@@ -1,51 +1,61 @@
-"""Running a stage of training on all its ranks, and telling a user's mistake once, not once a rank."""
+"""Running a verb's work on all its ranks, and telling what went wrong once, not once a rank."""
 
+import logging
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from typing import TypeVar
 
-from megascratch.config import Config
 from megascratch.dist.launch import Environment, environment, start_ranks
-from megascratch.errors import UserError
+from megascratch.errors import EXIT_FAILED, MegascratchError
 
-Stage = Callable[[Config, Environment | None], int]
+Request = TypeVar("Request")
+Work = Callable[[Request, Environment | None], int]
 
 _RANK_0_FIRST_S = 2.0
 
 
-def run_ranks(stage: Stage, config: Config) -> int:
-    """Run a stage on every rank of a layout.
+def run_ranks(work: Work[Request], request: Request, n_ranks: int) -> int:
+    """Run a verb's work on every rank.
 
-    Under torchrun or Slurm this process is one of the ranks. Outside, a layout of one rank runs in this process, and a
-    larger one in processes started here.
+    Under torchrun or Slurm this process is one of the ranks. Outside, one rank runs in this process, and several run in
+    processes started here.
 
     Args:
-        stage: a module-level function that runs one rank and returns its exit code.
-        config: resolved.
+        work: a module-level function that runs one rank and returns its exit code.
+        request: what it is to do, a recipe for instance; picklable.
+        n_ranks: how many ranks the layout has.
 
     Returns: the exit code.
     """
-    parallel = config.parallel
-    n_ranks = parallel.tp * parallel.pp * parallel.cp * (parallel.dp or 1)
-    if environment() is None and n_ranks > 1:
-        return start_ranks(n_ranks, run_rank, stage, config)
-    return run_rank(stage, config)
+    if environment() is not None or n_ranks == 1:
+        return run_rank(work, request)
+    # Each rank tells its own errors; the launcher's would only add that a process has ended.
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return start_ranks(n_ranks, run_rank, work, request)
 
 
-def run_rank(stage: Stage, config: Config) -> int:
-    """Run one rank of a stage; print a user's mistake, unless another rank has it in common and prints it.
+def run_rank(work: Work[Request], request: Request) -> int:
+    """Run one rank, and print the error that ends it.
 
     Returns: the exit code.
     """
     env = environment()
     try:
-        return stage(config, env)
-    except UserError as error:
+        return work(request, env)
+    except MegascratchError as error:
         if env is not None and env.rank != 0:
-            # Most mistakes meet every rank alike. Rank 0 tells them, and the launcher then ends this process; a mistake
-            # that only this rank has met, such as a damaged piece of a checkpoint, it tells itself.
+            # Most mistakes meet every rank alike. Rank 0 tells them, and the launcher then ends this process; one that
+            # this rank alone has met, such as a damaged piece of a checkpoint, it tells itself.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(_RANK_0_FIRST_S)
         print(error, file=sys.stderr, flush=True)
         return error.exit_code
+    except Exception:
+        if env is None:
+            raise
+        print(f"rank {env.rank} failed", traceback.format_exc(), sep="\n", file=sys.stderr, flush=True)
+        return EXIT_FAILED
