@@ -1,0 +1,83 @@
+"""Buckets, clipping and loss scaling on one rank; the other layouts are in tests/engine/test_parity.py."""
+
+import math
+
+import pytest
+import torch
+
+from megascratch.config import OptimConfig
+from megascratch.dist.layout import parameter
+from megascratch.dist.mesh import Mesh
+from megascratch.optim import LossScale, Optimizer
+
+
+def _params(dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    params = []
+    for shape, decay in (((3, 4), True), ((5,), False), ((2, 2), True)):
+        param = parameter(shape, decay=decay, dtype=dtype, device=torch.device("cpu"))
+        param.data.copy_(torch.randn(shape, generator=generator))
+        params.append(param)
+    return params
+
+
+def _backward(params: list[torch.nn.Parameter]) -> None:
+    sum((param * torch.arange(1.0, param.numel() + 1).view(param.shape)).sum() for param in params).backward()
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("bucket_numel", [1, 1000])
+def test_a_step_is_torchs_clip_and_adamw(clip: float, bucket_numel: int) -> None:
+    ours, theirs = _params(), _params()
+    optim = OptimConfig(clip=clip, weight_decay=0.2, bucket_numel=bucket_numel)
+    optimizer = Optimizer(ours, Mesh.serial(), optim, zero=0)
+    groups = [{"params": [theirs[0], theirs[2]], "weight_decay": 0.2}, {"params": [theirs[1]], "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-8)
+    for _ in range(3):
+        optimizer.zero_grads()
+        _backward(ours)
+        _backward(ours)  # two micro-batches add up
+        result = optimizer.step(lr=0.1, grad_scale=0.5)
+        reference.zero_grad()
+        _backward(theirs)
+        norm = torch.nn.utils.clip_grad_norm_(theirs, clip or math.inf)
+        reference.step()
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-12)
+        for got, want in zip(ours, theirs):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    params = _params()
+    optimizer = Optimizer(params, Mesh.serial(), OptimConfig(), zero=0)
+    before = [param.detach().clone() for param in params]
+    (params[0].sum() * math.inf).backward()
+    result = optimizer.step(lr=0.1, grad_scale=1.0)
+    assert result.skipped
+    assert optimizer.updates == 0
+    assert all(torch.equal(got, want) for got, want in zip(params, before))
+
+
+def test_small_updates_survive_in_the_float32_masters_of_bf16_weights() -> None:
+    params = _params(torch.bfloat16)
+    optimizer = Optimizer(params, Mesh.serial(), OptimConfig(weight_decay=0.0, clip=0.0), zero=0)
+    start = params[0].detach().clone()
+    for _ in range(8):  # each update is a tenth of what one bf16 step at 1.0 is
+        optimizer.zero_grads()
+        _backward(params)
+        optimizer.step(lr=8e-4, grad_scale=1.0)
+    moved = optimizer.masters[0][: start.numel()].view(start.shape) - start.float()
+    torch.testing.assert_close(moved, torch.full_like(moved, -8 * 8e-4), rtol=1e-3, atol=0)
+    assert {"exp_avg", "exp_avg_sq", "master"} == {part.kind for part in optimizer.state_parts()}
+
+
+def test_the_loss_scale_halves_on_overflow_and_doubles_after_its_window() -> None:
+    scale = LossScale.of(OptimConfig(loss_scale=1024.0, loss_scale_window=3), "fp16")
+    seen = []
+    for overflow in (True, False, False, True, False, False, False, False):
+        scale.update(overflow)
+        seen.append(scale.value)
+    assert seen == [512, 512, 512, 256, 256, 256, 512, 512]
+    fixed = LossScale.of(OptimConfig(), "bf16")
+    fixed.update(overflow=True)
+    assert fixed.value == 1.0
