@@ -22,13 +22,13 @@ int64_t visible_keys(bool causal, int64_t i, int64_t sq, int64_t sk) {
 template <typename T>
 Acc<T> scale_and_mask(const T* scores, const bool* mask, int64_t mask_stride, Acc<T> scale, Acc<T>* x, int64_t length) {
   Acc<T> maximum = minus_infinity;
-  if (mask) {
-    for (int64_t j = 0; j < length; ++j) {
-      x[j] = mask[j * mask_stride] ? minus_infinity : load(scores[j]) * scale;
-    }
-  } else {
 #pragma omp simd
-    for (int64_t j = 0; j < length; ++j) x[j] = load(scores[j]) * scale;
+  for (int64_t j = 0; j < length; ++j) x[j] = load(scores[j]) * scale;
+  if (mask && mask_stride == 1) {
+#pragma omp simd
+    for (int64_t j = 0; j < length; ++j) x[j] = mask[j] ? minus_infinity : x[j];
+  } else if (mask) {
+    for (int64_t j = 0; j < length; ++j) x[j] = mask[j * mask_stride] ? minus_infinity : x[j];
   }
 #pragma omp simd reduction(max : maximum)
   for (int64_t j = 0; j < length; ++j) maximum = x[j] > maximum ? x[j] : maximum;

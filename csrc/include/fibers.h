@@ -197,3 +197,5 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T value, int lane_mask) {
   return megascratch::fibers::runner.shuffle_xor(value, static_cast<unsigned>(lane_mask));
 }
+
+inline void __stwb(uint4* to, uint4 value) { *to = value; }
