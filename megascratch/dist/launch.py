@@ -135,7 +135,9 @@ def start_ranks(n_ranks: int, target: Callable[..., int], *args: Any) -> int:
             if code in codes:
                 return code
         return EXIT_FAILED
-    except SignalException:
+    except SignalException as stop:
+        if stop.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None  # Ctrl-C reached every rank too: nothing was saved
         return EXIT_STOPPED
     return EXIT_DONE
 
