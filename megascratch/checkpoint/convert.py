@@ -72,6 +72,9 @@ def convert(
                 value = partial(_read_box, reader, name, record, box, target)
                 yield NewPiece(name, record.shape, target, box, value)
 
+    state = reader.state()
+    # Without the optimizer a run cannot be continued, so nothing stays that says where it stood.
+    kept = {key: state[key] for key in state if key in ("step", "consumed_samples") or not weights_only}
     total = sum(record.numel for record in tensors.values())
     with new_directory(dst) as folder, progress(console, f"converting {src}", total, "elements") as advance:
         tables = []
@@ -79,7 +82,7 @@ def convert(
             for rank in range(tp):
                 path = folder / f"pp_{stage:03d}_tp_{rank:03d}.safetensors"
                 tables.append(write_pieces(path, pieces(stage, rank), advance))
-        new_state = {**reader.state(), "config": config.model_dump(mode="json")}
+        new_state = {**kept, "config": config.model_dump(mode="json")}
         state_bytes = json.dumps(new_state, indent=1, allow_nan=False).encode()
         manifest = Manifest.build(reader.manifest.step, tables, CHUNK_BYTES, state_bytes, dst)
         write_contents(folder, manifest, state_bytes)

@@ -93,6 +93,7 @@ def test_dtype_and_weights_only(tmp_path: Path, tiny: Tiny, console: Console) ->
     assert all(record.dtype == "BF16" for record in description.tensors.values())
     assert set(description.tensors) == {name for name in values if not name.startswith("optim/")}
     assert description.config["train"]["dtype"] == "bf16"
+    assert read_state(dst).keys() == {"step", "consumed_samples", "config"}
     with pytest.raises(CheckpointError, match=r"dtype = bf16 +would part the weights from the optimizer's copy"):
         convert(src, tmp_path / "no", dtype="bf16", console=console)
     with pytest.raises(CheckpointError, match=r"dtype = int3 +is not a dtype +use fp64, fp32, bf16, fp16"):
