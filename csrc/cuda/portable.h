@@ -43,11 +43,12 @@ __device__ __forceinline__ void require_aligned([[maybe_unused]] const void* poi
 #endif
 }
 
-// Read N elements: in 128-bit accesses where N fills them (then `from` is 16-byte aligned), else one by one.
-template <int N, typename T>
+// Read N elements: in 128-bit accesses, which N fills and `from` is aligned for, or one by one.
+template <int N, bool in_packets, typename T>
 __device__ __forceinline__ void read(const T* from, Acc<T> (&x)[N]) {
   T values[N];
-  if constexpr (N % packet_size<T> == 0) {
+  if constexpr (in_packets) {
+    static_assert(N % packet_size<T> == 0);
     require_aligned(from);
     uint4 packets[N / packet_size<T>];
 #pragma unroll
@@ -62,12 +63,13 @@ __device__ __forceinline__ void read(const T* from, Acc<T> (&x)[N]) {
 }
 
 // Write N elements, likewise.
-template <int N, typename T>
+template <int N, bool in_packets, typename T>
 __device__ __forceinline__ void write(T* to, const Acc<T> (&x)[N]) {
   T values[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) values[i] = store<T>(x[i]);
-  if constexpr (N % packet_size<T> == 0) {
+  if constexpr (in_packets) {
+    static_assert(N % packet_size<T> == 0);
     require_aligned(to);
     uint4 packets[N / packet_size<T>];
     memcpy(packets, values, sizeof(values));

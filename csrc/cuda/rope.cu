@@ -18,22 +18,23 @@ __device__ __forceinline__ A not_a_number() {
 template <typename T, int V>
 __device__ __forceinline__ void rotate(const RopeArguments& a, const T* x, T* out, int64_t position, int64_t j) {
   using A = Acc<T>;
+  constexpr bool wide = V > 1;
   const int64_t pairs = a.r / 2;
   A cos[V], sin[V], x1[V], x2[V], both[2 * V];
   if (position >= 0 && position < a.s_max) {
-    read<V>(static_cast<const A*>(a.cos) + position * pairs + j, cos);
-    read<V>(static_cast<const A*>(a.sin) + position * pairs + j, sin);
+    read<V, wide>(static_cast<const A*>(a.cos) + position * pairs + j, cos);
+    read<V, wide>(static_cast<const A*>(a.sin) + position * pairs + j, sin);
   } else {
 #pragma unroll
     for (int i = 0; i < V; ++i) cos[i] = sin[i] = not_a_number<A>();
   }
   if (a.interleaved) {
-    read<2 * V>(x + 2 * j, both);
+    read<2 * V, wide>(x + 2 * j, both);
 #pragma unroll
     for (int i = 0; i < V; ++i) x1[i] = both[2 * i], x2[i] = both[2 * i + 1];
   } else {
-    read<V>(x + j, x1);
-    read<V>(x + j + pairs, x2);
+    read<V, wide>(x + j, x1);
+    read<V, wide>(x + j + pairs, x2);
   }
 #pragma unroll
   for (int i = 0; i < V; ++i) {
@@ -44,15 +45,16 @@ __device__ __forceinline__ void rotate(const RopeArguments& a, const T* x, T* ou
   if (a.interleaved) {
 #pragma unroll
     for (int i = 0; i < V; ++i) both[2 * i] = x1[i], both[2 * i + 1] = x2[i];
-    write<2 * V>(out + 2 * j, both);
+    write<2 * V, wide>(out + 2 * j, both);
   } else {
-    write<V>(out + j, x1);
-    write<V>(out + j + pairs, x2);
+    write<V, wide>(out + j, x1);
+    write<V, wide>(out + j + pairs, x2);
   }
 }
 
 template <typename T, int V>
 __global__ void __launch_bounds__(256) rope_kernel(RopeArguments a) {
+  constexpr bool wide = V > 1;
   const int64_t tokens = a.s * a.b;
   const unsigned rotated_items = static_cast<unsigned>(a.r / 2 / V);
   const unsigned items_per_head = rotated_items + static_cast<unsigned>((a.d - a.r) / V);
@@ -74,8 +76,8 @@ __global__ void __launch_bounds__(256) rope_kernel(RopeArguments a) {
       } else {
         const int64_t j = a.r + static_cast<int64_t>(part - rotated_items) * V;
         Acc<T> rest[V];
-        read<V>(x + j, rest);
-        write<V>(out + j, rest);
+        read<V, wide>(x + j, rest);
+        write<V, wide>(out + j, rest);
       }
     }
   }

@@ -53,8 +53,9 @@ __device__ __forceinline__ Row row_at(int64_t row, int64_t n, int64_t sq, int64_
 template <typename T>
 __device__ __forceinline__ void write_zeros(T* out, int64_t length) {
   for_row(out, out, length, [&](int64_t j, auto count) {
-    Acc<T> zeros[decltype(count)::value] = {};
-    write<decltype(count)::value>(out + j, zeros);
+    constexpr int n = decltype(count)::value;
+    Acc<T> zeros[n] = {};
+    write<n, (n > 1)>(out + j, zeros);
   });
 }
 
@@ -71,7 +72,7 @@ __device__ __forceinline__ void softmax_row(const SoftmaxArguments& a, int64_t i
 
   const auto read_scores = [&](int64_t j, auto& x) {
     constexpr int n = sizeof(x) / sizeof(A);
-    read<n>(scores + j, x);
+    read<n, (n > 1)>(scores + j, x);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       x[i] = mask && mask[(j + i) * a.mask_stride_k] ? static_cast<A>(minus_infinity) : x[i] * scale;
@@ -80,7 +81,8 @@ __device__ __forceinline__ void softmax_row(const SoftmaxArguments& a, int64_t i
 
   A maximum = minus_infinity, sum = 0;
   for_row(scores, probs, row.visible, [&](int64_t j, auto count) {
-    A x[decltype(count)::value];
+    constexpr int n = decltype(count)::value;
+    A x[n];
     read_scores(j, x);
     A grown = maximum;
 #pragma unroll
@@ -98,11 +100,12 @@ __device__ __forceinline__ void softmax_row(const SoftmaxArguments& a, int64_t i
   const A total = reduce_team(sum * exponential(maximum - shift), Sum{});
   const A factor = total == 0 ? A(0) : 1 / total;
   for_row(scores, probs, row.visible, [&](int64_t j, auto count) {
-    A x[decltype(count)::value];
+    constexpr int n = decltype(count)::value;
+    A x[n];
     read_scores(j, x);
 #pragma unroll
     for (A& value : x) value = exponential(value - shift) * factor;
-    write<decltype(count)::value>(probs + j, x);
+    write<n, (n > 1)>(probs + j, x);
   });
   write_zeros(probs + row.visible, a.sk - row.visible);
 }
@@ -120,21 +123,23 @@ __device__ __forceinline__ void backward_row(const SoftmaxBackwardArguments& a, 
 
   A dot = 0;
   for_row(grad, probs, row.visible, [&](int64_t j, auto count) {
-    A g[decltype(count)::value], p[decltype(count)::value];
-    read<decltype(count)::value>(grad + j, g);
-    read<decltype(count)::value>(probs + j, p);
+    constexpr int n = decltype(count)::value;
+    A g[n], p[n];
+    read<n, (n > 1)>(grad + j, g);
+    read<n, (n > 1)>(probs + j, p);
 #pragma unroll
-    for (int i = 0; i < decltype(count)::value; ++i) dot += g[i] * p[i];
+    for (int i = 0; i < n; ++i) dot += g[i] * p[i];
   });
   dot = reduce_team(dot, Sum{});
 
   const auto write_one = [&](int64_t j, auto count) {
-    A g[decltype(count)::value], p[decltype(count)::value];
-    read<decltype(count)::value>(grad + j, g);
-    read<decltype(count)::value>(probs + j, p);
+    constexpr int n = decltype(count)::value;
+    A g[n], p[n];
+    read<n, (n > 1)>(grad + j, g);
+    read<n, (n > 1)>(probs + j, p);
 #pragma unroll
-    for (int i = 0; i < decltype(count)::value; ++i) p[i] *= scale * (g[i] - dot);
-    write<decltype(count)::value>(out + j, p);
+    for (int i = 0; i < n; ++i) p[i] *= scale * (g[i] - dot);
+    write<n, (n > 1)>(out + j, p);
   };
   // Packets need all three pointers aligned alike; for_row looks at two.
   if (reinterpret_cast<uintptr_t>(out) % 16 == reinterpret_cast<uintptr_t>(probs) % 16) {
