@@ -56,7 +56,7 @@ def _train(config: Config, mesh: Mesh) -> int:
         next_token,
         train,
         _batches(datasets, "valid", config, mesh),
-        None if tokenizer is None else token_lengths(tokenizer),
+        None if tokenizer is None else token_lengths(tokenizer, config.model.vocab_size or 0),
         RunDirectory(config, writes=mesh.rank == 0),
         console,
         consumed_samples,
@@ -96,9 +96,11 @@ def resume_path(config: Config) -> Path | None:
     return own if (own / "latest").exists() else None
 
 
-def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """Return how many bytes each token id stands for, [vocab_size] float32."""
-    return np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)], dtype=np.float32)
+def token_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """Return how many bytes each id of the model's vocabulary stands for, [vocab_size] float32; unused ids: none."""
+    lengths = np.zeros(vocab_size, dtype=np.float32)
+    lengths[: tokenizer.vocab_size] = tokenizer.byte_lengths()
+    return lengths
 
 
 def _batches(datasets: Datasets, part: str, config: Config, mesh: Mesh) -> Batches | None:

@@ -1,0 +1,153 @@
+"""The training loop end to end: run directory, validation, stopping, resuming, misfits."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megascratch.config import Config, config_from_dict, load_config
+from megascratch.data.writer import IndexedDatasetWriter
+from megascratch.dist.testing import run_ranks
+from megascratch.engine import pretrain
+from megascratch.engine.trainer import DivergedError
+from megascratch.errors import CheckpointError, DataError
+
+VOCAB_SIZE = 64
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Documents that count upwards: a model that learns anything learns that."""
+    prefix = tmp_path / "counting"
+    with IndexedDatasetWriter(prefix, np.dtype(np.uint16)) as writer:
+        for start in range(200):
+            tokens = (start + np.arange(40)) % VOCAB_SIZE
+            writer.add_document(tokens, [len(tokens)])
+    return prefix
+
+
+def _config(corpus: Path, folder: Path, **sections: dict[str, Any]) -> Config:
+    raw: dict[str, dict[str, Any]] = {
+        "model": {"n_layers": 2, "hidden": 32, "n_heads": 4, "ffn_hidden": 64, "vocab_size": VOCAB_SIZE},
+        "data": {"paths": [str(corpus)], "seq_length": 16, "split": "90,10,0"},
+        "train": {"steps": 6, "global_batch": 4, "dtype": "fp32"},
+        "optim": {"lr": 0.01},
+        "eval": {"batches": 2},
+        "log": {"dir": str(folder / "run"), "tensorboard": False},
+    }
+    for section, keys in sections.items():
+        raw.setdefault(section, {}).update(keys)
+    return config_from_dict(raw)
+
+
+def _records(config: Config) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(config.log.dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_the_contract_says(corpus: Path, tmp_path: Path) -> None:
+    config = _config(corpus, tmp_path, log={"tensorboard": True}, checkpoint={"every": 2, "keep": 2}, eval={"every": 3})
+    assert pretrain(config, None) == 0
+    run = tmp_path / "run"
+    assert load_config(run / "config.toml") == config
+    assert list((run / "tensorboard").iterdir())
+    assert (run / "checkpoints/latest").read_text().strip() == "step_00000006"
+    assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000006"]
+    records = _records(config)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert records[-1]["tokens"] == 6 * 4 * 16
+    assert {"loss", "grad_norm", "lr", "tokens_per_s", "mfu", "step_s"} <= records[0].keys()
+    assert [i for i, record in enumerate(records, 1) if "valid_loss" in record] == [3, 6]
+    assert records[-1]["loss"] < records[0]["loss"] < math.log(VOCAB_SIZE) + 0.5
+
+
+def test_a_planned_stop_and_the_same_command_again_make_one_run(corpus: Path, tmp_path: Path) -> None:
+    straight = _config(corpus, tmp_path / "straight")
+    assert pretrain(straight, None) == 0
+    parts = _config(corpus, tmp_path / "parts", train={"stop_step": 3})
+    assert pretrain(parts, None) == 0
+    assert pretrain(_config(corpus, tmp_path / "parts"), None) == 0
+    for got, want in zip(_records(parts), _records(straight), strict=True):
+        assert (got["step"], got["loss"], got["grad_norm"]) == (want["step"], want["loss"], want["grad_norm"])
+    assert pretrain(_config(corpus, tmp_path / "parts"), None) == 0, "a finished run has nothing left to do"
+    assert len(_records(parts)) == 6
+
+
+def test_the_stop_file_saves_and_returns_75(corpus: Path, tmp_path: Path) -> None:
+    config = _config(corpus, tmp_path, train={"steps": 100_000}, data={"split": "100,0,0"})
+    script = (
+        "import sys; from megascratch.config import load_config; from megascratch.engine import pretrain;"
+        "sys.exit(pretrain(load_config(None, sys.argv[1:]), None))"
+    )
+    overrides = [
+        f"{section}.{key}={json.dumps(value)}"
+        for section, keys in config.model_dump(exclude_none=True).items()
+        for key, value in keys.items()
+    ]
+    for ask in ("file", "signal"):
+        process = subprocess.Popen([sys.executable, "-c", script, *overrides], stderr=subprocess.PIPE, text=True)
+        metrics = tmp_path / "run/metrics.jsonl"
+        seen = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        deadline = time.monotonic() + 60
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < seen + 3:
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        if ask == "file":
+            (tmp_path / "run/stop").touch()
+        else:
+            os.kill(process.pid, signal.SIGUSR1)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 75
+        assert "the same command resumes" in said
+    steps = [record["step"] for record in _records(config)]
+    assert steps == list(range(1, len(steps) + 1)), "the second process went on where the first one stopped"
+
+
+def _pretrain_on_ranks(config: Config) -> int:
+    import torch
+
+    from megascratch.dist.mesh import Mesh, MeshSpec
+    from megascratch.engine.pretrain import _train
+
+    return _train(config, Mesh.create(MeshSpec.of(config.parallel), torch.device("cpu")))
+
+
+def test_validation_loss_is_the_same_on_every_layout(corpus: Path, tmp_path: Path) -> None:
+    serial = _config(corpus, tmp_path / "serial", train={"dtype": "fp64"})
+    assert pretrain(serial, None) == 0
+    parallel = {"tp": 2, "pp": 2, "dp": 1, "vp": 1}
+    spread = _config(corpus, tmp_path / "spread", train={"dtype": "fp64"}, parallel=parallel)
+    run_ranks(4, _pretrain_on_ranks, spread)
+    assert _records(spread)[-1]["valid_loss"] == pytest.approx(_records(serial)[-1]["valid_loss"], rel=1e-9)
+
+
+def test_too_little_data_is_told_before_training(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        pretrain(_config(corpus, tmp_path, data={"seq_length": 9000}, model={"max_seq_length": 9000}), None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_id_outside_the_vocabulary_is_told_before_training(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="vocab"):
+        pretrain(_config(corpus, tmp_path, model={"vocab_size": VOCAB_SIZE - 1}), None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_told(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        pretrain(_config(corpus, tmp_path, checkpoint={"load": str(tmp_path / "nowhere")}), None)
+
+
+def test_divergence_ends_the_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megascratch.engine.trainer._MOST_SKIPPED_IN_A_ROW", 3)
+    config = _config(corpus, tmp_path, optim={"lr": 1e30, "clip": 0.0}, train={"steps": 50})
+    with pytest.raises(DivergedError, match=r"not finite in 3 steps in a row.*lower optim\.lr"):
+        pretrain(config, None)
