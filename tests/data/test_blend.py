@@ -111,13 +111,24 @@ def test_blends_of_megatron(tmp_path, megatron, corpora, n_paths, weights, split
                 assert np.array_equal(getattr(sample, key), expected[key].numpy()), (part, i, key)
 
 
-def test_a_short_blend_never_runs_out_of_a_dataset(tmp_path, corpora):
-    """Megatron stops with an IndexError where the greedy rule takes more than target and surplus."""
-    for n in range(1, 40):
-        weights = [0.34, 0.33, 0.33]
-        train = build_datasets(corpora, weights, "1", 30, 1, (n, 0, 0), tmp_path / "cache").train
-        for i in range(len(train)):
-            train[i]
+@pytest.mark.filterwarnings("ignore")
+def test_the_surplus_of_megatron_decides_the_epochs(tmp_path, megatron, make_dataset):
+    """Exactly one epoch is asked for; half a per cent more takes a second, and so another order."""
+    path = make_dataset("d", [41] * 10)
+    [theirs, _, _] = megatron_datasets(megatron, [path], [1.0], "1", 4, 1, [102, 0, 0])
+    ours = build_datasets([path], [1.0], "1", 4, 1, (102, 0, 0), tmp_path / "cache").train
+    assert len(ours.datasets[0]) == len(theirs.datasets[0]) == 204
+    for i in range(102):
+        assert np.array_equal(ours[i].tokens, theirs[i]["tokens"].numpy())
+
+
+def test_a_short_blend_never_runs_out_of_a_dataset(tmp_path, make_dataset):
+    """The greedy rule takes 14 samples of the last dataset, whose target is 12: Megatron stops with an IndexError."""
+    paths = [make_dataset(f"d{i}", [50], seed=i) for i in range(5)]  # one sample an epoch
+    train = build_datasets(paths, [4, 1, 1, 3, 11], "1", 49, 1, (21, 0, 0), tmp_path / "cache").train
+    assert np.bincount(train.dataset_index).tolist() == [5, 1, 1, 4, 14]
+    for i in range(len(train)):
+        train[i]
 
 
 def test_the_cache_stands_beside_the_data_unless_told(tmp_path, corpora):

@@ -193,6 +193,23 @@ def test_other_data_under_the_same_name_is_not_taken_from_the_cache(make_dataset
     assert sums[0] != sums[1]
 
 
+def test_each_setting_has_its_own_cache_entry(make_dataset, tmp_path):
+    prefix = make_dataset("d", LENGTHS)
+    settings = [
+        (16, 50, "1", 0, 9),
+        (17, 50, "1", 0, 9),
+        (16, 300, "1", 0, 9),
+        (16, 50, "1", 0, 8),
+        (16, 50, "9,1", 0, 9),
+    ]
+    for setting in settings * 2:
+        shared = our_dataset(prefix, *setting, tmp_path / "cache")
+        alone = our_dataset(prefix, *setting, tmp_path / f"{settings.index(setting)}")
+        for index in ("document_index", "sample_index", "shuffle_index"):
+            assert np.array_equal(getattr(shared, index), getattr(alone, index)), (setting, index)
+    assert len(list((tmp_path / "cache").glob("*.json"))) == len(settings)
+
+
 def build_at(barrier, prefix, cache, results):
     barrier.wait()
     dataset = our_dataset(prefix, 16, 4000, "1", 0, 9, cache)
