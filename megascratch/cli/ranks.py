@@ -14,7 +14,7 @@ from megascratch.errors import EXIT_FAILED, MegascratchError
 Request = TypeVar("Request")
 Work = Callable[[Request, Environment | None], int]
 
-_RANK_0_FIRST_S = 2.0
+_RANK_0_FIRST_S = 10.0
 
 
 def run_ranks(work: Work[Request], request: Request, n_ranks: int) -> int:
