@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import time
 from pathlib import Path
 
@@ -141,6 +142,14 @@ def test_long_and_short_pieces_merge_alike(tokenizer: Tokenizer, source_texts: l
     oracle = tokenizers.Tokenizer.from_str(json.dumps(render(tokenizer.vocabulary)))
     for length in range(1, len(letters), 3):  # across the border between scan and heap
         assert tokenizer.encode(letters[:length]) == oracle.encode(letters[:length]).ids
+
+
+def test_the_cache_never_answers_for_another_piece(tokenizer: Tokenizer) -> None:
+    """Words enough to fill every slot several times over, many of them the beginning of another."""
+    rng = random.Random(0)
+    text = " ".join("".join(rng.choices("abcdefgh", k=rng.randint(1, 9))) for _ in range(200_000))
+    oracle = tokenizers.Tokenizer.from_str(json.dumps(render(tokenizer.vocabulary)))
+    assert_same_ids(tokenizer.encode(text), oracle.encode(text).ids, tokenizer)
 
 
 def test_special_tokens_in_text_are_text_unless_allowed(tokenizer: Tokenizer) -> None:
