@@ -110,11 +110,11 @@ def make_caches(stage: Stage, batch: int, length: int) -> list[LayerCache]:
 
 @torch.no_grad()
 def next_logits(stage: Stage, tokens: Tensor, offset: int, caches: Sequence[LayerCache]) -> Tensor:
-    """Feed tokens [b, s] at positions offset …, and return the logits behind the last of them, [b, v].
+    """Feed tokens [b, s] at positions offset …, and return the logits behind the last of them.
 
-    The logits are gathered over tp and without padding columns; the caches are extended.
+    Returns: [b, v], gathered over tp, with padding columns last. The caches are extended.
     """
     for start in range(0, tokens.shape[1], _PROMPT_CHUNK):
         part = tokens[:, start : start + _PROMPT_CHUNK]
         logits = stage(None, part, SequenceInfo(part.shape[1], offset=offset + start), caches)
-    return comm.gather(logits[-1], stage.placement.tp, dim=-1)[:, : stage.model.vocab_size]
+    return comm.gather(logits[-1], stage.placement.tp, dim=-1)

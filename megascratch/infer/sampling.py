@@ -2,7 +2,7 @@
 
 By hand: probabilities (0.5, 0.3, 0.15, 0.05) at temperature 1. top_k = 3 leaves (0.5, 0.3, 0.15) / 0.95 =
 (0.526, 0.316, 0.158). top_p = 0.6 then keeps tokens, likeliest first, until they hold 60 %: the first holds 53 %, with
-the second it is 84 %, so two stay: (0.625, 0.375). A uniform number u < 0.625 picks token 0, any other token 1.
+the second it is 84 %, so two stay: (0.625, 0.375). A uniform number u ≤ 0.625 picks token 0, any other token 1.
 
 The order is that of Hugging Face's `transformers`. Nucleus sampling (top-p): Holtzman et al. 2020, arXiv:1904.09751.
 
@@ -91,7 +91,5 @@ def sample(logits: Tensor, sampling: Sampling, position: int) -> Tensor:
     row = torch.arange(logits.shape[0], device=logits.device)
     u = uniform(stream_key(sampling.seed, "sample"), row * _LONGEST + position)
     cumulative = filtered(logits, sampling).softmax(-1).cumsum(-1)
-    total = cumulative[:, -1:].contiguous()
-    chosen = torch.searchsorted(cumulative, u.unsqueeze(-1) * total, right=True)
-    # u may round to 1, and u · total to total; the last token with any probability is where `total` is first reached.
-    return torch.minimum(chosen, torch.searchsorted(cumulative, total)).squeeze(-1)
+    # The first token whose cumulative probability reaches u · total: never one without probability, since u > 0.
+    return torch.searchsorted(cumulative, u.unsqueeze(-1) * cumulative[:, -1:]).squeeze(-1)

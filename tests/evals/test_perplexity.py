@@ -85,6 +85,8 @@ def test_masked_tokens_do_not_count(tmp_path: Path, data: Path) -> None:
     kept = [value for value, before in zip(nats, STREAM) if before != EOD]
     result = _evaluate(checkpoint, data)
     assert (result.n_tokens, result.nats) == (len(kept), pytest.approx(sum(kept), rel=1e-12))
+    labels = [id for id, before in zip(STREAM[1:], STREAM) if before != EOD]
+    assert result.n_bytes == len(tokenizer().decode_bytes([id for id in labels if id != EOD]))
 
 
 def test_positions_restart_with_documents_where_they_did_in_training(tmp_path: Path, data: Path) -> None:
