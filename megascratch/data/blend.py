@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascratch.data._sample_index import fill_blend
+from megascratch.data.checks import check_all
 from megascratch.data.index_cache import load_or_build
 from megascratch.data.indexed import IndexedDataset
-from megascratch.data.merge import join_errors, open_datasets
+from megascratch.data.merge import open_datasets
 from megascratch.data.samples import EodRules, GPTDataset, Sample, SampleDataset, require_one_sample
 from megascratch.data.splits import SPLITS, split_ranges
 from megascratch.data.token_ids import check_token_ids
@@ -220,22 +221,19 @@ def _check_data(
     vocab_size: int | None,
 ) -> None:
     """Find everything that is wrong with the tokens and their number, in all datasets and parts, at once."""
-    errors = []
-    for part in parts:
-        if ranges[0][part] is None:
-            remedy = "give the part a share, or ask for no samples of it"
-            errors.append(DataError(Problem(f"data.split = {split!r}", f"{SPLITS[part]} has no share", remedy)))
+    checks: list[Callable[[], None]] = [
+        partial(_refuse_empty_part, split, SPLITS[part]) for part in parts if ranges[0][part] is None
+    ]
     for dataset, parts_of_dataset in zip(indexed, ranges):
-        checks: list[Callable[[], None]] = [partial(check_token_ids, dataset, vocab_size)]
+        checks.append(partial(check_token_ids, dataset, vocab_size))
         checks += [
             partial(require_one_sample, dataset, sequences, seq_length, SPLITS[part])
             for part in parts
             if (sequences := parts_of_dataset[part]) is not None
         ]
-        for check in checks:
-            try:
-                check()
-            except DataError as error:
-                errors.append(error)
-    if errors:
-        raise join_errors(errors)
+    check_all(checks, "the datasets")
+
+
+def _refuse_empty_part(split: str, part: str) -> None:
+    remedy = "give it a share, or ask for no samples of it"
+    raise DataError(Problem(f"data.split = {split!r}", f"{part} has no share", remedy))

@@ -1,10 +1,12 @@
 """Merging: several indexed datasets into one, their documents in the order given."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from megascratch.data.checks import check_all
 from megascratch.data.indexed import IndexedDataset
 from megascratch.data.writer import IndexedDatasetWriter, require_free, require_same_kind
 from megascratch.errors import DataError, Problem
@@ -18,29 +20,13 @@ def open_datasets(prefixes: Sequence[Path | str]) -> list[IndexedDataset]:
     """
     if not prefixes:
         raise DataError(Problem("no dataset", "at least one is needed", "give the prefix of a .bin and .idx pair"))
-    datasets, errors = [], []
-    for prefix in prefixes:
-        try:
-            datasets.append(IndexedDataset(prefix))
-        except DataError as error:
-            errors.append(error)
-    if errors:
-        raise join_errors(errors)
+    datasets: list[IndexedDataset] = []
+
+    def open_one(prefix: Path | str) -> None:
+        datasets.append(IndexedDataset(prefix))
+
+    check_all([partial(open_one, prefix) for prefix in prefixes], "the datasets")
     return datasets
-
-
-def join_errors(errors: Sequence[DataError]) -> DataError:
-    """Return one error with the problems of all, each led by the file that it is in when they are several."""
-    if len(errors) == 1:
-        return errors[0]
-    return DataError(
-        [
-            Problem(f"{error.where}: {problem.value}", problem.rule, problem.remedy)
-            for error in errors
-            for problem in error.problems
-        ],
-        "the datasets",
-    )
 
 
 def merge_datasets(
@@ -63,14 +49,12 @@ def merge_datasets(
     if Path(output_prefix).resolve() in {dataset.prefix.resolve() for dataset in datasets}:
         problem = Problem(str(output_prefix), "is also an input", "choose another output prefix")
         raise DataError(problem, f"output {output_prefix}")
-    for dataset in datasets[1:]:
-        require_same_kind(dataset, first.dtype, first.modes is not None)
-    require_free(output_prefix, overwrite)
+    has_modes = first.modes is not None
+    checks = [partial(require_same_kind, dataset, first.dtype, has_modes) for dataset in datasets[1:]]
+    check_all([*checks, partial(require_free, output_prefix, overwrite)], "the datasets")
     total_bytes = sum(dataset.n_tokens * dataset.dtype.itemsize for dataset in datasets)
     with (
-        IndexedDatasetWriter(
-            output_prefix, first.dtype, with_modes=first.modes is not None, overwrite=overwrite
-        ) as writer,
+        IndexedDatasetWriter(output_prefix, first.dtype, with_modes=has_modes, overwrite=overwrite) as writer,
         progress(console, f"merge {len(datasets)} datasets", total_bytes, "B") as advance,
     ):
         for dataset in datasets:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from megascratch.data.checks import check_all
 from megascratch.data.corpus import Block, read_blocks, require_readable
 from megascratch.data.indexed import token_dtype
 from megascratch.data.workers import in_order
@@ -109,10 +110,12 @@ def preprocess(
     """
     files = [Path(file) for file in inputs]
     prefixes = {key: Path(f"{output_prefix}_{key}_document") for key in json_keys}
-    require_readable(files)
-    _require_options(json_keys, append_eod, tokenizer, workers)
-    for prefix in prefixes.values():
-        require_free(prefix, overwrite)
+    checks = [
+        partial(require_readable, files),
+        partial(_require_options, json_keys, append_eod, tokenizer, workers),
+        *(partial(require_free, prefix, overwrite) for prefix in prefixes.values()),
+    ]
+    check_all(checks, "the input and the options")
 
     dtype = token_dtype(tokenizer.vocab_size)
     eod_id = tokenizer.eod_id if append_eod else None

@@ -202,6 +202,14 @@ def test_everything_is_checked_before_work(tmp_path, tokenizer, quiet):
     assert sorted(tmp_path.iterdir()) == [file]
 
 
+def test_all_that_is_wrong_is_shown_at_once(tmp_path, tokenizer, quiet):
+    (tmp_path / "o_text_document.bin").write_text("mine")
+    with pytest.raises(DataError, match="3 problems in the input and the options") as caught:
+        preprocess([tmp_path / "none.jsonl"], tokenizer, tmp_path / "o", workers=0, console=quiet)
+    for part in ("none.jsonl", "workers = 0", "o_text_document.bin"):
+        assert part in str(caught.value)
+
+
 def test_nothing_is_overwritten(tmp_path, tokenizer, quiet):
     file = write_jsonl(tmp_path / "a.jsonl", ["a"])
     (tmp_path / "o_text_document.idx").write_text("mine")

@@ -223,10 +223,10 @@ def test_many_ranks_may_start_at_once(make_dataset, tmp_path):
     ranks = [context.Process(target=build_at, args=(barrier, prefix, tmp_path / "cache", results)) for _ in range(4)]
     for rank in ranks:
         rank.start()
-    sums = [results.get() for _ in ranks]
     for rank in ranks:
-        rank.join()
+        rank.join(timeout=60)
         assert rank.exitcode == 0
+    sums = [results.get() for _ in ranks]
     assert all(of_rank == sums[0] for of_rank in sums)
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".npy", ".npy", ".npy"]
 
