@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megascratch.checkpoint.format import OPTIMIZER, TensorRecord
+from megascratch.checkpoint.format import OPTIMIZER, Piece, TensorRecord
 from megascratch.checkpoint.load import Reader, find
 from megascratch.errors import CheckpointError, Problem
 from megascratch.log import progress
@@ -53,10 +53,11 @@ def describe(path: Path) -> Description:
     config = config if isinstance(config, dict) else {}
     parallel = config.get("parallel")
     parallel = parallel if isinstance(parallel, dict) else {}
+    consumed = state.get("consumed_samples")
     return Description(
         path=reader.directory,
         step=manifest.step,
-        consumed_samples=int(state.get("consumed_samples") or 0),
+        consumed_samples=consumed if isinstance(consumed, int) else 0,
         n_parameters=sum(r.numel for name, r in manifest.tensors.items() if not name.startswith(OPTIMIZER)),
         tensors=manifest.tensors,
         bytes=sum(record.bytes for record in manifest.tensors.values()),
@@ -73,14 +74,17 @@ def verify(path: Path, console: Console) -> None:
     """
     reader = Reader(find(path))
     reader.state()
-    pieces = [(name, piece) for name, record in reader.manifest.tensors.items() for piece in record.pieces]
+    by_file: dict[str, list[tuple[Piece, str]]] = {file: [] for file in reader.manifest.files}
+    for name, record in reader.manifest.tensors.items():
+        for piece in record.pieces:
+            by_file[piece.file].append((piece, name))
     problems: list[Problem] = []
-    total = sum(piece.bytes for _, piece in pieces)
+    total = sum(record.bytes for record in reader.manifest.tensors.values())
     with progress(console, f"verifying {reader.directory.name}", total, "B") as advance:
-        for file in reader.manifest.files:
+        for file, pieces in by_file.items():
             try:
                 with reader.open(file) as descriptor:
-                    for name, piece in sorted((p for p in pieces if p[1].file == file), key=lambda p: p[1].offset):
+                    for piece, name in sorted(pieces, key=lambda pair: pair[0].offset):
                         for index in range(len(piece.xxh3)):
                             try:
                                 reader.read_chunk(descriptor, name, piece, index)
