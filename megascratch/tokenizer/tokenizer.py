@@ -167,7 +167,10 @@ class Tokenizer:
         return encoded
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Encode bytes that need not be UTF-8; where they are, as `encode` does the text. No normalisation."""
+        """Encode bytes that need not be UTF-8; those that are get the ids that `encode` gives.
+
+        Only bytes: no added token is recognised, and nothing is normalised.
+        """
         return self._merge([self._splitter.split(data.decode("utf-8", "surrogateescape"))], threads=1)[0].tolist()
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
