@@ -69,7 +69,8 @@ void backward_rows(const SoftmaxBackwardArguments& a, int64_t begin, int64_t end
   const A scale = static_cast<A>(a.scale);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t i = row % a.sq, head = row / a.sq % a.n, sample = row / a.sq / a.n;
-    const T* g = static_cast<const T*>(a.grad) + sample * a.grad_stride_b + head * a.grad_stride_n + i * a.grad_stride_q;
+    const T* g =
+        static_cast<const T*>(a.grad) + sample * a.grad_stride_b + head * a.grad_stride_n + i * a.grad_stride_q;
     const T* p =
         static_cast<const T*>(a.probs) + sample * a.probs_stride_b + head * a.probs_stride_n + i * a.probs_stride_q;
     T* out = static_cast<T*>(a.grad_scores) + row * a.sk;

@@ -1,5 +1,5 @@
-// Registers the CUDA kernels for CUDA tensors, or, compiled with MEGASCRATCH_CUDA_HOST, their host run for CPU tensors in
-// the namespace `megascratch_cuda_host`, where the tests find it.
+// Registers the CUDA kernels for CUDA tensors, or, compiled with MEGASCRATCH_CUDA_HOST, their host run for CPU tensors
+// in the namespace `megascratch_cuda_host`, where the tests find it.
 
 #include "launchers.h"
 #include "torch_glue.h"

@@ -1,7 +1,7 @@
 // Rotary position embedding on the GPU: q and k in one launch.
 //
-// A block holds blockDim.y tokens; a token's blockDim.x threads walk its work items. An item is V pairs of one head, or V
-// of the dimensions that pass through. V fills 128-bit accesses where everything is aligned, and is 1 otherwise.
+// A block holds blockDim.y tokens; a token's blockDim.x threads walk its work items. An item is V pairs of one head, or
+// V of the dimensions that pass through. V fills 128-bit accesses where everything is aligned, and is 1 otherwise.
 
 #include "launchers.h"
 #include "portable.h"
@@ -103,7 +103,8 @@ template <typename T>
 int launch_widest(const RopeArguments& a, void* stream) {
   constexpr int v = packet_size<T>;
   const uintptr_t tables = reinterpret_cast<uintptr_t>(a.cos) | reinterpret_cast<uintptr_t>(a.sin);
-  const bool wide = tables % 16 == 0 && a.r / 2 % v == 0 && a.d % v == 0 && heads_aligned(a.q, v) && heads_aligned(a.k, v);
+  const bool sizes_fit = a.r / 2 % v == 0 && a.d % v == 0;
+  const bool wide = sizes_fit && tables % 16 == 0 && heads_aligned(a.q, v) && heads_aligned(a.k, v);
   return wide ? launch<T, v>(a, stream) : launch<T, 1>(a, stream);
 }
 

@@ -1,8 +1,8 @@
 // Scaled masked softmax over the keys on the GPU, and its backward pass, for any length.
 //
 // A team reads its row twice: once for the maximum and the sum of exponentials together (each thread rescales its sum
-// when its maximum grows), once to write. The second reading hits the cache: L1 for rows up to 1024 (a warp a row, 8 rows
-// a block), L2 for longer ones (a block a row). Keys that the causal rule hides are neither read nor waited for.
+// when its maximum grows), once to write. The second reading hits the cache: L1 for rows up to 1024 (a warp a row, 8
+// rows a block), L2 for longer ones (a block a row). Keys that the causal rule hides are neither read nor waited for.
 //
 // Source of the one-pass maximum and sum: Milakov and Gimelshein 2018, arXiv:1805.02867.
 

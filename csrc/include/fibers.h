@@ -169,8 +169,8 @@ class Runner {
   }
 
   // makecontext passes ints only: the runner's address travels in two halves.
-  static unsigned high(const Runner* runner) { return static_cast<unsigned>(reinterpret_cast<uintptr_t>(runner) >> 32); }
-  static unsigned low(const Runner* runner) { return static_cast<unsigned>(reinterpret_cast<uintptr_t>(runner)); }
+  static unsigned high(const Runner* r) { return static_cast<unsigned>(reinterpret_cast<uintptr_t>(r) >> 32); }
+  static unsigned low(const Runner* r) { return static_cast<unsigned>(reinterpret_cast<uintptr_t>(r)); }
 
   static void enter(unsigned high, unsigned low) {
     Runner* runner = reinterpret_cast<Runner*>(static_cast<uintptr_t>(high) << 32 | low);

@@ -92,7 +92,7 @@ MEGASCRATCH_DEVICE Half store<Half>(float x) {
   const uint32_t u = bits_of<uint32_t>(x);
   const uint32_t sign = (u >> 16) & 0x8000u;
   const uint32_t magnitude = u & 0x7fffffffu;
-  // Normal numbers: lower the exponent by 112, then round away 13 bits. A carry may run into the exponent, up to infinity.
+  // Normal numbers: lower the exponent by 112, then round away 13 bits. A carry may run into the exponent, to infinity.
   const uint32_t lowered = magnitude - (112u << 23);
   const uint32_t normal = (lowered + 0xfffu + ((lowered >> 13) & 1u)) >> 13;
   // Below 2⁻¹⁴: adding 0.5 lets the floating-point unit shift and round, and leaves the bits at the bottom.

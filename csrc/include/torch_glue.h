@@ -89,10 +89,11 @@ Tensor run_scaled_softmax(Tensor scores, double scale, bool causal, std::optiona
   a.b = scores.size(0), a.n = scores.size(1), a.sq = scores.size(2), a.sk = scores.size(3);
   a.stride_b = scores.stride(0), a.stride_n = scores.stride(1), a.stride_q = scores.stride(2);
   if (mask) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 4, "scaled_softmax: mask must be bool, 4-d");
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 4, "scaled_softmax: mask must be bool");
     int64_t* strides[] = {&a.mask_stride_b, &a.mask_stride_n, &a.mask_stride_q, &a.mask_stride_k};
     for (int64_t dim = 0; dim < 4; ++dim) {
-      STD_TORCH_CHECK(mask->size(dim) == 1 || mask->size(dim) == scores.size(dim), "scaled_softmax: mask does not broadcast");
+      const bool fits = mask->size(dim) == 1 || mask->size(dim) == scores.size(dim);
+      STD_TORCH_CHECK(fits, "scaled_softmax: the mask does not broadcast to the scores");
       *strides[dim] = mask->size(dim) == 1 ? 0 : mask->stride(dim);
     }
     a.mask = mask->const_data_ptr<bool>();
