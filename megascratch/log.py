@@ -34,9 +34,7 @@ def _amount(value: float, unit: str) -> str:
 
 
 @contextmanager
-def progress(
-    console: Console, description: str, total: float | None, unit: str
-) -> Iterator[Callable[[float], None]]:
+def progress(console: Console, description: str, total: float | None, unit: str) -> Iterator[Callable[[float], None]]:
     """Show a bar with amount, rate and ETA while the body runs.
 
     Args:

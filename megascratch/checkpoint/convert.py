@@ -22,9 +22,8 @@ from megascratch.config import Config, config_from_dict
 from megascratch.dist.layout import Box, ParamSpec, extents
 from megascratch.errors import CheckpointError, Problem
 from megascratch.log import progress
+from megascratch.nn import DTYPES as TRAIN_DTYPES
 from megascratch.nn import layer_range, parameter_specs
-
-TRAIN_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def convert(

@@ -43,8 +43,8 @@ def random_bits(key: int, index: Tensor) -> Tensor:
 
 
 def uniform(key: int, index: Tensor) -> Tensor:
-    """Return float64 values in (0, 1) with 53 random bits, one for each index."""
-    return (_shift_right(random_bits(key, index), 11).double() + 0.5) * 2.0**-53
+    """Return float64 values in (0, 1), both ends left out, with 52 random bits, one for each index."""
+    return (_shift_right(random_bits(key, index), 12).double() + 0.5) * 2.0**-52
 
 
 def normal(key: int, index: Tensor) -> Tensor:

@@ -20,11 +20,9 @@ from megascratch.dist import comm
 from megascratch.dist.mesh import Mesh
 from megascratch.dist.rng import initialize
 from megascratch.engine.objective import Objective, Outputs
-from megascratch.nn import Placement, SequenceInfo, Stage
+from megascratch.nn import DTYPES, Placement, SequenceInfo, Stage, core_for
 from megascratch.optim import LossScale, Optimizer, learning_rate
 from megascratch.pipeline import SCHEDULES, Action, Boundary, add_communication, check, forward_only, run
-
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,7 @@ class Engine:
         self.config, self.mesh = config, mesh
         parallel, train = config.parallel, config.train
         placement = Placement(mesh.tp, bool(parallel.sequence_parallel), DTYPES[train.dtype], mesh.device)
-        core = train.attention
-        if core == "auto":
-            core = "sdpa" if mesh.device.type == "cuda" else "softmax"
+        core = core_for(train.attention, mesh.device)
         self.n_stages = parallel.pp * parallel.vp
         self.stages = {
             index: Stage(config.model, placement, index, self.n_stages, core=core, recompute=parallel.recompute)

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 
 from megascratch.checkpoint import Shard, find, load, read_state
-from megascratch.checkpoint.convert import TRAIN_DTYPES
 from megascratch.config import Config, ParallelConfig, config_from_dict
 from megascratch.config.check import check
 from megascratch.dist.layout import extents, spec_of
 from megascratch.dist.mesh import Mesh
 from megascratch.errors import CheckpointError, LayoutError, Problem, TokenizerError
-from megascratch.nn import Placement, Stage
+from megascratch.nn import DTYPES, Placement, Stage, core_for
 from megascratch.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -39,12 +38,10 @@ def load_model(checkpoint: Path, mesh: Mesh, dtype: torch.dtype | None = None) -
     directory = find(checkpoint)
     config = read_config(directory, mesh.spec.tp)
     if dtype is None:
-        dtype = TRAIN_DTYPES[config.train.dtype]
+        dtype = DTYPES[config.train.dtype]
         if mesh.device.type == "cpu" and dtype.itemsize == 2:
             dtype = torch.float32
-    core = config.train.attention
-    if core == "auto":
-        core = "sdpa" if mesh.device.type == "cuda" else "softmax"
+    core = core_for(config.train.attention, mesh.device)
     # A single token cannot be divided along the sequence.
     stage = Stage(config.model, Placement(mesh.tp, False, dtype, mesh.device), core=core).eval().requires_grad_(False)
     shards = []

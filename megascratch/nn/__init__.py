@@ -1,17 +1,19 @@
 """The decoder's layers, each its own serial self on a tensor-parallel axis of size 1."""
 
-from megascratch.nn.attention import LayerCache
+from megascratch.nn.attention import LayerCache, core_for
 from megascratch.nn.loss import token_logprobs
-from megascratch.nn.placement import Placement
+from megascratch.nn.placement import DTYPES, Placement
 from megascratch.nn.sequence import SequenceInfo
 from megascratch.nn.transformer import Block, Stage, layer_range, parameter_specs
 
 __all__ = [
+    "DTYPES",
     "Block",
     "LayerCache",
     "Placement",
     "SequenceInfo",
     "Stage",
+    "core_for",
     "layer_range",
     "parameter_specs",
     "token_logprobs",

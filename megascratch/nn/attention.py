@@ -86,6 +86,13 @@ def sdpa_core(q: Tensor, k: Tensor, v: Tensor, drop: Callable[[Tensor], Tensor] 
 CORES: dict[str, Core] = {"softmax": softmax_core, "sdpa": sdpa_core}
 
 
+def core_for(attention: str, device: torch.device) -> str:
+    """Return the key of `CORES` that `train.attention` means on a device."""
+    if attention != "auto":
+        return attention
+    return "sdpa" if device.type == "cuda" else "softmax"
+
+
 class Attention(nn.Module):
     """Project to queries, keys and values; rotate; attend; project back.
 

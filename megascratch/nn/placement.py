@@ -8,6 +8,9 @@ from torch import nn
 from megascratch.dist.layout import Init, Split, parameter
 from megascratch.dist.mesh import Axis
 
+# By the names that `train.dtype` uses.
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Placement:
