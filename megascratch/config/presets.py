@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": 50257,
         "norm": "layernorm",
         "norm_eps": 1e-5,
-        "activation": "gelu",
+        "activation": "gelu_tanh",
         "position": "learned",
         "max_seq_length": 1024,
         "tie_embeddings": True,

@@ -56,7 +56,8 @@ class ModelConfig(Section):
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: Positive = 1e-5
     norm_position: Literal["pre", "post"] = "pre"  # post: norms on each branch's output, as in OLMo-2
-    activation: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu"
+    # The *_tanh ones approximate GELU as GPT-2 and Gemma do.
+    activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu2"] = "swiglu"
     position: Literal["rope", "learned", "none"] = "rope"
     rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None

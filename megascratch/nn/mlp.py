@@ -9,8 +9,16 @@ from megascratch.config import ModelConfig
 from megascratch.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megascratch.nn.placement import Placement
 
-GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": ops.swiglu, "geglu": ops.geglu}
-PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"gelu": ops.gelu, "relu2": ops.relu_squared}
+GATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": ops.swiglu,
+    "geglu": ops.geglu,
+    "geglu_tanh": ops.geglu_tanh,
+}
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": ops.gelu,
+    "gelu_tanh": ops.gelu_tanh,
+    "relu2": ops.relu_squared,
+}
 
 
 class GatedMLP(nn.Module):

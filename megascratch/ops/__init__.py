@@ -7,7 +7,7 @@ holds its C++ and CUDA kernels. The functions check their arguments and call the
 import torch
 
 from megascratch.ops.activation import OPERATORS as activation_operators
-from megascratch.ops.activation import geglu, gelu, relu_squared, swiglu
+from megascratch.ops.activation import geglu, geglu_tanh, gelu, gelu_tanh, relu_squared, swiglu
 from megascratch.ops.backend import Backend, load
 from megascratch.ops.norm import OPERATORS as norm_operators
 from megascratch.ops.norm import layer_norm, rms_norm
@@ -24,7 +24,9 @@ __all__ = [
     "available",
     "backends",
     "geglu",
+    "geglu_tanh",
     "gelu",
+    "gelu_tanh",
     "layer_norm",
     "relu_squared",
     "rms_norm",

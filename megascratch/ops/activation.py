@@ -22,8 +22,13 @@ from megascratch.ops.registry import Formula, Operator, acc_dtype
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x Φ(x), exact (not the tanh approximation), element by element in x.dtype."""
+    """x Φ(x), exact, element by element in x.dtype."""
     return torch.ops.megascratch.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """½ x (1 + tanh(√(2/π) (x + 0.044715 x³))), GELU's approximation in GPT-2 and Gemma, in x.dtype."""
+    return torch.ops.megascratch.gelu_tanh(x)
 
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -47,6 +52,15 @@ def geglu(gate_up: Tensor) -> Tensor:
     """
     _check_even("geglu", gate_up)
     return torch.ops.megascratch.geglu(gate_up)
+
+
+def geglu_tanh(gate_up: Tensor) -> Tensor:
+    """GELU(gate) · up with the tanh approximation: gate_up [..., 2f] = [gate; up] → [..., f].
+
+    Raises: LayoutError: if the last dimension is odd.
+    """
+    _check_even("geglu_tanh", gate_up)
+    return torch.ops.megascratch.geglu_tanh(gate_up)
 
 
 def _check_even(name: str, gate_up: Tensor) -> None:
@@ -74,8 +88,20 @@ def _silu_slope(x: Tensor) -> Tensor:
     return gate * (1 + x * (1 - gate))
 
 
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def _gelu_tanh_slope(x: Tensor) -> Tensor:
+    # ½ (1 + tanh u) = σ(2u), so the value is x σ(2u) and the slope σ + x σ (1 − σ) 2u′.
+    scale = 2 * (2 / torch.pi) ** 0.5
+    gate = torch.sigmoid(scale * (x + 0.044715 * x * x * x))
+    return gate + x * gate * (1 - gate) * scale * (1 + 3 * 0.044715 * x * x)
+
+
 SILU = Curve(torch.nn.functional.silu, _silu_slope)
 GELU = Curve(torch.nn.functional.gelu, lambda x: _normal_cdf(x) + x * _normal_density(x))
+GELU_TANH = Curve(_gelu_tanh, _gelu_tanh_slope)
 RELU_SQUARED = Curve(lambda x: x.relu().square(), lambda x: 2 * x.relu())
 
 
@@ -123,7 +149,9 @@ def _like_input(grad: Tensor, x: Tensor) -> Tensor:
 
 OPERATORS = (
     *_plain("gelu", GELU),
+    *_plain("gelu_tanh", GELU_TANH),
     *_plain("relu_squared", RELU_SQUARED),
     *_gated("swiglu", SILU),
     *_gated("geglu", GELU),
+    *_gated("geglu_tanh", GELU_TANH),
 )

@@ -132,9 +132,10 @@ def test_qwen3() -> None:
     _assert_same_logits(stage, Qwen3ForCausalLM(Qwen3Config(**LLAMA, rope_parameters=rope)), _llama_names(ours))
 
 
-def test_gpt2() -> None:
-    stage, ours = _stage(norm="layernorm", activation="gelu", position="learned", bias=True, tie_embeddings=True)
+@pytest.mark.parametrize(("activation", "theirs"), [("gelu", "gelu"), ("gelu_tanh", "gelu_new")])
+def test_gpt2(activation: str, theirs: str) -> None:
+    stage, ours = _stage(norm="layernorm", activation=activation, position="learned", bias=True, tie_embeddings=True)
     config = GPT2Config(
-        n_embd=H, n_layer=LAYERS, n_head=N, n_inner=F, vocab_size=V, n_positions=64, activation_function="gelu"
+        n_embd=H, n_layer=LAYERS, n_head=N, n_inner=F, vocab_size=V, n_positions=64, activation_function=theirs
     )
     _assert_same_logits(stage, GPT2LMHeadModel(config), _gpt2_names(ours))

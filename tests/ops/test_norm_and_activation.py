@@ -29,9 +29,11 @@ def _gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 # name → (ours, torch's)
 ACTIVATIONS = {
     "gelu": (ops.gelu, F.gelu),
+    "gelu_tanh": (ops.gelu_tanh, lambda x: F.gelu(x, approximate="tanh")),
     "relu_squared": (ops.relu_squared, lambda x: F.relu(x) ** 2),
     "swiglu": (ops.swiglu, _gated(F.silu)),
     "geglu": (ops.geglu, _gated(F.gelu)),
+    "geglu_tanh": (ops.geglu_tanh, _gated(lambda x: F.gelu(x, approximate="tanh"))),
 }
 
 
