@@ -1,6 +1,6 @@
 // The CPU kernels, declared once for each instruction-set level that they are compiled for.
 //
-// A kernel computes the rows [begin, end) of its operator; the caller splits the rows over threads.
+// A kernel computes the rows [begin, end) of its operator; registration.cpp splits the rows over threads.
 
 #pragma once
 
@@ -10,11 +10,13 @@ namespace megascratch {
 
 #define MEGASCRATCH_DECLARE_KERNELS(level)                                                                             \
   namespace level {                                                                                                    \
-  /* Rows are the s·b tokens. Returns false if a position lies outside the table. */                                   \
-  bool rope(const RopeArguments& arguments, int64_t begin, int64_t end);                                               \
-  /* Rows are the b·n·sq queries. `scratch` has room for sk numbers of the accumulation type. */                       \
-  void scaled_softmax(const SoftmaxArguments& arguments, void* scratch, int64_t begin, int64_t end);                   \
-  void scaled_softmax_backward(const SoftmaxBackwardArguments& arguments, int64_t begin, int64_t end);                 \
+  struct Kernels {                                                                                                     \
+    /* Rows are the s·b tokens. Returns false if a position lies outside the table. */                                 \
+    static bool rope(const RopeArguments& arguments, int64_t begin, int64_t end);                                      \
+    /* Rows are the b·n·sq queries. `scratch` has room for sk numbers of the accumulation type. */                     \
+    static void scaled_softmax(const SoftmaxArguments& arguments, void* scratch, int64_t begin, int64_t end);          \
+    static void scaled_softmax_backward(const SoftmaxBackwardArguments& arguments, int64_t begin, int64_t end);        \
+  };                                                                                                                   \
   }
 
 #ifdef __x86_64__

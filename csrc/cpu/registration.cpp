@@ -5,7 +5,8 @@
 #include <vector>
 
 #include "kernels.h"
-#include "torch_glue.h"
+#include "operators/rope.h"
+#include "operators/scaled_softmax.h"
 
 namespace megascratch {
 namespace {
@@ -17,47 +18,36 @@ int64_t grain_rows(int64_t elements_per_row) {
   return elements_per_row >= grain_elements ? 1 : grain_elements / (elements_per_row + 1) + 1;
 }
 
-// The kernels of one level, as functions with the operators' signatures.
-template <auto rope_kernel, auto softmax_kernel, auto softmax_backward_kernel>
-struct Operators {
-  static std::tuple<Tensor, Tensor> rope(
-      Tensor q, Tensor k, Tensor cos, Tensor sin, std::optional<Tensor> positions, int64_t offset, bool interleaved,
-      bool inverse) {
-    return run_rope(q, k, cos, sin, positions, offset, interleaved, inverse, [](const RopeArguments& a, const Tensor&) {
-      std::atomic<bool> inside = true;
-      torch::stable::parallel_for(0, a.s * a.b, grain_rows((a.q.n + a.k.n) * a.d), [&](int64_t begin, int64_t end) {
-        if (!rope_kernel(a, begin, end)) inside = false;
-      });
-      STD_TORCH_CHECK(inside, "rope: a position lies outside the table's ", a.s_max);
+// Runs an operator's kernel of one level, its rows split over torch's threads.
+template <typename Kernels>
+struct Cpu {
+  static void run(const RopeArguments& a, const Tensor&) {
+    std::atomic<bool> inside = true;
+    torch::stable::parallel_for(0, a.s * a.b, grain_rows((a.q.n + a.k.n) * a.d), [&](int64_t begin, int64_t end) {
+      if (!Kernels::rope(a, begin, end)) inside = false;
+    });
+    STD_TORCH_CHECK(inside, "rope: a position lies outside the table's ", a.s_max);
+  }
+
+  static void run(const SoftmaxArguments& a, const Tensor&) {
+    torch::stable::parallel_for(0, a.b * a.n * a.sq, grain_rows(a.sk), [&](int64_t begin, int64_t end) {
+      std::vector<double> scratch(static_cast<size_t>(a.sk));  // doubles: room for either accumulation type
+      Kernels::scaled_softmax(a, scratch.data(), begin, end);
     });
   }
 
-  static Tensor scaled_softmax(Tensor scores, double scale, bool causal, std::optional<Tensor> mask) {
-    return run_scaled_softmax(scores, scale, causal, mask, [](const SoftmaxArguments& a, const Tensor&) {
-      torch::stable::parallel_for(0, a.b * a.n * a.sq, grain_rows(a.sk), [&](int64_t begin, int64_t end) {
-        std::vector<double> scratch(static_cast<size_t>(a.sk));  // doubles: room for either accumulation type
-        softmax_kernel(a, scratch.data(), begin, end);
-      });
+  static void run(const SoftmaxBackwardArguments& a, const Tensor&) {
+    torch::stable::parallel_for(0, a.b * a.n * a.sq, grain_rows(a.sk), [&](int64_t begin, int64_t end) {
+      Kernels::scaled_softmax_backward(a, begin, end);
     });
-  }
-
-  static Tensor scaled_softmax_backward(Tensor grad, Tensor probs, double scale, bool causal) {
-    return run_scaled_softmax_backward(
-        grad, probs, scale, causal, [](const SoftmaxBackwardArguments& a, const Tensor&) {
-          torch::stable::parallel_for(0, a.b * a.n * a.sq, grain_rows(a.sk), [&](int64_t begin, int64_t end) {
-            softmax_backward_kernel(a, begin, end);
-          });
-        });
-  }
-
-  static void add_to(torch::stable::detail::StableLibrary& library) {
-    library.impl("rope", TORCH_BOX(&rope));
-    library.impl("scaled_softmax", TORCH_BOX(&scaled_softmax));
-    library.impl("scaled_softmax_backward", TORCH_BOX(&scaled_softmax_backward));
   }
 };
 
-#define MEGASCRATCH_OPERATORS(level) Operators<&level::rope, &level::scaled_softmax, &level::scaled_softmax_backward>
+template <typename Kernels>
+void add_to(Library& library) {
+  RopeOperators<Cpu<Kernels>>::add_to(library);
+  SoftmaxOperators<Cpu<Kernels>>::add_to(library);
+}
 
 #ifdef __x86_64__
 const char* best_level() {
@@ -72,21 +62,21 @@ const char* best_level() { return "baseline"; }
 #ifdef __x86_64__
 STABLE_TORCH_LIBRARY_IMPL(megascratch, CPU, library) {
   switch (best_level()[1]) {
-    case '4': return MEGASCRATCH_OPERATORS(v4)::add_to(library);
-    case '3': return MEGASCRATCH_OPERATORS(v3)::add_to(library);
-    default: return MEGASCRATCH_OPERATORS(v2)::add_to(library);
+    case '4': return add_to<v4::Kernels>(library);
+    case '3': return add_to<v3::Kernels>(library);
+    default: return add_to<v2::Kernels>(library);
   }
 }
-STABLE_TORCH_LIBRARY_IMPL(megascratch_v2, CPU, library) { MEGASCRATCH_OPERATORS(v2)::add_to(library); }
+STABLE_TORCH_LIBRARY_IMPL(megascratch_v2, CPU, library) { add_to<v2::Kernels>(library); }
 STABLE_TORCH_LIBRARY_IMPL(megascratch_v3, CPU, library) {
-  if (__builtin_cpu_supports("x86-64-v3")) MEGASCRATCH_OPERATORS(v3)::add_to(library);
+  if (__builtin_cpu_supports("x86-64-v3")) add_to<v3::Kernels>(library);
 }
 STABLE_TORCH_LIBRARY_IMPL(megascratch_v4, CPU, library) {
-  if (__builtin_cpu_supports("x86-64-v4")) MEGASCRATCH_OPERATORS(v4)::add_to(library);
+  if (__builtin_cpu_supports("x86-64-v4")) add_to<v4::Kernels>(library);
 }
 #else
-STABLE_TORCH_LIBRARY_IMPL(megascratch, CPU, library) { MEGASCRATCH_OPERATORS(baseline)::add_to(library); }
-STABLE_TORCH_LIBRARY_IMPL(megascratch_baseline, CPU, library) { MEGASCRATCH_OPERATORS(baseline)::add_to(library); }
+STABLE_TORCH_LIBRARY_IMPL(megascratch, CPU, library) { add_to<baseline::Kernels>(library); }
+STABLE_TORCH_LIBRARY_IMPL(megascratch_baseline, CPU, library) { add_to<baseline::Kernels>(library); }
 #endif
 
 }  // namespace megascratch

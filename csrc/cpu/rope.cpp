@@ -63,7 +63,7 @@ bool rotate_tokens(const RopeArguments& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-bool rope(const RopeArguments& a, int64_t begin, int64_t end) {
+bool Kernels::rope(const RopeArguments& a, int64_t begin, int64_t end) {
   switch (a.dtype) {
     case DType::Float: return rotate_tokens<float>(a, begin, end);
     case DType::Double: return rotate_tokens<double>(a, begin, end);

@@ -87,7 +87,7 @@ void backward_rows(const SoftmaxBackwardArguments& a, int64_t begin, int64_t end
 
 }  // namespace
 
-void scaled_softmax(const SoftmaxArguments& a, void* scratch, int64_t begin, int64_t end) {
+void Kernels::scaled_softmax(const SoftmaxArguments& a, void* scratch, int64_t begin, int64_t end) {
   switch (a.dtype) {
     case DType::Float: return softmax_rows<float>(a, static_cast<float*>(scratch), begin, end);
     case DType::Double: return softmax_rows<double>(a, static_cast<double*>(scratch), begin, end);
@@ -96,7 +96,7 @@ void scaled_softmax(const SoftmaxArguments& a, void* scratch, int64_t begin, int
   }
 }
 
-void scaled_softmax_backward(const SoftmaxBackwardArguments& a, int64_t begin, int64_t end) {
+void Kernels::scaled_softmax_backward(const SoftmaxBackwardArguments& a, int64_t begin, int64_t end) {
   switch (a.dtype) {
     case DType::Float: return backward_rows<float>(a, begin, end);
     case DType::Double: return backward_rows<double>(a, begin, end);

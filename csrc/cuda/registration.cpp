@@ -2,7 +2,8 @@
 // in the namespace `megascratch_cuda_host`, where the tests find it.
 
 #include "launchers.h"
-#include "torch_glue.h"
+#include "operators/rope.h"
+#include "operators/scaled_softmax.h"
 
 #ifdef MEGASCRATCH_CUDA_HOST
 #include "fibers.h"
@@ -32,30 +33,17 @@ void launch(int (*launcher)(const Arguments*, void*), const Arguments& arguments
   STD_TORCH_CHECK(status == 0, "megascratch: a kernel did not launch, CUDA error ", status);
 }
 
-std::tuple<Tensor, Tensor> rope(
-    Tensor q, Tensor k, Tensor cos, Tensor sin, std::optional<Tensor> positions, int64_t offset, bool interleaved,
-    bool inverse) {
-  return run_rope(q, k, cos, sin, positions, offset, interleaved, inverse,
-                  [](const RopeArguments& a, const Tensor& on) { launch(megascratch_cuda_rope, a, on); });
-}
+struct Cuda {
+  static void run(const RopeArguments& a, const Tensor& on) { launch(megascratch_cuda_rope, a, on); }
+  static void run(const SoftmaxArguments& a, const Tensor& on) { launch(megascratch_cuda_scaled_softmax, a, on); }
+  static void run(const SoftmaxBackwardArguments& a, const Tensor& on) {
+    launch(megascratch_cuda_scaled_softmax_backward, a, on);
+  }
+};
 
-Tensor scaled_softmax(Tensor scores, double scale, bool causal, std::optional<Tensor> mask) {
-  return run_scaled_softmax(scores, scale, causal, mask, [](const SoftmaxArguments& a, const Tensor& on) {
-    launch(megascratch_cuda_scaled_softmax, a, on);
-  });
-}
-
-Tensor scaled_softmax_backward(Tensor grad, Tensor probs, double scale, bool causal) {
-  return run_scaled_softmax_backward(
-      grad, probs, scale, causal, [](const SoftmaxBackwardArguments& a, const Tensor& on) {
-        launch(megascratch_cuda_scaled_softmax_backward, a, on);
-      });
-}
-
-void add_to(torch::stable::detail::StableLibrary& library) {
-  library.impl("rope", TORCH_BOX(&rope));
-  library.impl("scaled_softmax", TORCH_BOX(&scaled_softmax));
-  library.impl("scaled_softmax_backward", TORCH_BOX(&scaled_softmax_backward));
+void add_to(Library& library) {
+  RopeOperators<Cuda>::add_to(library);
+  SoftmaxOperators<Cuda>::add_to(library);
 }
 
 }  // namespace

@@ -1,0 +1,99 @@
+// Python bindings of the path from JSON Lines to documents of token ids: megascratch.data._jsonl.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <stdexcept>
+
+#include "jsonl.h"
+
+namespace py = pybind11;
+using namespace megascratch::jsonl;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class T>
+Array<T> to_numpy(const std::vector<T>& values) {
+    return Array<T>(py::ssize_t(values.size()), values.data());
+}
+
+bool blank(std::string_view line) { return line.find_first_not_of(" \t\n\r\v\f") == line.npos; }
+
+// Ask Python for the strings of a line; None means that the line is bad and has been noted.
+void ask(const py::function& unusual, int64_t number, std::string_view line, std::vector<Texts>& texts) {
+    const py::gil_scoped_acquire acquired;
+    const py::object answer = unusual(number, py::bytes(line.data(), line.size()));
+    if (answer.is_none()) return;
+    const auto values = answer.cast<std::vector<py::bytes>>();
+    if (values.size() != texts.size()) throw std::invalid_argument("unusual must return one value for each key");
+    for (size_t key = 0; key < texts.size(); ++key) texts[key].append(std::string_view(values[key]));
+}
+
+py::tuple extract(std::string_view data, const std::vector<std::string>& keys, const py::function& unusual) {
+    std::vector<Texts> texts;
+    // Strings beside the text are few as a rule: only the first key's buffer is made for the worst case at once.
+    for (size_t key = 0; key < keys.size(); ++key) texts.emplace_back(key == 0 ? data.size() : 0);
+    int64_t n_lines = 0;
+    {
+        const py::gil_scoped_release released;
+        LineParser parser(keys);
+        for (size_t begin = 0; begin < data.size(); ++n_lines) {
+            const size_t end = std::min(data.find('\n', begin), data.size());
+            const std::string_view line = data.substr(begin, end - begin);
+            begin = end + 1;
+            if (!blank(line) && !parser.parse(line, texts)) ask(unusual, n_lines, line, texts);
+        }
+    }
+    py::list by_key;
+    for (const Texts& one : texts)
+        by_key.append(py::make_tuple(py::bytes(one.utf8().data(), one.utf8().size()), to_numpy(one.ends())));
+    return py::make_tuple(by_key, n_lines);
+}
+
+// Copy documents into tokens of the dataset's type, each that is not empty with the end-of-document id behind it.
+template <class T>
+py::tuple pack(const Array<int32_t>& ids, const Array<int64_t>& ends, std::optional<int64_t> eod, const Array<T>&) {
+    const int64_t n_documents = ends.size(), n_ids = ids.size();
+    const int32_t* id = ids.data();
+    const int64_t* end = ends.data();
+    Array<int64_t> lengths(n_documents);
+    int64_t* length = lengths.mutable_data();
+    int64_t n_tokens = 0, begin = 0;
+    for (int64_t d = 0; d < n_documents; begin = end[d++]) {
+        if (end[d] < begin || end[d] > n_ids) throw std::invalid_argument("ends must rise to the number of ids");
+        length[d] = end[d] - begin + (eod && end[d] > begin ? 1 : 0);
+        n_tokens += length[d];
+    }
+    if (begin != n_ids) throw std::invalid_argument("ends must rise to the number of ids");
+    Array<T> tokens(n_tokens);
+    T* token = tokens.mutable_data();
+    int64_t highest = 0, lowest = 0;
+    {
+        const py::gil_scoped_release released;
+        for (int64_t d = 0, i = 0; d < n_documents; ++d) {
+            for (; i < end[d]; ++i) {
+                highest = std::max<int64_t>(highest, id[i]);
+                lowest = std::min<int64_t>(lowest, id[i]);
+                *token++ = T(id[i]);
+            }
+            if (length[d] > end[d] - (d ? end[d - 1] : 0)) *token++ = T(*eod);
+        }
+    }
+    if (lowest < 0 || highest > int64_t(std::numeric_limits<T>::max()))
+        throw std::out_of_range("a token id does not fit the dtype");
+    return py::make_tuple(tokens, lengths);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_jsonl, m) {
+    m.doc() = "JSON Lines to texts, and ids to documents.";
+    m.def("extract", &extract, py::arg("data"), py::arg("keys"), py::arg("unusual"));
+    m.def("pack", &pack<uint16_t>, py::arg("ids"), py::arg("ends"), py::arg("eod"), py::arg("like").noconvert());
+    m.def("pack", &pack<int32_t>, py::arg("ids"), py::arg("ends"), py::arg("eod"), py::arg("like").noconvert());
+}
