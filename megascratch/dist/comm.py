@@ -217,3 +217,23 @@ def irecv(buffer: Tensor, axis: Axis, peer: int, tag: int) -> Work:
     work = dist.irecv(buffer, src=axis.ranks[peer], group=axis.group, tag=tag)
     assert work is not None
     return work
+
+
+def pass_on(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """Start handing a tensor to the next rank of the ring; the function returned waits for the previous rank's."""
+    buffer, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
+    following, previous = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, x, following, group=axis.group),
+            dist.P2POp(dist.irecv, buffer, previous, group=axis.group),
+        ]
+    )
+
+    def wait() -> Tensor:
+        for work in works:
+            work.wait()
+        assert x.numel() == buffer.numel()  # x must live until it is sent
+        return buffer
+
+    return wait
