@@ -10,6 +10,7 @@
 
 #include "bpe_encode.h"
 #include "bpe_train.h"
+#include "sentencepiece.h"
 
 namespace py = pybind11;
 using namespace megascratch::bpe;
@@ -94,6 +95,45 @@ py::tuple encode(const Encoder& encoder, std::string_view text, const Offsets& e
     return py::make_tuple(to_numpy(std::move(ids)), to_numpy(std::move(id_ends)));
 }
 
+using megascratch::sentencepiece::CharacterEncoder;
+using megascratch::sentencepiece::Merging;
+
+std::unique_ptr<CharacterEncoder> make_character_encoder(const std::vector<py::bytes>& tokens, const Ids& merges,
+                                                         const std::vector<int32_t>& byte_ids,
+                                                         const std::vector<int32_t>& frozen, bool cut_spaces) {
+    if (merges.ndim() != 2 || merges.shape(1) != 4) throw std::invalid_argument("merges must be [m, 4]");
+    if (byte_ids.size() != 256) throw std::invalid_argument("byte_ids must hold 256 ids");
+    const std::vector<std::string_view> views(tokens.begin(), tokens.end());
+    const auto check = [&](int32_t id) {
+        if (id < 0 || size_t(id) >= views.size() || views[size_t(id)].empty())
+            throw std::invalid_argument("an id that is to be merged or kept whole has no text");
+    };
+    std::vector<uint64_t> pairs;
+    std::vector<Merging> rules;
+    const auto row = merges.unchecked<2>();
+    for (py::ssize_t i = 0; i < merges.shape(0); ++i) {
+        for (py::ssize_t column = 0; column < 3; ++column) check(row(i, column));
+        pairs.push_back(pair_key(row(i, 0), row(i, 1)));
+        rules.push_back({row(i, 3), row(i, 2)});
+    }
+    for (const int32_t id : frozen) check(id);
+    return std::make_unique<CharacterEncoder>(views, byte_ids, pairs, rules, frozen, cut_spaces);
+}
+
+py::tuple encode_characters(const CharacterEncoder& encoder, std::string_view text, const Offsets& ends,
+                            const Offsets& document_ends, size_t threads) {
+    check_offsets(ends, int64_t(text.size()), true, "ends");
+    check_offsets(document_ends, ends.size(), false, "document_ends");
+    std::vector<int32_t> ids;
+    std::vector<int64_t> id_ends;
+    {
+        const py::gil_scoped_release release;
+        ids = encoder.encode(text.data(), ends.data(), document_ends.data(), size_t(document_ends.size()), threads,
+                             id_ends);
+    }
+    return py::make_tuple(to_numpy(std::move(ids)), to_numpy(std::move(id_ends)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_bpe, m) {
@@ -107,4 +147,9 @@ PYBIND11_MODULE(_bpe, m) {
     py::class_<Encoder>(m, "Encoder", "Encodes pre-tokens by ranked merges.")
         .def(py::init(&make_encoder), py::arg("tokens"), py::arg("merges"), py::arg("whole_first"))
         .def("encode", &encode, py::arg("text"), py::arg("ends"), py::arg("document_ends"), py::arg("threads"));
+    py::class_<CharacterEncoder>(m, "CharacterEncoder", "Encodes text as SentencePiece's BPE with byte fallback does.")
+        .def(py::init(&make_character_encoder), py::arg("tokens"), py::arg("merges"), py::arg("byte_ids"),
+             py::arg("frozen"), py::arg("cut_spaces"))
+        .def("encode", &encode_characters, py::arg("text"), py::arg("ends"), py::arg("document_ends"),
+             py::arg("threads"));
 }

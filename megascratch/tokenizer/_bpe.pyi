@@ -23,3 +23,18 @@ class Encoder:
     def encode(
         self, text: bytes, ends: NDArray[np.int64], document_ends: NDArray[np.int64], threads: int
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
+
+class CharacterEncoder:
+    """Encodes text as SentencePiece's BPE with byte fallback does."""
+
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        merges: NDArray[np.int32],
+        byte_ids: Sequence[int],
+        frozen: Sequence[int],
+        cut_spaces: bool,
+    ) -> None: ...
+    def encode(
+        self, text: bytes, ends: NDArray[np.int64], document_ends: NDArray[np.int64], threads: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
