@@ -1,9 +1,9 @@
-"""Build the compiled parts with ninja: two stable-ABI operator libraries, their host twin, and two pybind11 modules.
+"""Build the compiled parts with ninja: two stable-ABI operator libraries, their host twin, and three pybind11 modules.
 
     libmegascratch_cpu.so        csrc/cpu, once an instruction-set level, by g++ alone; always
     libmegascratch_cuda.so       csrc/cuda for every GPU architecture that this nvcc knows; whenever nvcc is found
     libmegascratch_cuda_host.so  the same .cu files compiled by g++ and run on fibers, as a test backend; always
-    tokenizer/_bpe, data/_sample_index   csrc/host, bound with pybind11; always
+    tokenizer/_bpe, data/_jsonl, data/_sample_index   csrc/host, bound with pybind11; always
 
 Metadata stands in pyproject.toml. torch's own `CUDAExtension` refuses to build CUDA beside a CPU torch, and it links
 the unstable C++ ABI; hence this small `build_ext`. Only what changed is rebuilt: ninja knows headers and flags.
@@ -186,7 +186,8 @@ def nvcc_command(nvcc: str, gxx: str) -> list[str]:
 def pybind11_modules() -> dict[str, Path]:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     host = CSRC / "host"
-    return {f"tokenizer/_bpe{suffix}": host / "bpe.cpp", f"data/_sample_index{suffix}": host / "sample_index.cpp"}
+    sources = {"tokenizer/_bpe": "bpe.cpp", "data/_jsonl": "jsonl.cpp", "data/_sample_index": "sample_index.cpp"}
+    return {f"{module}{suffix}": host / source for module, source in sources.items()}
 
 
 # The extension is named only so that setuptools knows the wheel to be of one platform.

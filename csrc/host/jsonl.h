@@ -8,6 +8,7 @@
 // included, and this one stays small.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -39,6 +40,7 @@ class Texts {
     }
     void reserve(size_t capacity) {
         if (capacity <= capacity_) return;
+        capacity = std::max(capacity, 2 * capacity_);
         std::unique_ptr<char[]> larger(new char[capacity]);
         std::memcpy(larger.get(), utf8_.get(), size_);
         utf8_ = std::move(larger);
