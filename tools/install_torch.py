@@ -45,10 +45,19 @@ def has_nvidia_gpu() -> bool:
     return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
 
 
-def install(requirement: list[str]) -> bool:
-    """Install with pip, asking an index that does not answer once only."""
+def install(requirement: list[str]) -> str | None:
+    """Install with pip, asking an index that does not answer once more and no longer.
+
+    Returns: None, or why it did not work, in pip's words.
+    """
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    return subprocess.run([*pip, "--retries", "1", "--timeout", "20", *requirement]).returncode == 0
+    finished = subprocess.run(
+        [*pip, "--retries", "1", "--timeout", "20", *requirement], stderr=subprocess.PIPE, text=True
+    )
+    if finished.returncode == 0:
+        return None
+    errors = [line for line in finished.stderr.splitlines() if line.startswith("ERROR:")]
+    return errors[-1] if errors else finished.stderr.strip()
 
 
 def main() -> int:
@@ -61,11 +70,13 @@ def main() -> int:
     print("an NVIDIA GPU is here" if gpu else "no NVIDIA GPU is here")
     for what, requirement in ATTEMPTS_WITH_GPU if gpu else ATTEMPTS_WITHOUT_GPU:
         print(f"torch {VERSION}: trying {what}", flush=True)
-        if install(requirement):
+        failure = install(requirement)
+        if failure is None:
             importlib.invalidate_caches()
             print(f"torch {installed_version()} is installed")
             return 0
-    print(f"torch {VERSION} could not be installed: pip's messages are above", file=sys.stderr)
+        print(f"  that did not work: {failure}")
+    print(f"torch {VERSION} could not be installed; is this machine online?", file=sys.stderr)
     return 1
 
 
