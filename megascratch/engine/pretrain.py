@@ -71,7 +71,7 @@ def open_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
     """
     data, train = config.data, config.train
     shares = [float(share) for share in data.split.split(",")]
-    n_valid = config.eval.batches * train.global_batch if shares[1] > 0 else 0
+    n_valid = config.eval.batches * train.global_batch if any(shares[1:2]) else 0
     return build_datasets(
         data.paths,
         data.weights,
