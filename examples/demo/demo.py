@@ -115,18 +115,17 @@ def summarize(seconds: float) -> None:
         "validation loss", f"{last['valid_loss']:.3f} nats/token, {last['valid_bits_per_byte']:.3f} bits/byte"
     )
     table.add_row("wall time", f"{seconds / 60:.1f} minutes")
+    console.print(table)
     for name, path, hint in (
-        ("corpus", "corpus.jsonl", ""),
+        ("corpus", "corpus.jsonl", "one JSON object a document"),
         ("tokenizer", "tokenizer.json", "megascratch inspect demo/tokenizer.json"),
-        ("dataset", "stdlib_text_document.bin", "megascratch inspect demo/stdlib_text_document --tokenizer demo"),
-        ("run", "run", "tensorboard --logdir demo/run/tensorboard"),
-        ("metrics", "run/metrics.jsonl", "one JSON object a step"),
+        ("dataset", "stdlib_text_document", "megascratch inspect demo/stdlib_text_document --tokenizer demo"),
+        ("metrics", "run/metrics.jsonl", "one JSON object a step; or: tensorboard --logdir demo/run"),
         ("checkpoints", "run/checkpoints", "megascratch inspect demo/run/checkpoints --verify"),
         ("for one rank", "one_rank", "megascratch generate demo/one_rank --prompt 'class Parser'"),
         ("for Hugging Face", "hf", "AutoModelForCausalLM.from_pretrained('demo/hf')"),
     ):
-        table.add_row(name, f"{FOLDER / path}   {hint}".rstrip())
-    console.print(table)
+        console.print(f" {name:<16}  {FOLDER / path!s:<26}  [dim]{hint}[/dim]")
     console.print(f"\nNext: change {RECIPE} and run it again, or read megascratch/engine/trainer.py.")
 
 
