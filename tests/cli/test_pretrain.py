@@ -210,3 +210,18 @@ def test_wrong_world_size_is_told_by_rank_0_alone(run: Run, recipe: Path, monkey
     monkeypatch.setenv("RANK", "1")
     finished = run("pretrain", recipe, "parallel.tp=2")
     assert (finished.code, finished.err) == (2, "")
+
+
+def test_token_outside_the_vocabulary(run: Run, recipe: Path) -> None:
+    recipe.write_text(re.sub(r"tokenizer = .*", "", recipe.read_text()))
+    finished = run("pretrain", recipe, "model.vocab_size=299")
+    assert (finished.code, finished.out) == (2, "")
+    assert "token id 299 in document 0  must be 0 to 298, as model.vocab_size = 299" in finished.err
+    assert not (recipe.parent / "run").exists()
+
+
+def test_all_data_may_be_for_training(recipe: Path) -> None:
+    process = start("pretrain", recipe, "data.split=100,0", "train.steps=1")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "valid_loss" not in records(recipe.parent)[0]
