@@ -54,20 +54,22 @@ class Layout:
         parallel: `[parallel]` keys.
         model: key of `MODELS`.
         micro_batch: samples in a micro-batch.
+        packed: whether samples hold several documents, each blind to the others.
     """
 
     name: str
     parallel: dict[str, Any]
     model: str = "llama"
     micro_batch: int = 1
+    packed: bool = False
 
     @property
     def world(self) -> int:
         return int(np.prod([self.parallel.get(axis, 1) for axis in ("tp", "pp", "cp", "dp")]))
 
 
-def _layout(name: str, model: str = "llama", micro_batch: int = 1, **parallel: Any) -> Layout:
-    return Layout(name, parallel, model, micro_batch)
+def _layout(name: str, model: str = "llama", micro_batch: int = 1, packed: bool = False, **parallel: Any) -> Layout:
+    return Layout(name, parallel, model, micro_batch, packed)
 
 
 LAYOUTS = [
@@ -90,19 +92,31 @@ LAYOUTS = [
     _layout("tp2-pp2-dp2-zero1", "tied", tp=2, pp=2, dp=2, zero=1),
     _layout("tp2-pp2-dp2-vp2-dropout", "dropout", tp=2, pp=2, dp=2, vp=2),
     _layout("tp4-dp2-recompute", "olmo", tp=4, dp=2, recompute="full"),
+    _layout("tp2-packed", packed=True, tp=2),
+    _layout("cp2-ring", "qwen", cp=2),
+    _layout("cp4-ring-packed", packed=True, cp=4),
+    _layout("cp2-ulysses-packed", packed=True, cp=2, cp_algorithm="ulysses"),
+    _layout("cp2-all-gather-learned", "gpt2", cp=2, cp_algorithm="all_gather"),
+    _layout("cp2-tp2-dp2-zero1", "tied", cp=2, tp=2, dp=2, zero=1),
+    _layout("cp2-tp2-pp2-packed", packed=True, cp=2, tp=2, pp=2),
+    _layout("cp2-pp2-vp2-dp2-ulysses", "olmo", cp=2, pp=2, vp=2, dp=2, cp_algorithm="ulysses"),
 ]
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 
 def make_config(
-    model: str = "llama", parallel: dict[str, Any] | None = None, micro_batch: int = 1, **train: Any
+    model: str = "llama",
+    parallel: dict[str, Any] | None = None,
+    micro_batch: int = 1,
+    packed: bool = False,
+    **train: Any,
 ) -> Config:
     """Return a resolved configuration for a few float64 steps."""
     return config_from_dict(
         {
             "model": MODELS[model],
             "parallel": parallel or {},
-            "data": {"seq_length": SEQ_LENGTH},
+            "data": {"seq_length": SEQ_LENGTH, "reset_position_ids": packed, "reset_attention_mask": packed},
             "train": {"dtype": "fp64", "steps": 6, "global_batch": GLOBAL_BATCH, "micro_batch": micro_batch, **train},
             # Buckets of a few parameters each, so that bucket borders are part of what is tested.
             "optim": {"lr": 0.01, "warmup_steps": 2, "clip": 0.5, "bucket_numel": 4000, "eps": 1e-4},
@@ -111,7 +125,10 @@ def make_config(
 
 
 class RandomSamples:
-    """A dataset whose sample i is a function of i: random tokens, a part of them masked."""
+    """A dataset whose sample i is a function of i: random tokens, a part of them masked, in one document or three."""
+
+    def __init__(self, packed: bool) -> None:
+        self.packed = packed
 
     def __len__(self) -> int:
         return 10_000
@@ -120,13 +137,18 @@ class RandomSamples:
         random = np.random.default_rng(sample)
         tokens = random.integers(0, VOCAB_SIZE, SEQ_LENGTH + 1)
         mask = (random.random(SEQ_LENGTH) < 0.7).astype(np.float32)
-        return Sample(tokens, mask, np.arange(SEQ_LENGTH))
+        positions = np.arange(SEQ_LENGTH)
+        if self.packed:
+            first, second = sorted(random.choice(np.arange(1, SEQ_LENGTH), 2, replace=False))
+            positions -= np.select([positions >= second, positions >= first], [second, first], 0)
+        return Sample(tokens, mask, positions)
 
 
 def make_batches(config: Config, mesh: Mesh) -> Batches:
     """Return this rank's batches of `RandomSamples`."""
     train = config.train
-    return Batches(RandomSamples(), train.global_batch, train.micro_batch, mesh.dp.rank, mesh.dp.size)
+    samples = RandomSamples(config.data.reset_position_ids)
+    return Batches(samples, train.global_batch, train.micro_batch, mesh.dp.rank, mesh.dp.size)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 A rule reads the configuration as the user wrote it (before `resolve`), so that a message shows the user's own values.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 from megascratch.config.schema import Config
@@ -105,9 +106,30 @@ def _pipeline(config: Config, _: int | None) -> Iterator[Problem]:
 
 
 def _context_parallel(config: Config, _: int | None) -> Iterator[Problem]:
-    if config.parallel.cp > 1:
+    model, parallel, seq_length = config.model, config.parallel, config.data.seq_length
+    if parallel.cp == 1:
+        return
+    sequence_parallel = parallel.sequence_parallel is not False and parallel.tp > 1
+    # Each rank holds two chunks; under sequence parallelism the two together are divided over tp once more.
+    step = parallel.cp * (math.lcm(2, parallel.tp) if sequence_parallel else 2)
+    if seq_length % step:
         yield Problem(
-            f"parallel.cp = {config.parallel.cp}", "context parallelism is not built yet", "use cp = 1 with more tp"
+            f"data.seq_length = {seq_length}",
+            f"must divide by {step}: two chunks for each of parallel.cp = {parallel.cp} ranks, each rank's over tp",
+            f"use {_multiples_near(seq_length, step)}",
+        )
+    kv_heads = model.n_kv_heads or model.n_heads
+    if parallel.cp_algorithm == "ulysses" and kv_heads % (parallel.tp * parallel.cp):
+        yield Problem(
+            f"parallel.cp = {parallel.cp}",
+            f"times tp {parallel.tp} must divide model.n_kv_heads = {kv_heads}: ulysses divides the heads",
+            "use cp_algorithm = ring",
+        )
+    if model.dropout > 0:
+        yield Problem(
+            f"model.dropout = {model.dropout}",
+            f"does not go with parallel.cp = {parallel.cp}",
+            "set model.dropout = 0, or cp = 1",
         )
 
 
@@ -164,6 +186,12 @@ def _lengths(config: Config, _: int | None) -> Iterator[Problem]:
 
 def _data(config: Config, _: int | None) -> Iterator[Problem]:
     data = config.data
+    if data.reset_attention_mask and not data.reset_position_ids:
+        yield Problem(
+            "data.reset_attention_mask = true",
+            "needs data.reset_position_ids = true, which marks where documents begin",
+            "set both",
+        )
     if data.weights is not None and len(data.weights) != len(data.paths):
         yield Problem(
             f"data.weights has {len(data.weights)} entries",

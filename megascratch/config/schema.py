@@ -77,6 +77,7 @@ class ParallelConfig(Section):
     pp: Count = 1
     cp: Count = 1
     dp: Count | None = None  # world size / (tp · pp · cp) when left out
+    cp_algorithm: Literal["ring", "ulysses", "all_gather"] = "ring"
     vp: Count = 1  # model chunks a pipeline rank (interleaved schedule)
     schedule: Literal["gpipe", "1f1b", "interleaved"] | None = None  # 1f1b, or interleaved when vp > 1
     sequence_parallel: bool | None = None  # on when tp > 1
@@ -94,6 +95,7 @@ class DataConfig(Section):
     tokenizer: str | None = None
     eod_mask_loss: bool = False
     reset_position_ids: bool = False
+    reset_attention_mask: bool = False  # no attention across documents; needs reset_position_ids, which marks them
     cache_dir: str | None = None  # beside the data when left out
 
 

@@ -1,6 +1,6 @@
 """The value that the engine consumes: one microbatch of one data-parallel rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ class Microbatch:
         labels: the token that follows each input, [b, s] int64.
         loss_mask: 1 where the loss counts, [b, s] float32.
         position_ids: of the inputs, [b, s] int64.
+        documents: number of each input's document within its sample, [b, s] int64; one begins where positions restart.
         sample_ids: index of each sample in the whole run, [b] int64; the sample log and layout-independent dropout
             depend on it.
     """
@@ -23,14 +24,20 @@ class Microbatch:
     labels: Tensor
     loss_mask: Tensor
     position_ids: Tensor
+    documents: Tensor
     sample_ids: Tensor
 
     def to(self, device: torch.device | str) -> "Microbatch":
         """Return the microbatch on a device."""
-        return Microbatch(
-            self.tokens.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.loss_mask.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            self.sample_ids.to(device, non_blocking=True),
+        return Microbatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def part(self, index: Tensor) -> "Microbatch":
+        """Return the tokens at these places of every sequence, [b, len(index)]."""
+        return replace(
+            self,
+            tokens=self.tokens[:, index],
+            labels=self.labels[:, index],
+            loss_mask=self.loss_mask[:, index],
+            position_ids=self.position_ids[:, index],
+            documents=self.documents[:, index],
         )

@@ -38,11 +38,13 @@ def microbatch_ids(
 def collate(dataset: SampleDataset, sample_ids: range) -> Microbatch:
     """Read samples into one microbatch of torch tensors on the CPU."""
     samples = [dataset[sample] for sample in sample_ids]
+    position_ids = torch.from_numpy(np.stack([sample.position_ids for sample in samples]))
     return Microbatch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
         labels=torch.from_numpy(np.stack([sample.labels for sample in samples])),
         loss_mask=torch.from_numpy(np.stack([sample.loss_mask for sample in samples])),
-        position_ids=torch.from_numpy(np.stack([sample.position_ids for sample in samples])),
+        position_ids=position_ids,
+        documents=(position_ids == 0).cumsum(1),
         sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
     )
 

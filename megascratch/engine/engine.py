@@ -21,6 +21,7 @@ from megascratch.dist.mesh import Mesh
 from megascratch.dist.rng import initialize
 from megascratch.engine.objective import Objective, Outputs
 from megascratch.nn import DTYPES, Placement, SequenceInfo, Stage, core_for
+from megascratch.nn.context import token_index
 from megascratch.optim import LossScale, Optimizer, learning_rate
 from megascratch.pipeline import SCHEDULES, Action, Boundary, add_communication, check, forward_only, run
 
@@ -67,7 +68,14 @@ class Engine:
         assert config.model.vocab_size is not None
         self.config, self.mesh = config, mesh
         parallel, train = config.parallel, config.train
-        placement = Placement(mesh.tp, bool(parallel.sequence_parallel), DTYPES[train.dtype], mesh.device)
+        placement = Placement(
+            mesh.tp,
+            bool(parallel.sequence_parallel),
+            DTYPES[train.dtype],
+            mesh.device,
+            mesh.cp,
+            parallel.cp_algorithm,
+        )
         core = core_for(train.attention, mesh.device)
         self.n_stages = parallel.pp * parallel.vp
         self.stages = {
@@ -111,7 +119,7 @@ class Engine:
     def _run(self, microbatches: Sequence[Microbatch], objective: Objective, grad_seed: float | None) -> Totals:
         """Drive the pipeline over the micro-batches; `grad_seed` is the gradient of the loss, or None without one."""
         sums: dict[str, Tensor] = {}
-        moved = [microbatch.to(self.mesh.device) for microbatch in microbatches]
+        moved = [self._own_tokens(microbatch.to(self.mesh.device)) for microbatch in microbatches]
         functions = {
             index: partial(self._run_stage, stage, moved, objective, grad_seed, sums)
             for index, stage in self.stages.items()
@@ -139,9 +147,11 @@ class Engine:
     ) -> Tensor:
         """Run a stage on micro-batch `index`: activations, or on the last stage the scalar to differentiate."""
         microbatch = microbatches[index]
+        data = self.config.data
         info = SequenceInfo(
             length=microbatch.tokens.shape[1],
-            positions=microbatch.position_ids if self.config.data.reset_position_ids else None,
+            positions=microbatch.position_ids if data.reset_position_ids or self.mesh.cp.size > 1 else None,
+            documents=microbatch.documents if data.reset_attention_mask else None,
             sample_ids=microbatch.sample_ids,
             seed=self.config.train.seed,
         )
@@ -153,6 +163,12 @@ class Engine:
         for name, value in {"": loss.total, "weight": loss.weight, **loss.metrics}.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
         return loss.total * grad_seed if grad_seed is not None else loss.total
+
+    def _own_tokens(self, microbatch: Microbatch) -> Microbatch:
+        """Return the tokens that this rank of cp holds."""
+        if self.mesh.cp.size == 1:
+            return microbatch
+        return microbatch.part(token_index(microbatch.tokens.shape[1], self.mesh.cp, self.mesh.device))
 
     def _reduce(self, sums: dict[str, Tensor]) -> Totals:
         """Add up the last stage's sums over data-parallel ranks and tell every rank.
@@ -180,5 +196,5 @@ class Engine:
 
     def _boundary_shape(self) -> tuple[int, ...]:
         parallel = self.config.parallel
-        s = self.config.data.seq_length // (parallel.tp if parallel.sequence_parallel else 1)
+        s = self.config.data.seq_length // parallel.cp // (parallel.tp if parallel.sequence_parallel else 1)
         return (s, self.config.train.micro_batch, self.config.model.hidden)

@@ -155,7 +155,7 @@ class Trainer:
             weight += totals.weight
             if self.token_bytes is not None:
                 own = sum((self.token_bytes[m.labels] * m.loss_mask).double().sum() for m in microbatches)
-                n_bytes += comm.sum_over(torch.as_tensor(own, device=self.mesh.device), self.mesh.data).item()
+                n_bytes += comm.sum_over(torch.as_tensor(own, device=self.mesh.device), self.mesh.dp).item()
         values = {"valid_loss": nats / weight}
         if n_bytes:
             values["valid_bits_per_byte"] = nats / math.log(2) / n_bytes

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from megascratch import ops
 from megascratch.config import ModelConfig
+from megascratch.nn.context import ALGORITHMS, other_document
 from megascratch.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megascratch.nn.norm import RMSNorm
 from megascratch.nn.placement import Placement
 from megascratch.nn.sequence import Dropout, SequenceInfo
 
-Core = Callable[[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor] | None], Tensor]
+Drop = Callable[[Tensor], Tensor]
+Core = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, Drop | None], Tensor]
 
 
 @dataclass
@@ -40,15 +42,19 @@ class LayerCache:
         return self.keys[:end], self.values[:end]
 
 
-def softmax_core(q: Tensor, k: Tensor, v: Tensor, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Attend by two batched products with the fused causal softmax between them.
+def softmax_core(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True, drop: Drop | None = None
+) -> Tensor:
+    """Attend by two batched products with the fused softmax between them.
 
     Args:
-        q: [s, b, n, d]; query i is token t − s + i.
+        q: [s, b, n, d].
         k, v: [t, b, k, d].
+        mask: True where a query must not see a key, [b or 1, 1, s, t], or None.
+        causal: hide later keys, query i being token t − s + i.
         drop: applied to the probabilities [b, n, s, t], or None.
 
-    Returns: [s, b, n·d].
+    Returns: [s, b, n, d].
     """
     s, b, n, d = q.shape
     t, kv = k.shape[0], k.shape[2]
@@ -56,31 +62,34 @@ def softmax_core(q: Tensor, k: Tensor, v: Tensor, drop: Callable[[Tensor], Tenso
     rows = q.permute(1, 2, 0, 3).reshape(b * kv, (n // kv) * s, d)
     keys = k.permute(1, 2, 3, 0).reshape(b * kv, d, t)
     values = v.permute(1, 2, 0, 3).reshape(b * kv, t, d)
-    probs = ops.scaled_softmax((rows @ keys).view(b, n, s, t), 1.0 / math.sqrt(d))
+    probs = ops.scaled_softmax((rows @ keys).view(b, n, s, t), 1.0 / math.sqrt(d), causal, mask)
     if drop is not None:
         probs = drop(probs)
     out = probs.view(b * kv, (n // kv) * s, t) @ values
-    return out.view(b, n, s, d).permute(2, 0, 1, 3).reshape(s, b, n * d)
+    return out.view(b, n, s, d).permute(2, 0, 1, 3)
 
 
-def sdpa_core(q: Tensor, k: Tensor, v: Tensor, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def sdpa_core(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True, drop: Drop | None = None
+) -> Tensor:
     """Attend through torch's fused attention; shapes as in `softmax_core`. It knows no layout-independent dropout."""
     assert drop is None
-    s, b, n, d = q.shape
-    t = k.shape[0]
-    # `is_causal` aligns to the top left corner: right when s = t, or when a single query sees every key.
-    mask = None
-    if 1 < s < t:
-        mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)
+    s, t, n = q.shape[0], k.shape[0], q.shape[2]
+    # `is_causal` aligns to the top left corner, and excludes a mask: it serves the plain case alone.
+    plain = causal and mask is None and s == t
+    seen = None if mask is None else ~mask
+    if causal and not plain and s > 1:
+        before = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)
+        seen = before if seen is None else seen & before
     out = F.scaled_dot_product_attention(
         q.permute(1, 2, 0, 3),
         k.permute(1, 2, 0, 3),
         v.permute(1, 2, 0, 3),
-        attn_mask=mask,
-        is_causal=s == t and s > 1,
+        attn_mask=seen,
+        is_causal=plain,
         enable_gqa=n != k.shape[2],
     )
-    return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
+    return out.permute(2, 0, 1, 3)
 
 
 CORES: dict[str, Core] = {"softmax": softmax_core, "sdpa": sdpa_core}
@@ -108,6 +117,7 @@ class Attention(nn.Module):
         super().__init__()
         assert model.head_dim is not None and model.n_kv_heads is not None
         tp = placement.tp.size
+        self.placement = placement
         self.n_heads, self.n_kv_heads, self.head_dim = model.n_heads // tp, model.n_kv_heads // tp, model.head_dim
         self.first_head = placement.tp.rank * self.n_heads
         self.core = CORES[core]
@@ -148,9 +158,17 @@ class Attention(nn.Module):
             q, k = ops.rope(q, k, *rotary, offset=info.offset, positions=info.positions)
         if cache is not None:
             k, v = cache.extend(k, v, info.offset)
-        drops = self.training and self.dropout.p > 0.0
-        core, drop = (softmax_core, lambda probs: self._drop(probs, info)) if drops else (self.core, None)
-        return self.proj(core(q, k, v, drop))
+        return self.proj(self._attend(q, k, v, info).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo) -> Tensor:
+        """Attend with the core that the situation asks for: [s, b, n, d] from q [s, b, n, d] and k, v [t, b, k, d]."""
+        if self.placement.cp.size > 1:
+            attend = ALGORITHMS[self.placement.cp_algorithm]
+            return attend(q, k, v, self.placement.cp, info.documents, self.core)
+        mask = None if info.documents is None else other_document(info.documents, info.documents)
+        if self.training and self.dropout.p > 0.0:
+            return softmax_core(q, k, v, mask, True, lambda probs: self._drop(probs, info))
+        return self.core(q, k, v, mask, True, None)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take [s, b, k·(g+2)·d] apart into q [s, b, n, d] and k, v [s, b, k, d]."""

@@ -31,7 +31,7 @@ from megascratch import ops
 from megascratch.dist import comm
 from megascratch.dist.mesh import Axis
 
-Core = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
+Core = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, None], Tensor]
 
 
 def token_index(length: int, cp: Axis, device: torch.device | None = None) -> Tensor:
@@ -79,7 +79,7 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, cp: Axis, documents: Tens
     if documents is not None:
         every = comm.all_gather(documents.t(), cp)[order].t()
         mask = other_document(every, every)
-    out = core(q, k, v, mask, True)
+    out = core(q, k, v, mask, True, None)
     return comm.all_to_all(out[torch.argsort(order)], cp, split_dim=0, join_dim=2)
 
 
@@ -92,7 +92,7 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, cp: Axis, documents: Ten
     mask = (torch.arange(length, device=q.device) > own.unsqueeze(1))[None, None]
     if documents is not None:
         mask = mask | other_document(documents, comm.all_gather(documents.t(), cp)[order].t())
-    return core(q, keys, values, mask, False)
+    return core(q, keys, values, mask, False, None)
 
 
 ALGORITHMS = {"ring": ring_attention, "ulysses": ulysses_attention, "all_gather": gathered_attention}

@@ -1,6 +1,6 @@
-"""Where a module's parameters lie: one value that every layer takes, so that constructors stay about shapes."""
+"""Where a module's parameters and tokens lie: one value for all layers, so that constructors stay about shapes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -14,18 +14,22 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 
 @dataclass(frozen=True)
 class Placement:
-    """The tensor-parallel axis that layers are divided over, and the dtype and device of their parameters.
+    """The axes that layers are divided over, and the dtype and device of their parameters.
 
     Attributes:
         tp: tensor-parallel axis; size 1 makes every layer its serial self.
         sequence_parallel: whether activations between tensor-parallel regions are divided along the sequence.
         dtype, device: of parameters and activations.
+        cp: context-parallel axis, over which the sequence is divided everywhere.
+        cp_algorithm: how attention reaches over it, a key of `nn.context.ALGORITHMS`.
     """
 
     tp: Axis
     sequence_parallel: bool
     dtype: torch.dtype
     device: torch.device
+    cp: Axis = field(default_factory=lambda: Axis("cp"))
+    cp_algorithm: str = "ring"
 
     @property
     def token_axes(self) -> tuple[str, ...]:

@@ -14,9 +14,12 @@ class SequenceInfo:
     """The place of a micro-batch's tokens in their sequences and in the data.
 
     Attributes:
-        length: tokens of each sequence in this forward pass, s.
+        length: tokens of each sequence in this forward pass on this rank of cp, s.
         offset: position of the first of them; more than 0 only in cached generation.
-        positions: [b, s] int64 where positions restart within a sequence, else None: offset … offset + s − 1.
+        positions: [b, s] int64 where they restart within a sequence or are divided over cp, else None: offset …
+            offset + s − 1.
+        documents: [b, s] int64, the number of each token's document; no token attends to another document's. None for
+            one document.
         sample_ids: [b] int64, the global index of each sample; dropout masks depend on it. None outside training.
         seed: of dropout.
     """
@@ -24,6 +27,7 @@ class SequenceInfo:
     length: int
     offset: int = 0
     positions: Tensor | None = None
+    documents: Tensor | None = None
     sample_ids: Tensor | None = None
     seed: int = 0
 

@@ -72,7 +72,30 @@ TINY = "model.preset=tiny"
             None,
             r"schedule = interleaved +needs parallel\.vp > 1 +set vp = 2, or use 1f1b",
         ),
-        ("_context_parallel", "parallel.cp=2", None, r"cp = 2 +context parallelism is not built yet"),
+        (
+            "_context_parallel",
+            "parallel.cp=3",
+            None,
+            r"seq_length = 1024 +must divide by 6: two chunks for each of parallel\.cp = 3 .*use 1020 or 1026",
+        ),
+        (
+            "_context_parallel",
+            "parallel.cp=4 parallel.tp=2 parallel.cp_algorithm=ulysses train.global_batch=8",
+            None,
+            r"cp = 4 +times tp 2 must divide model\.n_kv_heads = 4: ulysses .*use cp_algorithm = ring",
+        ),
+        (
+            "_context_parallel",
+            "parallel.cp=2 model.dropout=0.1",
+            None,
+            r"dropout = 0\.1 +does not go with parallel\.cp = 2",
+        ),
+        (
+            "_data",
+            "data.reset_attention_mask=true",
+            None,
+            r"reset_attention_mask = true +needs data\.reset_position_ids",
+        ),
         (
             "_world",
             "parallel.tp=2 parallel.pp=2",
@@ -121,13 +144,13 @@ TINY = "model.preset=tiny"
         ("_data", "data.split=1,-1,1", None, r"data\.split = '1,-1,1' +must be one to three weights"),
         ("_data", "data.split=1,nan,1", None, r"data\.split = '1,nan,1' +must be one to three weights"),
         (
-            "_learning_rate",
+            "_steps",
             "optim.lr=1e-4 optim.min_lr=1e-3",
             None,
             r"min_lr = 0\.001 +must not exceed optim\.lr = 0\.0001 +lower optim\.min_lr",
         ),
         (
-            "_learning_rate",
+            "_steps",
             "optim.warmup_steps=11 train.steps=10",
             None,
             r"warmup_steps = 11 +must not exceed train\.steps = 10 +shorten the warm-up",

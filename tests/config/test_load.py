@@ -141,7 +141,7 @@ def test_rules_between_sections_are_told_at_once() -> None:
     [
         ("train.stesp=5", r"train\.stesp +is not a known key +did you mean steps\?"),
         ("trian.steps=5", r"trian +is not a known section +did you mean train\?"),
-        ("train.xyzzy=5", r"train\.xyzzy +is not a known key +known: steps, global_batch"),
+        ("train.xyzzy=5", r"train\.xyzzy +is not a known key +known: steps, stop_step, global_batch"),
         ("model.rope_scaling.fctor=2", r"model\.rope_scaling\.fctor +is not a known key +did you mean factor\?"),
         ("model.preset=tinny", r"model\.preset = tinny +is not a known preset +did you mean tiny\?"),
         ("model.preset=xyzzy", r"is not a known preset +one of tiny, gpt2-124m"),

@@ -13,10 +13,10 @@ N_STEPS = 5
 
 
 @functools.cache
-def one_rank(model: str) -> Trained:
+def one_rank(model: str, packed: bool = False) -> Trained:
     """The reference: the same steps on one rank, one micro-batch after another."""
     torch.set_num_threads(1)
-    return run_layout(make_config(model), N_STEPS)
+    return run_layout(make_config(model, packed=packed), N_STEPS)
 
 
 def assert_equal_runs(ranks: list[Trained], reference: Trained) -> None:
@@ -34,9 +34,9 @@ def assert_equal_runs(ranks: list[Trained], reference: Trained) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_a_layout_computes_what_one_rank_computes(layout: Layout) -> None:
-    config = make_config(layout.model, layout.parallel, layout.micro_batch)
+    config = make_config(layout.model, layout.parallel, layout.micro_batch, layout.packed)
     ranks = run_ranks(layout.world, run_layout, config, N_STEPS)
-    assert_equal_runs(ranks, one_rank(layout.model))
+    assert_equal_runs(ranks, one_rank(layout.model, layout.packed))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -66,6 +66,8 @@ def test_the_list_covers_what_it_promises() -> None:
     assert max(layout.world for layout in LAYOUTS) == 8
     for key, values in {
         "tp": {2, 4},
+        "cp": {2, 4},
+        "cp_algorithm": {"ulysses", "all_gather"},
         "pp": {2, 4},
         "dp": {2, 4},
         "vp": {2},

@@ -13,7 +13,7 @@ from megascratch.nn.context import ALGORITHMS, other_document, token_index
 S, B, N, K, D = 16, 2, 4, 4, 8
 
 
-def plain_core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def plain_core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, drop: None = None) -> Tensor:
     """Attention as its formula says, heads repeated: the oracle, and the core of two algorithms."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)

@@ -143,12 +143,15 @@ def test_attention_cores_agree(s: int, t: int) -> None:
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(s, B, 8, 6, dtype=F64, generator=generator, requires_grad=True)
     k, v = (torch.randn(t, B, 4, 6, dtype=F64, generator=generator, requires_grad=True) for _ in range(2))
-    probe = torch.randn(s, B, 48, dtype=F64, generator=generator)
-    results = []
-    for core in (softmax_core, sdpa_core):
-        y = core(q, k, v)
-        results.append((y, *torch.autograd.grad(y, (q, k, v), probe)))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+    probe = torch.randn(s, B, 8, 6, dtype=F64, generator=generator)
+    hidden = torch.rand(B, 1, s, t, generator=generator) < 0.3
+    hidden[..., 0] = False  # a query that sees nothing has no softmax to agree on
+    for mask, causal in ((None, True), (None, False), (hidden, True), (hidden, False)):
+        results = []
+        for core in (softmax_core, sdpa_core):
+            y = core(q, k, v, mask, causal)
+            results.append((y, *torch.autograd.grad(y, (q, k, v), probe)))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
 
 
 def test_attention_sees_no_later_token() -> None:
