@@ -4,12 +4,14 @@ from megascratch.checkpoint.convert import convert
 from megascratch.checkpoint.format import OPTIMIZER, Shard
 from megascratch.checkpoint.hf import from_hf, to_hf
 from megascratch.checkpoint.inspect import Description, describe, verify
-from megascratch.checkpoint.load import find, load, read_state
+from megascratch.checkpoint.load import Reader, find, load, read_state
 from megascratch.checkpoint.save import save
+from megascratch.checkpoint.weights import weight_shards
 
 __all__ = [
     "OPTIMIZER",
     "Description",
+    "Reader",
     "Shard",
     "convert",
     "describe",
@@ -20,4 +22,5 @@ __all__ = [
     "save",
     "to_hf",
     "verify",
+    "weight_shards",
 ]

@@ -7,27 +7,13 @@ A checkpoint knows logical tensors only, so this is where a rank says which part
 from pathlib import Path
 from typing import Any
 
-from megascratch.checkpoint import Shard, find, load, read_state, save
-from megascratch.checkpoint.format import OPTIMIZER
+from megascratch.checkpoint import OPTIMIZER, Shard, find, load, read_state, save, weight_shards
 from megascratch.config import ModelConfig
-from megascratch.dist.layout import extents, spec_of
 from megascratch.engine.engine import Engine
 from megascratch.errors import CheckpointError, Problem
 
 # Keys of [model] that say how a model was made or is run, not which weights it has.
 _NOT_ARCHITECTURE = {"preset", "dropout", "init_std", "max_seq_length", "rope_scaling"}
-
-
-def weight_shards(engine: Engine) -> list[Shard]:
-    """Return this rank's parts of the model's weights."""
-    mesh = engine.mesh
-    shards = []
-    for param in engine.parameters():
-        spec = spec_of(param)
-        place = extents(spec, mesh.spec.sizes, mesh.coords)
-        writes = spec.is_owner(mesh) and mesh.data.rank == 0
-        shards.append(Shard(spec.name, spec.shape, param.detach(), place, writes))
-    return shards
 
 
 def optimizer_shards(engine: Engine) -> list[Shard]:
@@ -48,7 +34,7 @@ def save_engine(engine: Engine, root: Path, consumed_samples: int) -> Path:
         "rng": {"seed": engine.config.train.seed},
         "config": engine.config.model_dump(mode="json"),
     }
-    shards = [*weight_shards(engine), *optimizer_shards(engine)]
+    shards = [*weight_shards(engine.parameters(), engine.mesh), *optimizer_shards(engine)]
     return save(
         root,
         engine.step,
@@ -71,10 +57,10 @@ def load_engine(engine: Engine, path: Path) -> int:
     state = read_state(path)
     _require_same_model(engine.config.model, state, path)
     if "updates" not in state:
-        load(path, weight_shards(engine), cast=True)
+        load(path, weight_shards(engine.parameters(), engine.mesh), cast=True)
         engine.optimizer.refresh_masters()
         return 0
-    load(path, [*weight_shards(engine), *optimizer_shards(engine)])
+    load(path, [*weight_shards(engine.parameters(), engine.mesh), *optimizer_shards(engine)])
     engine.optimizer.publish_masters()
     engine.optimizer.updates = int(state["updates"])
     engine.loss_scale.value = float(state["loss_scale"]["value"])

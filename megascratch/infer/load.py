@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from megascratch.checkpoint import Shard, find, load, read_state
-from megascratch.config import Config, ParallelConfig, config_from_dict
+from megascratch.checkpoint import Reader, find, load, weight_shards
+from megascratch.config import Config, ParallelConfig
 from megascratch.config.check import check
-from megascratch.dist.layout import extents, spec_of
 from megascratch.dist.mesh import Mesh
 from megascratch.errors import CheckpointError, LayoutError, Problem, TokenizerError
 from megascratch.nn import DTYPES, Placement, Stage, core_for
@@ -44,12 +43,9 @@ def load_model(checkpoint: Path, mesh: Mesh, dtype: torch.dtype | None = None) -
     core = core_for(config.train.attention, mesh.device)
     # A single token cannot be divided along the sequence.
     stage = Stage(config.model, Placement(mesh.tp, False, dtype, mesh.device), core=core).eval().requires_grad_(False)
-    shards = []
     for param in stage.parameters():
-        spec = spec_of(param)
-        param.zero_()  # padding
-        shards.append(Shard(spec.name, spec.shape, param, extents(spec, mesh.spec.sizes, mesh.coords)))
-    load(directory, shards, cast=True)
+        param.zero_()  # padding, which no checkpoint holds
+    load(directory, weight_shards(stage.parameters(), mesh), cast=True)
     return stage, config
 
 
@@ -61,16 +57,12 @@ def read_config(checkpoint: Path, tp: int = 1) -> Config:
         LayoutError: if the model does not divide over tp ranks.
     """
     directory = find(checkpoint)
-    where = str(directory)
-    state = read_state(directory)
-    if not isinstance(state.get("config"), dict):
-        raise CheckpointError(Problem("state.json", "holds no configuration", "give a checkpoint of a run"), where)
-    config = config_from_dict(state["config"], where=where)
+    config = Reader(directory).config()
     if config.model.vocab_size is None:
-        raise CheckpointError(Problem("model.vocab_size", "is not in the configuration"), where)
+        raise CheckpointError(Problem("model.vocab_size", "is not in the configuration"), str(directory))
     layout = ParallelConfig(tp=tp, sequence_parallel=False)
     if problems := list(check(config.model_copy(update={"parallel": layout}))):
-        raise LayoutError(problems, where)
+        raise LayoutError(problems, str(directory))
     return config
 
 
