@@ -16,6 +16,10 @@ namespace megascratch {
     /* Rows are the b·n·sq queries. `scratch` has room for sk numbers of the accumulation type. */                     \
     static void scaled_softmax(const SoftmaxArguments& arguments, void* scratch, int64_t begin, int64_t end);          \
     static void scaled_softmax_backward(const SoftmaxBackwardArguments& arguments, int64_t begin, int64_t end);        \
+    /* Rows are tokens, then parts of the tokens, then columns. */                                                     \
+    static void norm(const NormArguments& arguments, int64_t begin, int64_t end);                                      \
+    static void norm_backward(const NormBackwardArguments& arguments, int64_t begin, int64_t end);                     \
+    static void norm_add_parts(const NormBackwardArguments& arguments, int64_t begin, int64_t end);                    \
   };                                                                                                                   \
   }
 

@@ -1,10 +1,12 @@
 // Registers the CPU kernels: in `megascratch` those of the best instruction-set level that this processor has, and each
 // level that it has in a namespace of its own (`megascratch_v3`, ...), where the tests find them.
 
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
 #include "kernels.h"
+#include "operators/norm.h"
 #include "operators/rope.h"
 #include "operators/scaled_softmax.h"
 
@@ -41,12 +43,33 @@ struct Cpu {
       Kernels::scaled_softmax_backward(a, begin, end);
     });
   }
+
+  static void run(const NormArguments& a, const Tensor&) {
+    torch::stable::parallel_for(
+        0, a.rows, grain_rows(a.h), [&](int64_t begin, int64_t end) { Kernels::norm(a, begin, end); });
+  }
+
+  // Parts of the rows whose sums over tokens are kept apart: few enough that adding them up costs little, and as many
+  // whatever the number of threads, so that the sums do not depend on it.
+  static int64_t norm_parts(const NormBackwardArguments& a) {
+    const int64_t rows_per_part = std::max<int64_t>(grain_rows(a.h), 32);
+    return std::min<int64_t>((a.rows + rows_per_part - 1) / rows_per_part, 256);
+  }
+
+  static void run(const NormBackwardArguments& a, const Tensor&) {
+    torch::stable::parallel_for(
+        0, a.parts, 1, [&](int64_t begin, int64_t end) { Kernels::norm_backward(a, begin, end); });
+    torch::stable::parallel_for(0, a.h, grain_rows(a.parts), [&](int64_t begin, int64_t end) {
+      Kernels::norm_add_parts(a, begin, end);
+    });
+  }
 };
 
 template <typename Kernels>
 void add_to(Library& library) {
   RopeOperators<Cpu<Kernels>>::add_to(library);
   SoftmaxOperators<Cpu<Kernels>>::add_to(library);
+  NormOperators<Cpu<Kernels>>::add_to(library);
 }
 
 #ifdef __x86_64__

@@ -1,7 +1,10 @@
 // Registers the CUDA kernels for CUDA tensors, or, compiled with MEGASCRATCH_CUDA_HOST, their host run for CPU tensors
 // in the namespace `megascratch_cuda_host`, where the tests find it.
 
+#include <algorithm>
+
 #include "launchers.h"
+#include "operators/norm.h"
 #include "operators/rope.h"
 #include "operators/scaled_softmax.h"
 
@@ -39,11 +42,20 @@ struct Cuda {
   static void run(const SoftmaxBackwardArguments& a, const Tensor& on) {
     launch(megascratch_cuda_scaled_softmax_backward, a, on);
   }
+  static void run(const NormArguments& a, const Tensor& on) { launch(megascratch_cuda_norm, a, on); }
+  static void run(const NormBackwardArguments& a, const Tensor& on) { launch(megascratch_cuda_norm_backward, a, on); }
+
+  // Teams of threads whose sums over tokens are kept apart: enough for 132 processors with 4 blocks or 32 warps each,
+  // but 16 rows a team, so that the sums are a small part of what is read.
+  static int64_t norm_parts(const NormBackwardArguments& a) {
+    return std::min(a.rows, std::clamp<int64_t>(a.rows / 16, 132, a.h <= 1024 ? 4224 : 528));
+  }
 };
 
 void add_to(Library& library) {
   RopeOperators<Cuda>::add_to(library);
   SoftmaxOperators<Cuda>::add_to(library);
+  NormOperators<Cuda>::add_to(library);
 }
 
 }  // namespace

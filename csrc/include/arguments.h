@@ -3,7 +3,8 @@
 // The same structures serve the C++ kernels, the CUDA kernels and the host run of the CUDA kernels. Sizes and strides
 // count elements. Inputs may be strided, with a contiguous last dimension; outputs are contiguous.
 //
-// Legend: s sequence, b micro-batch, n heads, d head dimension, r rotary dimensions, sq/sk query/key length.
+// Legend: s sequence, b micro-batch, n heads, d head dimension, r rotary dimensions, sq/sk query/key length, h hidden;
+// rows: all leading dimensions as one, a single stride apart.
 
 #pragma once
 
@@ -55,6 +56,39 @@ struct SoftmaxBackwardArguments {
   int64_t probs_stride_b, probs_stride_n, probs_stride_q;
   double scale;
   bool causal;
+  DType dtype;
+};
+
+// RMSNorm, LayerNorm, and residual-add + RMSNorm.
+struct NormArguments {
+  const void* x;         // [rows, h]
+  const void* residual;  // [rows, h], or null: normalise x + residual, which goes to `sum`
+  const void* weight;    // [h], in the dtype or, with `wide_parameters`, in the accumulation type
+  const void* bias;      // [h], likewise; LayerNorm only
+  void* sum;             // [rows, h]
+  void* y;               // [rows, h]
+  void* mean;            // [rows], in the accumulation type; null for RMSNorm
+  void* rstd;            // [rows]
+  int64_t rows, h, stride_x, stride_residual;
+  double eps;
+  bool wide_parameters;
+  DType dtype;
+};
+
+// Each part of the rows leaves its sums over tokens in `partial`; a second step adds the parts up.
+struct NormBackwardArguments {
+  const void* grad;      // [rows, h], of y
+  const void* grad_sum;  // [rows, h], or null: added to the gradient of x
+  const void* x;         // [rows, h], what was normalised
+  const void* weight;    // [h]
+  const void* mean;      // [rows], null for RMSNorm
+  const void* rstd;      // [rows]
+  void* dx;              // [rows, h]
+  void* dweight;         // [h], like weight
+  void* dbias;           // [h], null for RMSNorm
+  void* partial;         // [parts, h] of dweight, then [parts, h] of dbias, in the accumulation type
+  int64_t rows, h, parts, stride_grad, stride_grad_sum, stride_x;
+  bool wide_parameters;
   DType dtype;
 };
 

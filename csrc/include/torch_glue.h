@@ -40,4 +40,34 @@ inline Tensor with_contiguous_rows(const Tensor& x) {
 
 inline Tensor empty_output(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
 
+// A tensor [..., n] as rows of n elements, one stride apart.
+struct Rows {
+  Tensor tensor;
+  int64_t count, stride;
+
+  const void* data() const { return tensor.const_data_ptr(); }
+};
+
+// The tensor itself where one stride leads from each row to the next, else a contiguous copy.
+inline Rows rows_of(const Tensor& x) {
+  const Tensor rows = with_contiguous_rows(x);
+  const int64_t n = rows.size(rows.dim() - 1);
+  int64_t count = 1, stride = n;
+  bool regular = true;
+  for (int64_t dim = rows.dim() - 2; dim >= 0; --dim) {
+    if (rows.size(dim) == 1) continue;
+    if (count == 1) stride = rows.stride(dim);
+    regular = regular && rows.stride(dim) == count * stride;
+    count *= rows.size(dim);
+  }
+  if (regular || count == 0) return {rows, count, stride};
+  return {torch::stable::contiguous(rows), count, n};
+}
+
+inline void check_same_shape(const Tensor& x, const Tensor& y, const char* names) {
+  bool same = x.dim() == y.dim();
+  for (int64_t dim = 0; same && dim < x.dim(); ++dim) same = x.size(dim) == y.size(dim);
+  STD_TORCH_CHECK(same && x.scalar_type() == y.scalar_type(), names, " must agree in shape and dtype");
+}
+
 }  // namespace megascratch

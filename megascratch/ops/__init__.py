@@ -10,7 +10,7 @@ from megascratch.ops.activation import OPERATORS as activation_operators
 from megascratch.ops.activation import geglu, geglu_tanh, gelu, gelu_tanh, relu_squared, swiglu
 from megascratch.ops.backend import Backend, load
 from megascratch.ops.norm import OPERATORS as norm_operators
-from megascratch.ops.norm import layer_norm, rms_norm
+from megascratch.ops.norm import add_rms_norm, layer_norm, rms_norm
 from megascratch.ops.registry import NAMESPACE, acc_dtype, define
 from megascratch.ops.rope import OPERATORS as rope_operators
 from megascratch.ops.rope import rope
@@ -21,6 +21,7 @@ __all__ = [
     "OPERATORS",
     "Backend",
     "acc_dtype",
+    "add_rms_norm",
     "available",
     "backends",
     "geglu",

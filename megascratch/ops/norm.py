@@ -1,7 +1,8 @@
-"""RMSNorm and LayerNorm over the last dimension.
+"""RMSNorm, residual-add + RMSNorm, and LayerNorm over the last dimension.
 
 RMSNorm: y = x · rstd · weight with rstd = (mean(x²) + eps)^-½. Worked example: x = (3, 4), weight 1, eps 0: the mean
 square is 12.5, rstd = 0.2828, y = (0.849, 1.131).
+Residual-add + RMSNorm, as between the two halves of a block: sum = x + residual, rounded, then its RMSNorm; one pass.
 LayerNorm: y = (x − mean) · rstd · weight + bias with rstd = (var(x) + eps)^-½.
 
 Their backward passes share one shape. With x̂ the normalised input and u = grad · weight,
@@ -31,6 +32,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check("rms_norm", x, weight)
     y, _ = torch.ops.megascratch.rms_norm(x, weight, eps)
     return y
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add, then normalise the sum: x, residual [..., h], weight [h] → normalised [..., h], sum [..., h] in x.dtype.
+
+    Raises: LayoutError: if weight is not [h], or x and residual differ in shape or dtype.
+    """
+    _check("add_rms_norm", x, weight)
+    if x.shape != residual.shape or x.dtype != residual.dtype:
+        value = f"x {x.dtype} {list(x.shape)}, residual {residual.dtype} {list(residual.shape)}"
+        raise LayoutError(Problem(value, "must agree in shape and dtype"), "add_rms_norm")
+    y, total, _ = torch.ops.megascratch.add_rms_norm(x, residual, weight, eps)
+    return y, total
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -64,15 +78,45 @@ def _rms_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=acc_dtype(x))
 
 
-def _rms_backward_reference(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _rms_backward_wide(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of x in the accumulation type, and that of the weight in its own."""
     g, normalised = grad.to(rstd.dtype), x.to(rstd.dtype) * rstd
     u = g * weight
     dx = rstd * (u - normalised * (u * normalised).mean(dim=-1, keepdim=True))
-    return dx.to(x.dtype).contiguous(), _sum_tokens(g * normalised).to(weight.dtype)
+    return dx, _sum_tokens(g * normalised).to(weight.dtype)
+
+
+def _rms_backward_reference(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dweight = _rms_backward_wide(grad, x, weight, rstd)
+    return dx.to(x.dtype).contiguous(), dweight
 
 
 def _rms_backward_fake(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _add_rms_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    total = (x + residual).contiguous()
+    y, rstd = _rms_reference(total, weight, eps)
+    return y, total, rstd
+
+
+def _add_rms_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, rstd = _rms_fake(x, weight, eps)
+    return y, x.new_empty(x.shape), rstd
+
+
+def _add_rms_backward_reference(
+    grad: Tensor, grad_sum: Tensor, total: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    dx, dweight = _rms_backward_wide(grad, total, weight, rstd)
+    return (dx + grad_sum).to(total.dtype).contiguous(), dweight
+
+
+def _add_rms_backward_fake(
+    grad: Tensor, grad_sum: Tensor, total: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    return total.new_empty(total.shape), weight.new_empty(weight.shape)
 
 
 def _layer_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,6 +159,17 @@ def _rms_backward(ctx: Any, grad: Tensor, _grad_rstd: Tensor) -> tuple[Tensor | 
     return dx, dweight, None
 
 
+def _add_rms_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], inputs[2], output[2])
+
+
+@once_differentiable
+def _add_rms_backward(ctx: Any, grad: Tensor, grad_sum: Tensor, _grad_rstd: Tensor) -> tuple[Tensor | None, ...]:
+    total, weight, rstd = ctx.saved_tensors
+    dx, dweight = torch.ops.megascratch.add_rms_norm_backward(grad, grad_sum, total, weight, rstd)
+    return dx, dx, dweight, None
+
+
 def _layer_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, _, _ = inputs
     ctx.save_for_backward(x, weight, output[1], output[2])
@@ -138,6 +193,17 @@ RMS_NORM_BACKWARD = Operator(
     _rms_backward_reference,
     _rms_backward_fake,
 )
+ADD_RMS_NORM = Operator(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    _add_rms_reference,
+    _add_rms_fake,
+    Formula(_add_rms_save, _add_rms_backward),
+)
+ADD_RMS_NORM_BACKWARD = Operator(
+    "add_rms_norm_backward(Tensor grad, Tensor grad_sum, Tensor sum, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    _add_rms_backward_reference,
+    _add_rms_backward_fake,
+)
 LAYER_NORM = Operator(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
     _layer_reference,
@@ -150,4 +216,11 @@ LAYER_NORM_BACKWARD = Operator(
     _layer_backward_fake,
 )
 
-OPERATORS = (RMS_NORM, RMS_NORM_BACKWARD, LAYER_NORM, LAYER_NORM_BACKWARD)
+OPERATORS = (
+    RMS_NORM,
+    RMS_NORM_BACKWARD,
+    ADD_RMS_NORM,
+    ADD_RMS_NORM_BACKWARD,
+    LAYER_NORM,
+    LAYER_NORM_BACKWARD,
+)
