@@ -4,11 +4,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import torch
 
+import megascratch
 from megascratch.config import Config
 from megascratch.data.blend import Datasets, build_datasets
 from megascratch.data.sampler import Batches
 from megascratch.data.samples import EodRules
+from megascratch.dist.agreement import require_agreement
 from megascratch.dist.launch import Environment, process_group, share_cores
 from megascratch.dist.mesh import Mesh, MeshSpec
 from megascratch.engine.engine import Engine
@@ -40,6 +43,8 @@ def pretrain(config: Config, environment: Environment | None) -> int:
 
 def _train(config: Config, mesh: Mesh) -> int:
     console = make_console(mesh.rank)
+    facts = {"megascratch": megascratch.__version__, "torch": torch.__version__, **config.model_dump(mode="json")}
+    require_agreement(facts, mesh.world, mesh.device)
     tokenizer = Tokenizer.from_file(config.data.tokenizer) if config.data.tokenizer else None
     datasets = open_datasets(config, tokenizer)
     train = _batches(datasets, "train", config, mesh)
