@@ -4,8 +4,9 @@ Rank 0 speaks; every other rank gets a quiet console with the same methods, so t
 rank. Output goes to stderr: stdout belongs to results (generated text, tables, `--json`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -33,8 +34,16 @@ def _amount(value: float, unit: str) -> str:
     return decimal(int(value)) if unit == "B" else f"{value:,.0f} {unit}"
 
 
+class Advance(Protocol):
+    """Adds to the work done."""
+
+    def __call__(self, amount: float, note: str = "", /) -> None:
+        """Add `amount`, and show `note` behind the bar."""
+        ...
+
+
 @contextmanager
-def progress(console: Console, description: str, total: float | None, unit: str) -> Iterator[Callable[[float], None]]:
+def progress(console: Console, description: str, total: float | None, unit: str) -> Iterator[Advance]:
     """Show a bar with amount, rate and ETA while the body runs.
 
     Args:
@@ -43,7 +52,7 @@ def progress(console: Console, description: str, total: float | None, unit: str)
         total: amount of work in `unit`s, or None when it is not known.
         unit: name of the unit; "B" shows bytes with SI prefixes.
 
-    Yields: `advance(amount)`, which adds to the work done.
+    Yields: `advance(amount)`, which adds to the work done; `advance(amount, note)` also shows other rates.
     """
     columns = (
         SpinnerColumn(),
@@ -51,7 +60,12 @@ def progress(console: Console, description: str, total: float | None, unit: str)
         BarColumn(bar_width=30),
         _RateColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, disable=console.quiet, transient=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=total, unit=unit)
-        yield lambda amount: bar.advance(task, amount)
+        task = bar.add_task(description, total=total, unit=unit, note="")
+
+        def advance(amount: float, note: str = "", /) -> None:
+            bar.update(task, advance=amount, note=note)
+
+        yield advance

@@ -9,7 +9,6 @@ refused. The work is done by megascratch.data.preprocess.
 """
 
 import argparse
-import glob
 import json
 import sys
 from pathlib import Path
@@ -24,10 +23,10 @@ HERE = "the flags of preprocess_data.py"
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
-    """Return Megatron's flags, and the two that we add."""
+    """Return Megatron's flags, and the three that we add."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     source = parser.add_argument_group("input data")
-    source.add_argument("--input", required=True, help="JSON Lines: a file, or a pattern; plain, .gz or .zst")
+    source.add_argument("--input", required=True, help="a file, or a pattern: JSON Lines, .txt, .parquet; .gz or .zst")
     source.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the strings to tokenize")
     source.add_argument("--split-sentences", action="store_true", help="refused: documents are not split")
     source.add_argument("--keep-newlines", action="store_true", help="of --split-sentences")
@@ -48,11 +47,12 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     output = parser.add_argument_group("output data")
     output.add_argument("--output-prefix", required=True, help="<prefix>_<key>_document.bin and .idx are written")
     output.add_argument("--overwrite", action="store_true", help="(not Megatron's) replace datasets that exist")
+    output.add_argument("--resume", action="store_true", help="(not Megatron's) go on where a run was interrupted")
 
     runtime = parser.add_argument_group("runtime")
     runtime.add_argument("--workers", type=int, default=1, help="tokenizing processes")
     runtime.add_argument("--on-error", choices=["fatal", "skip"], default="fatal", help="(not Megatron's) bad lines")
-    runtime.add_argument("--partitions", type=int, default=1, help="no effect: the input is read as a stream")
+    runtime.add_argument("--partitions", type=int, default=1, help="no effect: the input is cut by itself")
     runtime.add_argument("--keep-sequential-samples", action="store_true", help="always so")
     runtime.add_argument("--log-interval", type=int, help="no effect: progress is drawn all the time")
     runtime.add_argument("--find-optimal-num-workers", action="store_true", help="refused")
@@ -83,7 +83,7 @@ def notes(flags: argparse.Namespace) -> list[str]:
     lines = []
     if flags.partitions > 1:
         lines.append(
-            "--partitions has no effect: the input is read as one stream, and its documents stay in order "
+            "--partitions has no effect: the input is cut into parts by itself, and its documents stay in order "
             "(as with --keep-sequential-samples)"
         )
     if flags.log_interval is not None:
@@ -151,15 +151,15 @@ def run(flags: argparse.Namespace) -> None:
     console = make_console()
     for line in notes(flags):
         console.print(f"note: {line}")
-    files = [flags.input] if Path(flags.input).exists() else sorted(glob.glob(flags.input)) or [flags.input]
     summary = preprocess(
-        files,
+        [flags.input],
         open_tokenizer(flags),
         flags.output_prefix,
         json_keys=flags.json_keys,
         append_eod=flags.append_eod,
         workers=flags.workers,
         on_error=flags.on_error,
+        resume=flags.resume,
         overwrite=flags.overwrite,
         console=console,
     )

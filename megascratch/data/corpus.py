@@ -1,21 +1,49 @@
-"""Reading a corpus: JSON Lines, plain or compressed, in blocks of whole lines.
+"""Reading a corpus: which files, how they are decompressed, and whole lines of them in blocks of bounded size.
 
-The reader only decompresses and cuts; decoding and parsing happen where the block is tokenized.
+Nothing here holds more than a block and one line. A hostile file is refused with a message long before it fills the
+memory or the disk: see `Limits`.
+
+    file                      plain: any stretch can be read alone          compressed: only from the beginning
+    ab⏎cde⏎fg⏎hijk⏎           [0, 4) → ab⏎ cde⏎   [4, 8) → fg⏎   ...       ab⏎ cde⏎  |  fg⏎ hijk⏎
+                              a line belongs to the stretch it begins in    cut behind the last line of each block
 """
 
+import glob
 import gzip
 import importlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Literal, Protocol, cast
 
+from megascratch.data.checks import check_all
 from megascratch.errors import DataError, MissingDependency, Problem
 
-MAX_LINE_BYTES = 1 << 30  # one document; a longer line is a file that is not JSON Lines
-_MAX_ZSTD_WINDOW_BYTES = 1 << 31  # files written with `zstd --long=31`
-_ZSTD_STEP_BYTES = 16 << 10
+Format = Literal["jsonl", "text", "parquet"]
+
+BLOCK_BYTES = 1 << 20  # text tokenized at a time
+_COMPRESSED = (".gz", ".zst")
+_MAX_ZSTD_WINDOW_BYTES = 1 << 31  # files written with `zstd --long=31`; memory is taken only as far as it is used
+_ZSTD_STEP_BYTES = 1 << 10  # zstd expands up to 32,768-fold: at most 32 MB at a time
+_EXPANSION_FREE_BYTES = 64 << 20  # a small file may expand to this much however far that is
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is refused before it exhausts the machine.
+
+    Attributes:
+        max_document_bytes: one line of JSON, one plain text file, one Parquet value. A worker takes a few times as
+            much memory for the largest document that it meets.
+        max_expansion: decompressed bytes for each byte on disk, above 64 MiB. Text shrinks 3- to 10-fold, and seldom
+            beyond 50-fold.
+    """
+
+    max_document_bytes: int = 64 << 20
+    max_expansion: int = 200
 
 
 class Readable(Protocol):
@@ -26,93 +54,185 @@ class Readable(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Block:
-    """Consecutive lines of one file.
-
-    Attributes:
-        file: path of the file.
-        first_line: number of the first line, counted from 1.
-        data: the lines, decompressed.
-        file_bytes: how far reading this block advanced in the file on disk.
-    """
-
-    file: Path
-    first_line: int
-    data: bytes
-    file_bytes: int
+def format_of(file: Path) -> Format:
+    """Return the format that a name tells: .txt is plain text, .parquet Parquet, anything else JSON Lines."""
+    suffix = Path(file.stem).suffix if is_compressed(file) else file.suffix
+    formats: dict[str, Format] = {".txt": "text", ".parquet": "parquet"}
+    return formats.get(suffix, "jsonl")
 
 
-def require_readable(files: list[Path]) -> None:
-    """Check all input files before work starts.
+def is_compressed(file: Path) -> bool:
+    """Tell whether the name says that the bytes are compressed."""
+    return file.suffix in _COMPRESSED
+
+
+def input_files(inputs: Sequence[Path | str]) -> list[Path]:
+    """Return the files that paths and patterns name, in the order given, those of one pattern sorted.
 
     Raises:
-        DataError: if there are none, or any is missing or unreadable.
-        MissingDependency: if one is `.zst` and no zstd package is installed.
+        DataError: if there are none, or any is missing or unreadable, or a pattern matches nothing.
+        MissingDependency: if one needs an optional package that is not installed.
     """
-    problems = []
-    for file in files:
-        try:
-            with file.open("rb"):
-                pass
-        except OSError as error:
-            problems.append(Problem(str(file), (error.strerror or str(error)).lower(), "check the path"))
+    files: list[Path] = []
+    for given in inputs:
+        matches = sorted(glob.glob(str(given), recursive=True)) if not Path(given).exists() else []
+        files += [Path(match) for match in matches] or [Path(given)]
     if not files:
-        problems.append(Problem("no input file", "at least one is needed", "give JSON Lines: .jsonl, .gz or .zst"))
-    if problems:
-        raise DataError(problems, "the input")
+        problem = Problem("no input file", "at least one is needed", "give .jsonl, .txt or .parquet, .gz and .zst too")
+        raise DataError(problem, "the input")
+    check_all([partial(_require_readable, file) for file in files], "the input")
     if any(file.suffix == ".zst" for file in files):
         _zstd_package()
+    if any(format_of(file) == "parquet" for file in files):
+        parquet_package()
+    return files
 
 
-def read_blocks(file: Path, block_bytes: int) -> Iterator[Block]:
-    """Yield a file in blocks of about `block_bytes` decompressed bytes that end where a line ends.
-
-    Raises: DataError: if the compressed data is damaged or truncated, or a line is longer than MAX_LINE_BYTES.
-    """
-    line, position = 1, 0
-    pending: list[bytes] = []  # the beginning of a line that reached over the end of what was read
-    with file.open("rb") as raw:
-        stream = _decompressed(file, raw)
-        while data := _read(file, stream, block_bytes):
-            cut = data.rfind(b"\n") + 1
-            if cut == 0:
-                pending.append(data)
-                if sum(map(len, pending)) > MAX_LINE_BYTES:
-                    rule = f"is longer than {MAX_LINE_BYTES:,} bytes"
-                    raise DataError(Problem(f"line {line}", rule, "write one JSON object a line"), str(file))
-                continue
-            lines = b"".join([*pending, data[:cut]])
-            pending = [data[cut:]] if cut < len(data) else []
-            before, position = position, raw.tell()
-            yield Block(file, line, lines, position - before)
-            line += lines.count(b"\n")
-        if pending:
-            yield Block(file, line, b"".join(pending), raw.tell() - position)
-
-
-def _read(file: Path, stream: Readable, n_bytes: int) -> bytes:
+def _require_readable(file: Path) -> None:
     try:
-        return stream.read(n_bytes)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise _damaged(file, error) from error
-    except Exception as error:  # ZstdError derives from Exception alone, and lives in an optional package
-        if type(error).__name__ != "ZstdError":
-            raise
-        raise _damaged(file, error) from error
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        raise DataError(Problem(str(file), (error.strerror or str(error)).lower(), "check the path")) from None
 
 
-def _damaged(file: Path, error: Exception) -> DataError:
-    rule = f"cannot be decompressed: {error}" if file.suffix in (".gz", ".zst") else f"cannot be read: {error}"
-    return DataError(Problem(file.name, rule, "the file is damaged or truncated: copy it again"), str(file))
+@contextmanager
+def opened(file: Path, limits: Limits) -> Iterator["Stream"]:
+    """Open a file for reading from the beginning, decompressed."""
+    with file.open("rb") as raw:
+        yield Stream(file, raw, limits)
 
 
-def _decompressed(file: Path, raw: BinaryIO) -> Readable:
-    if file.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if file.suffix == ".zst":
-        return _open_zstd(raw)
-    return raw
+def chunks(stream: Readable, n_bytes: int) -> Iterator[bytes]:
+    """Yield a stream in chunks of exactly `n_bytes`, the last one shorter: the same cuts on every machine."""
+    buffer = bytearray()
+    while data := stream.read(n_bytes - len(buffer)):
+        buffer += data
+        while len(buffer) >= n_bytes:
+            yield bytes(buffer[:n_bytes])
+            del buffer[:n_bytes]
+    if buffer:
+        yield bytes(buffer)
+
+
+def at_most(stream: Readable, n_bytes: int) -> bytes:
+    """Read a stream to its end, or until there are `n_bytes` or a little more."""
+    buffer = bytearray()
+    while len(buffer) < n_bytes and (data := stream.read(n_bytes - len(buffer))):
+        buffer += data
+    return bytes(buffer)
+
+
+def stretch(raw: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    """Yield the lines of a plain file that begin at bytes `start` to `stop`, in chunks cut anywhere."""
+    position = _first_line(raw, start, stop) if start else 0
+    raw.seek(position)
+    ended = True  # whether the last line read is whole
+    while position < stop and (data := raw.read(min(BLOCK_BYTES, stop - position))):
+        yield data
+        position += len(data)
+        ended = data.endswith(b"\n")
+    while not ended and (data := raw.read(BLOCK_BYTES)):
+        cut = data.find(b"\n") + 1
+        ended = cut > 0
+        yield data[:cut] if ended else data
+
+
+def _first_line(raw: BinaryIO, start: int, stop: int) -> int:
+    """Return where the first line at or behind `start` begins; at least `stop` if none begins before."""
+    position = start - 1
+    raw.seek(position)
+    while position < stop and (data := raw.read(64 << 10)):
+        cut = data.find(b"\n") + 1
+        if cut:
+            return position + cut
+        position += len(data)
+    return stop
+
+
+def whole_lines(pieces: Iterable[bytes], file: Path, limits: Limits) -> Iterator[bytes]:
+    """Cut consecutive chunks anew, so that each ends where a line ends.
+
+    Raises: DataError: if a line is longer than the limit.
+    """
+    pending: list[bytes] = []  # the beginning of a line that reached over the end of a chunk
+    n_pending = n_before = 0
+    for piece in pieces:
+        cut = piece.rfind(b"\n") + 1
+        if cut:
+            yield b"".join([*pending, piece[:cut]]) if pending else piece[:cut]
+            n_before += n_pending + cut
+            pending, n_pending = [], 0
+        if cut < len(piece):
+            pending.append(piece[cut:])
+            n_pending += len(pending[-1])
+        if n_pending > limits.max_document_bytes:
+            raise too_long(file, f"a line {n_before:,} bytes behind the start of the part", limits)
+    if pending:
+        yield b"".join(pending)
+
+
+def too_long(file: Path, what: str, limits: Limits) -> DataError:
+    """Return the error for a document over the limit."""
+    rule = f"is longer than {limits.max_document_bytes:,} bytes"
+    remedy = "is this the right format? Else raise --max-document-mb: memory grows by a few times as much a worker"
+    return DataError(Problem(what, rule, remedy), str(file))
+
+
+class Stream:
+    """The bytes of a file, decompressed; damage and endless expansion become messages."""
+
+    def __init__(self, file: Path, raw: BinaryIO, limits: Limits) -> None:
+        self._file, self._raw, self._limits = file, raw, limits
+        streams: dict[str, Callable[[BinaryIO], Readable]] = {".gz": _open_gzip, ".zst": _open_zstd}
+        self._stream: Readable = streams[file.suffix](raw) if is_compressed(file) else raw
+        self._n_read = 0
+
+    @property
+    def on_disk(self) -> int:
+        """How far reading has come in the file itself, in bytes."""
+        return self._raw.tell()
+
+    def read(self, n_bytes: int) -> bytes:
+        """Return about `n_bytes`, b"" at the end.
+
+        Raises: DataError: if compressed data is damaged or truncated, or expands beyond the limit.
+        """
+        try:
+            data = self._stream.read(n_bytes)
+        except (OSError, EOFError, zlib.error, ValueError) as error:
+            raise self._damaged(error) from error
+        except Exception as error:  # ZstdError derives from Exception alone, and lives in an optional package
+            if type(error).__name__ != "ZstdError":
+                raise
+            raise self._damaged(error) from error
+        self._n_read += len(data)
+        if self._n_read > max(_EXPANSION_FREE_BYTES, self._limits.max_expansion * self.on_disk):
+            value = f"{self._n_read:,} bytes out of the first {self.on_disk:,}"
+            rule = f"expands more than {self._limits.max_expansion}-fold"
+            problem = Problem(
+                value, rule, "a compression bomb? If the file is what it should be, raise --max-expansion"
+            )
+            raise DataError(problem, str(self._file))
+        return data
+
+    def _damaged(self, error: Exception) -> DataError:
+        rule = f"cannot be {'decompressed' if is_compressed(self._file) else 'read'}: {error}"
+        problem = Problem(self._file.name, rule, "the file is damaged or truncated: copy it again")
+        return DataError(problem, str(self._file))
+
+
+def parquet_package() -> Any:
+    """Import pyarrow's Parquet module. Raises: MissingDependency: if it is not installed."""
+    try:
+        return importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        problem = Problem("pyarrow", "is needed to read .parquet files", "pip install 'megascratch[parquet]'")
+        raise MissingDependency(problem, "the input") from None
+
+
+def _open_gzip(raw: BinaryIO) -> Readable:
+    return gzip.GzipFile(fileobj=raw)
 
 
 def _zstd_package() -> str:
@@ -145,10 +265,9 @@ class _ZstdStream:
         self._input = b""
 
     def read(self, n_bytes: int) -> bytes:
-        """Return at least `n_bytes` unless the file ends before, b"" at its end."""
+        """Return what the next steps give, at least a byte unless the file ends, b"" at its end."""
         output, size = [], 0
-        while size < n_bytes:
-            # Small steps: a hostile file expands 40,000-fold.
+        while size < min(n_bytes, BLOCK_BYTES):
             self._input = self._input or self._raw.read(_ZSTD_STEP_BYTES)
             if not self._input:
                 if self._frame is not None:

@@ -1,43 +1,49 @@
-"""Preprocessing: JSON Lines to indexed datasets of token ids, one dataset for each JSON key.
+"""Preprocessing: a corpus of texts to indexed datasets of token ids, one dataset for each JSON key.
 
     {"text": "a b"}                              text:  [5 6 0] [7 0]
     {"text": "c", "lang": "en"}      →           with --append-eod, and eod 0
     {"text": "d"  ← bad line 3: not JSON
 
-The parent reads blocks of lines and writes; workers parse and tokenize. Blocks are handed out as workers fall idle
-and written in the order of the input, so that the files are the same bytes whatever the number of workers.
+The corpus is cut into parts that depend on its files alone. Workers (processes here, or a Ray cluster's) each turn one
+part at a time into a finished dataset beside the output; the parent appends these in order. So the result is the same
+bytes for every number of workers and every engine, a worker that dies costs its part once more, and an interrupted run
+resumes behind its last finished part. The parts need as much room on the disk as the result, until it stands.
 """
 
-import json
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+import xxhash
 from rich.console import Console
 
 from megascratch.data.checks import check_all
-from megascratch.data.corpus import Block, read_blocks, require_readable
-from megascratch.data.indexed import token_dtype
-from megascratch.data.workers import in_order
+from megascratch.data.corpus import Limits, format_of, input_files
+from megascratch.data.encode_part import encode_part
+from megascratch.data.indexed import IndexedDataset, token_dtype
+from megascratch.data.parts import Part, PartRecord, PartsDirectory, open_parts, parts_of
+from megascratch.data.ray_engine import in_order_on_ray, require_ray
+from megascratch.data.workers import Apply, in_order
 from megascratch.data.writer import IndexedDatasetWriter, require_free
 from megascratch.errors import DataError, Problem
 from megascratch.log import progress
-from megascratch.tokenizer import Tokenizer
+from megascratch.tokenizer import Tokenizer, Vocabulary
 
-_BLOCK_BYTES = 256 << 10
+Engine = Literal["local", "ray"]
+
 _SHOWN_BAD_LINES = 20
+_DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that holds no document: where it is, and why."""
+    """A line (or row) that holds no document: where it is, and why."""
 
     file: Path
     line: int
@@ -75,6 +81,11 @@ class Summary:
         return self.n_documents / self.seconds
 
     @property
+    def tokens_per_s(self) -> float:
+        """Tokens written a second, of all keys."""
+        return sum(self.n_tokens.values()) / self.seconds
+
+    @property
     def text_bytes_per_s(self) -> float:
         """Decompressed bytes read a second."""
         return self.n_text_bytes / self.seconds
@@ -88,63 +99,134 @@ def preprocess(
     json_keys: Sequence[str] = ("text",),
     append_eod: bool = False,
     workers: int = 1,
+    engine: Engine = "local",
     on_error: Literal["fatal", "skip"] = "fatal",
+    resume: bool = False,
     overwrite: bool = False,
+    limits: Limits = _DEFAULT_LIMITS,
     console: Console,
 ) -> Summary:
-    """Tokenize JSON Lines into `<output_prefix>_<key>_document.{bin,idx}`.
+    """Tokenize a corpus into `<output_prefix>_<key>_document.{bin,idx}`.
 
     Args:
-        inputs: files of one JSON object a line, plain, `.gz` or `.zst`; blank lines are passed over.
+        inputs: files and patterns: one JSON object a line (blank lines are passed over), `.txt` (each one document),
+            or `.parquet`; the first two also `.gz` or `.zst`.
         tokenizer: its vocabulary size decides between uint16 and int32; text that looks like a special token is text.
-        output_prefix: where the datasets go.
-        json_keys: whose strings are tokenized; a line that lacks one is bad for all.
+        output_prefix: where the datasets go; `<output_prefix>.parts` holds finished parts meanwhile.
+        json_keys: whose strings are tokenized, columns of Parquet; a line that lacks one is bad for all.
         append_eod: end each document that has tokens with the end-of-document token.
-        workers: tokenizing processes; 1 tokenizes in this one.
-        on_error: what a bad line does: stop, with nothing written, or be left out and counted.
+        workers: tokenizing processes; with the local engine, 1 tokenizes in this one.
+        engine: where the workers run: on this machine, or on the Ray cluster that this one belongs to, all of whose
+            machines see the same files.
+        on_error: what a bad line does: stop, or be left out and counted.
+        resume: take up the finished parts of an interrupted run.
         overwrite: replace datasets that exist.
+        limits: what is refused before it exhausts the machine.
         console: where progress is drawn.
 
-    Raises: DataError: before work starts, for unreadable inputs, taken outputs and impossible options; then for a bad
-        line if `on_error` is "fatal", for damaged compressed data, and if no document is left. Nothing is written then.
+    Raises:
+        DataError: before work starts, for unreadable inputs, taken outputs and impossible options; then for a bad
+            line if `on_error` is "fatal", for damaged compressed data, and if no document is left. No dataset is
+            written then; finished parts stay for `resume`.
+        MegascratchError: if a part's worker died three times.
     """
-    files = [Path(file) for file in inputs]
+    started = time.perf_counter()
     prefixes = {key: Path(f"{output_prefix}_{key}_document") for key in json_keys}
-    checks = [
-        partial(require_readable, files),
-        partial(_require_options, json_keys, append_eod, tokenizer, workers),
+    files: list[Path] = []
+    checks: list[Callable[[], object]] = [
+        lambda: files.extend(input_files(inputs)),
+        lambda: _require_options(json_keys, append_eod, tokenizer, workers, engine),
+        lambda: _require_keyed(files, json_keys),
         *(partial(require_free, prefix, overwrite) for prefix in prefixes.values()),
     ]
     check_all(checks, "the input and the options")
 
     dtype = token_dtype(tokenizer.vocab_size)
-    eod_id = tokenizer.eod_id if append_eod else None
-    encode = partial(_encode_block, tokenizer=tokenizer, json_keys=tuple(json_keys), eod_id=eod_id, dtype=dtype)
-    tally = _Tally(on_error)
-    started = time.perf_counter()
+    plan = _plan(files, tokenizer, json_keys, append_eod)
+    tally = _Tally(on_error, json_keys)
     with ExitStack() as stack:
-        encode_in_order = stack.enter_context(in_order(encode, workers))  # forks before any thread starts
+        directory = stack.enter_context(
+            open_parts(Path(f"{output_prefix}.parts"), json_keys, plan, resume=resume, overwrite=overwrite)
+        )
+        encode = partial(
+            encode_part,
+            tokenizer=tokenizer,
+            directory=directory,
+            eod_id=tokenizer.eod_id if append_eod else None,
+            dtype=dtype,
+            limits=limits,
+        )
+        apply = stack.enter_context(_engine(engine, encode, workers))
         writers = [
-            stack.enter_context(IndexedDatasetWriter(prefix, dtype, overwrite=overwrite))
+            stack.enter_context(IndexedDatasetWriter(prefix, dtype, overwrite=overwrite, scratch=directory.path))
             for prefix in prefixes.values()
         ]
         file_bytes = sum(file.stat().st_size for file in files)
         advance = stack.enter_context(progress(console, "tokenize", file_bytes, "B"))
-        blocks = (block for file in files for block in read_blocks(file, _BLOCK_BYTES))
-        for block, encoded in encode_in_order(blocks):
-            tally.add(block, encoded)
-            for writer, documents in zip(writers, encoded.by_key):
-                writer.add_documents(documents.tokens, documents.lengths)
-            advance(block.file_bytes)
+        for part, record in _records(parts_of(files, json_keys, limits), directory, apply):
+            tally.add(record)
+            for key, writer in zip(json_keys, writers):
+                writer.add_dataset(IndexedDataset(directory.prefix(part.number, key)))
+            advance(part.file_bytes, tally.rates(time.perf_counter() - started))
         tally.require_documents(files)
-    seconds = time.perf_counter() - started
     n_tokens = dict(zip(json_keys, tally.n_tokens))
+    seconds = time.perf_counter() - started
     return Summary(
         prefixes, tally.n_documents, n_tokens, tally.n_text_bytes, dict(+tally.n_bad_lines), tally.bad_lines, seconds
     )
 
 
-def _require_options(json_keys: Sequence[str], append_eod: bool, tokenizer: Tokenizer, workers: int) -> None:
+def _engine(
+    engine: Engine, encode: Callable[[Part], PartRecord], workers: int
+) -> AbstractContextManager[Apply[Part, PartRecord]]:
+    return in_order_on_ray(encode, workers) if engine == "ray" else in_order(encode, workers)
+
+
+def _records(
+    parts: Iterator[Part], directory: PartsDirectory, apply: Apply[Part, PartRecord]
+) -> Iterator[tuple[Part, PartRecord]]:
+    """Yield every part with its record, in order; finished ones are not made again."""
+    unfinished: Part | None = None
+    for part in parts:
+        record = directory.finished(part.number)
+        if record is None:
+            unfinished = part
+            break
+        yield part, record
+    if unfinished is None:
+        return
+
+    def rest() -> Iterator[Part]:
+        yield unfinished
+        yield from parts
+
+    yield from apply(rest())
+
+
+def _plan(files: Sequence[Path], tokenizer: Tokenizer, json_keys: Sequence[str], append_eod: bool) -> dict[str, object]:
+    """Describe all that the parts depend on."""
+    stats = [(file, file.stat()) for file in files]
+    return {
+        "format": 1,
+        "input files": [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats],
+        "tokenizer": _digest(tokenizer.vocabulary),
+        "json keys": list(json_keys),
+        "append_eod": append_eod,
+    }
+
+
+def _digest(vocabulary: Vocabulary) -> str:
+    digest = xxhash.xxh3_128()
+    for field in fields(vocabulary):
+        value = getattr(vocabulary, field.name)
+        digest.update(field.name.encode())
+        digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    return digest.hexdigest()
+
+
+def _require_options(
+    json_keys: Sequence[str], append_eod: bool, tokenizer: Tokenizer, workers: int, engine: Engine
+) -> None:
     problems = []
     for key, count in Counter(json_keys).items():
         if count > 1:
@@ -160,102 +242,56 @@ def _require_options(json_keys: Sequence[str], append_eod: bool, tokenizer: Toke
         problems.append(Problem(f"workers = {workers}", "must be at least 1", "use the number of cores"))
     if problems:
         raise DataError(problems, "the options of preprocess")
+    if engine == "ray":
+        require_ray()
 
 
-@dataclass(frozen=True)
-class _Documents:
-    """Documents of one key: their tokens one after the other, [sum of lengths], and lengths, [n_documents] int64."""
-
-    tokens: NDArray
-    lengths: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class _EncodedBlock:
-    by_key: list[_Documents]
-    n_documents: int
-    bad_lines: list[BadLine]
+def _require_keyed(files: Sequence[Path], json_keys: Sequence[str]) -> None:
+    plain = [file for file in files if format_of(file) == "text"]
+    if plain and len(json_keys) > 1:
+        rule = "plain text is one string, and has no keys"
+        problem = Problem(f"{len(json_keys)} json keys for {plain[0]}", rule, "preprocess plain text by itself")
+        raise DataError(problem, "the options of preprocess")
 
 
 class _Tally:
-    """Counts over all blocks, in input order; stops at the first bad line when those are fatal."""
+    """Counts over all parts, in order; stops at the first bad line when those are fatal."""
 
-    def __init__(self, on_error: Literal["fatal", "skip"]) -> None:
+    def __init__(self, on_error: Literal["fatal", "skip"], json_keys: Sequence[str]) -> None:
         self.on_error = on_error
         self.n_documents = self.n_text_bytes = 0
-        self.n_tokens: list[int] = []
+        self.n_tokens = [0] * len(json_keys)
+        self.n_lines: Counter[Path] = Counter()
         self.n_bad_lines: Counter[Path] = Counter()
         self.bad_lines: list[BadLine] = []
 
-    def add(self, block: Block, encoded: _EncodedBlock) -> None:
-        if encoded.bad_lines and self.on_error == "fatal":
-            bad = encoded.bad_lines[0]
-            remedy = "correct the line, or leave bad lines out with on_error = skip; nothing was written"
-            raise DataError(Problem(f"line {bad.line}", bad.reason, remedy), str(bad.file))
-        self.n_documents += encoded.n_documents
-        self.n_text_bytes += len(block.data)
-        counts = [len(documents.tokens) for documents in encoded.by_key]
-        self.n_tokens = [sum(both) for both in zip(self.n_tokens or [0] * len(counts), counts)]
-        self.n_bad_lines[block.file] += len(encoded.bad_lines)
-        self.bad_lines += encoded.bad_lines[: _SHOWN_BAD_LINES - len(self.bad_lines)]
+    def add(self, record: PartRecord) -> None:
+        """Count a part.
+
+        Raises: DataError: for its first bad line, if those are fatal.
+        """
+        for piece in record.files:
+            file = Path(piece.file)
+            bad_lines = [BadLine(file, self.n_lines[file] + 1 + n, reason) for n, reason in piece.bad_lines]
+            if bad_lines and self.on_error == "fatal":
+                bad = bad_lines[0]
+                remedy = "correct the line, or add --on-error skip --resume to go on without bad lines"
+                raise DataError(Problem(f"line {bad.line}", bad.reason, remedy), str(bad.file))
+            self.n_lines[file] += piece.n_lines
+            self.n_bad_lines[file] += piece.n_bad_lines
+            self.bad_lines += bad_lines[: _SHOWN_BAD_LINES - len(self.bad_lines)]
+        self.n_documents += record.n_documents
+        self.n_text_bytes += record.n_text_bytes
+        self.n_tokens = [sum(both) for both in zip(self.n_tokens, record.n_tokens)]
+
+    def rates(self, seconds: float) -> str:
+        """Return documents and tokens a second, for the line of progress."""
+        return f"{self.n_documents / seconds:,.0f} documents/s · {sum(self.n_tokens) / seconds:,.0f} tokens/s"
 
     def require_documents(self, files: Sequence[Path]) -> None:
+        """Refuse a corpus without a document."""
         if self.n_documents:
             return
         rule = f"no document in {len(files)} files, {sum(self.n_bad_lines.values())} bad lines"
         shown = [Problem(str(bad), "left out") for bad in self.bad_lines[:3]]
         raise DataError([Problem("the corpus", rule, "nothing was written"), *shown], "the input")
-
-
-def _encode_block(
-    block: Block, *, tokenizer: Tokenizer, json_keys: tuple[str, ...], eod_id: int | None, dtype: np.dtype
-) -> _EncodedBlock:
-    texts: list[list[str]] = [[] for _ in json_keys]
-    bad_lines = []
-    for number, line in enumerate(block.data.split(b"\n"), block.first_line):
-        if not line.strip():
-            continue
-        try:
-            values = _parse_line(line, json_keys)
-        except ValueError as error:
-            bad_lines.append(BadLine(block.file, number, str(error)))
-            continue
-        for values_of_key, value in zip(texts, values):
-            values_of_key.append(value)
-    by_key = [_encode_texts(tokenizer, values_of_key, eod_id, dtype) for values_of_key in texts]
-    return _EncodedBlock(by_key, len(texts[0]), bad_lines)
-
-
-def _parse_line(line: bytes, json_keys: tuple[str, ...]) -> list[str]:
-    """Return the string of each key; raise ValueError, saying what is wrong, for anything else."""
-    try:
-        parsed = json.loads(line.decode("utf-8-sig"))  # -sig: some editors begin a file with a byte-order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"not a JSON object: {type(parsed).__name__}")
-    values = []
-    for key in json_keys:
-        if key not in parsed:
-            raise ValueError(f'no key "{key}"')
-        if not isinstance(parsed[key], str):
-            raise ValueError(f'"{key}" is not a string: {type(parsed[key]).__name__}')
-        values.append(parsed[key])
-    return values
-
-
-def _encode_texts(tokenizer: Tokenizer, texts: list[str], eod_id: int | None, dtype: np.dtype) -> _Documents:
-    documents = [np.asarray(ids) for ids in tokenizer.encode_batch(texts, threads=1)] if texts else []
-    if eod_id is not None:
-        # An empty document gets no end, as in Megatron: it has no sequence at all.
-        documents = [np.append(ids, eod_id) if len(ids) else ids for ids in documents]
-    lengths = np.array([len(ids) for ids in documents], np.int64)
-    filled = [ids for ids in documents if len(ids)]
-    tokens = np.concatenate(filled) if filled else np.empty(0, dtype)
-    assert int(tokens.max(initial=0)) < tokenizer.vocab_size, "the tokenizer gave an id outside its vocabulary"
-    tokens = tokens.astype(dtype)
-    return _Documents(tokens, lengths)

@@ -1,98 +1,158 @@
-"""Worker processes that apply one function, with results in the order of the items.
+"""Workers that apply one function, with results in the order of the items, whatever happens to a worker.
 
-One thread of the parent talks to each worker, one item at a time over a pipe, so neither side can block the other.
-At most twice as many items as workers are under way: memory stays bounded however long the input is.
+    items      a b c d ...      two workers, at most four items under way
+    worker 0   a     d          c fails with its worker: another is started, and c given out again
+    worker 1     b c†  c
+    yielded    a b c d          in the order of the items, so a slow item only delays what is behind it
+
+The local workers are processes. They are forked, so starting one costs nothing, and each is told about one item at a
+time over its pipe. The parent has no thread per worker and never blocks on one: it waits for all pipes at once.
 """
 
 import multiprocessing
 import signal
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
-from queue import SimpleQueue
-from typing import TypeVar
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Generic, TypeVar
 
 from megascratch.errors import MegascratchError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Apply = Callable[[Iterable[Item]], Iterator[tuple[Item, Result]]]
 
+MAX_ATTEMPTS = 3  # of one item: what kills three workers will kill a fourth
 _JOIN_TIMEOUT_S = 5.0
 
 
 @contextmanager
-def in_order(
-    function: Callable[[Item], Result], workers: int
-) -> Iterator[Callable[[Iterable[Item]], Iterator[tuple[Item, Result]]]]:
-    """Start workers, and stop them at the end. Enter it before starting threads: the workers are forked.
+def in_order(function: Callable[[Item], Result], workers: int) -> Iterator[Apply]:
+    """Start workers, and stop them at the end.
 
     Args:
-        function: applied to each item; forking carries it over, so it needs no pickling.
+        function: applied to each item; forking carries it over, so it needs no pickling. It may be applied again to an
+            item whose worker died.
         workers: processes; 1 applies the function in this process.
 
     Yields: a function from items to (item, result) pairs, lazily and in order. An error that `function` raises is
-        raised again there; so is MegascratchError when a worker dies.
+        raised again there; so is MegascratchError when an item has killed MAX_ATTEMPTS workers.
     """
     if workers == 1:
         yield lambda items: ((item, function(item)) for item in items)
         return
-    context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe() for _ in range(workers)]
-    processes = [context.Process(target=_serve, args=(function, own, pipes), daemon=True) for own in range(workers)]
-    for process in processes:
-        process.start()
-    for _, theirs in pipes:
-        theirs.close()
-    idle: SimpleQueue[Connection] = SimpleQueue()
-    for ours, _ in pipes:
-        idle.put(ours)
-    threads = ThreadPoolExecutor(workers)
-
-    def submit_in_order(items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-        under_way: deque[tuple[Item, Future[Result]]] = deque()
-        for item in items:
-            under_way.append((item, threads.submit(_ask, idle, item)))
-            if len(under_way) >= 2 * workers:
-                first, future = under_way.popleft()
-                yield first, future.result()
-        for first, future in under_way:
-            yield first, future.result()
-
+    pool = _Pool(function, workers)
     try:
-        yield submit_in_order
+        yield pool.apply
     finally:
-        threads.shutdown(cancel_futures=True)
-        for ours, _ in pipes:
-            ours.close()  # the worker reads the end of its pipe, and returns
-        for process in processes:
+        pool.close()
+
+
+@dataclass
+class _Task(Generic[Item, Result]):
+    """One item: how often it was given out, and what came of it."""
+
+    item: Item
+    attempts: int = 0
+    answer: tuple[Result | None, Exception | None] | None = None
+
+
+class _Pool(Generic[Item, Result]):
+    def __init__(self, function: Callable[[Item], Result], workers: int) -> None:
+        self._function = function
+        self._context = multiprocessing.get_context("fork")
+        self._processes: dict[Connection, BaseProcess] = {}
+        self._busy: dict[Connection, _Task[Item, Result]] = {}
+        self._idle: list[Connection] = []
+        self._workers = workers
+        for _ in range(workers):
+            self._start()
+
+    def apply(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+        """Yield (item, result) in the order of the items; at most twice as many as workers are under way."""
+        under_way: list[_Task[Item, Result]] = []
+        for item in items:
+            under_way.append(_Task(item))
+            while not self._idle:
+                self._receive()
+            self._send(under_way[-1])
+            while under_way and (under_way[0].answer is not None or len(under_way) >= 2 * self._workers):
+                yield self._finish(under_way.pop(0))
+        for task in under_way:
+            yield self._finish(task)
+
+    def close(self) -> None:
+        """Stop the workers."""
+        for pipe in self._processes:
+            pipe.close()  # an idle worker reads the end of its pipe, and returns
+        for pipe, process in self._processes.items():
+            if pipe in self._busy:
+                process.terminate()
             process.join(_JOIN_TIMEOUT_S)
             process.kill()
 
+    def _finish(self, task: _Task[Item, Result]) -> tuple[Item, Result]:
+        while task.answer is None:
+            self._receive()
+        result, error = task.answer
+        if error is not None:
+            raise error
+        return task.item, result  # type: ignore[return-value]
 
-def _ask(idle: "SimpleQueue[Connection]", item: Item) -> Result:  # type: ignore[type-var]
-    worker = idle.get()
-    try:
-        worker.send(item)
-        result, error = worker.recv()
-    except (EOFError, OSError) as gone:
-        raise MegascratchError("a worker process died; if the machine ran out of memory, use fewer workers") from gone
-    finally:
-        idle.put(worker)
-    if error is not None:
-        raise error
-    return result
+    def _send(self, task: _Task[Item, Result]) -> None:
+        task.attempts += 1
+        pipe = self._idle.pop()
+        self._busy[pipe] = task
+        try:
+            pipe.send(task.item)
+        except OSError:
+            self._replace(pipe)
+
+    def _receive(self) -> None:
+        for ready in wait(list(self._busy)):
+            assert isinstance(ready, Connection)
+            try:
+                answer = ready.recv()
+            except (EOFError, OSError):
+                self._replace(ready)
+                continue
+            self._busy.pop(ready).answer = answer
+            self._idle.append(ready)
+
+    def _replace(self, pipe: Connection) -> None:
+        """Start another worker for one that died, and give it the same item."""
+        task = self._busy.pop(pipe)
+        process = self._processes.pop(pipe)
+        pipe.close()
+        process.join(_JOIN_TIMEOUT_S)
+        if task.attempts >= MAX_ATTEMPTS:
+            raise MegascratchError(
+                f"{task.item}: {MAX_ATTEMPTS} worker processes died at it, the last with exit code {process.exitcode}; "
+                "if the machine ran out of memory, use fewer workers; finished parts are kept: add --resume"
+            )
+        self._start()
+        self._send(task)
+
+    def _start(self) -> None:
+        # A replacement is forked beside the thread that draws progress. What a worker does takes no lock that this
+        # thread could hold at that moment.
+        ours, theirs = self._context.Pipe()
+        others = [*self._processes, ours]
+        process = self._context.Process(target=_serve, args=(self._function, theirs, others), daemon=True)
+        process.start()
+        theirs.close()
+        self._processes[ours] = process
+        self._idle.append(ours)
 
 
-def _serve(function: Callable[[Item], Result], own: int, pipes: list[tuple[Connection, Connection]]) -> None:
+def _serve(function: Callable[[Item], Result], pipe: Connection, others: list[Connection]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops us
-    for number, (ours, theirs) in enumerate(pipes):
-        ours.close()  # else the workers would hold each other's pipes open when the parent dies
-        if number != own:
-            theirs.close()
-    pipe = pipes[own][1]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for other in others:
+        other.close()  # else the workers would hold each other's pipes open when the parent dies
     while True:
         try:
             item = pipe.recv()

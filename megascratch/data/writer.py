@@ -1,15 +1,16 @@
 """Writing an indexed dataset: whole under its final name, or not there at all.
 
-Tokens stream into `<prefix>.bin.<random>.tmp`; lengths and document marks stay in memory (12 bytes a document). When
-the writer is left without an error, both files are flushed to disk and renamed, the index last: a dataset without
-its `.idx` does not open, so no reader ever sees half of one.
+Tokens stream into `<prefix>.bin.<random>.tmp`, lengths and document marks into nameless files beside it, so memory does
+not grow with the dataset. When the writer is left without an error, both files are flushed to disk and renamed, the
+index last: a dataset without its `.idx` does not open, so no reader ever sees half of one.
 """
 
-from array import array
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,6 +32,8 @@ from megascratch.data.indexed import (
 from megascratch.errors import DataError, Problem
 
 _COPY_TOKENS = 8 << 20
+_COPY_BYTES = 1 << 20
+_INDEX_SEQUENCES = 1 << 20
 
 
 def require_free(prefix: Path | str, overwrite: bool) -> None:
@@ -56,22 +59,33 @@ class IndexedDatasetWriter:
         dtype: of the tokens; see `token_dtype`.
         with_modes: also store a modality for each sequence.
         overwrite: replace a dataset that exists at the prefix.
+        durable: flush to the disk at the end, so that the dataset survives a power cut.
+        scratch: directory of the temporary files, on the same file system; beside the dataset when left out.
 
     Raises: DataError: if the prefix is taken and `overwrite` is not asked.
     """
 
     def __init__(
-        self, prefix: Path | str, dtype: np.dtype, *, with_modes: bool = False, overwrite: bool = False
+        self,
+        prefix: Path | str,
+        dtype: np.dtype,
+        *,
+        with_modes: bool = False,
+        overwrite: bool = False,
+        durable: bool = True,
+        scratch: Path | None = None,
     ) -> None:
         require_free(prefix, overwrite)
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
         self.overwrite = overwrite
-        self._lengths = array("i")
-        self._marks = array("q", [0])
-        self._modes = array("b") if with_modes else None
-        assert (self._lengths.itemsize, self._marks.itemsize) == (LENGTH_DTYPE.itemsize, MARK_DTYPE.itemsize)
-        self._bin_tmp, self._idx_tmp = (temporary_name(path) for path in self._final_paths())
+        self.durable = durable
+        self._n_sequences = 0
+        scratch = scratch or self.prefix.parent
+        self._lengths, self._marks = _nameless(scratch), _nameless(scratch)
+        self._modes = _nameless(scratch) if with_modes else None
+        self._append(self._marks, np.zeros(1, MARK_DTYPE))
+        self._bin_tmp, self._idx_tmp = (temporary_name(scratch / path.name) for path in self._final_paths())
         self._bin = self._bin_tmp.open("xb")
 
     def add_document(
@@ -93,8 +107,8 @@ class IndexedDatasetWriter:
         self._write(tokens)
         self._append_lengths(np.asarray(lengths, np.int64))
         if self._modes is not None:
-            self._modes.extend(modes if modes is not None else [0] * len(lengths))
-        self._marks.append(len(self._lengths))
+            self._append(self._modes, np.asarray(modes if modes is not None else [0] * len(lengths), MODE_DTYPE))
+        self._append(self._marks, np.array([self._n_sequences], MARK_DTYPE))
 
     def add_documents(self, tokens: NDArray, lengths: NDArray[np.int64]) -> None:
         """Append many documents of one sequence each; a document of length 0 has no sequence, as in Megatron.
@@ -107,11 +121,11 @@ class IndexedDatasetWriter:
         """
         assert int(lengths.sum()) == len(tokens), f"documents of {lengths.sum()} tokens, but {len(tokens)} tokens"
         self._write(tokens)
-        marks = len(self._lengths) + np.cumsum(lengths > 0)
+        marks = self._n_sequences + np.cumsum(lengths > 0, dtype=MARK_DTYPE)
         self._append_lengths(lengths[lengths > 0])
         if self._modes is not None:
-            self._modes.extend([0] * int(np.count_nonzero(lengths)))
-        self._marks.frombytes(marks.astype(MARK_DTYPE).tobytes())
+            self._append(self._modes, np.zeros(np.count_nonzero(lengths), MODE_DTYPE))
+        self._append(self._marks, marks)
 
     def add_dataset(self, dataset: IndexedDataset) -> None:
         """Append all documents of a dataset, reading its tokens as a stream.
@@ -121,11 +135,11 @@ class IndexedDatasetWriter:
         require_same_kind(dataset, self.dtype, self._modes is not None)
         for block in dataset.token_blocks(_COPY_TOKENS):
             self._bin.write(block.data)
-        marks = len(self._lengths) + dataset.document_marks[1:]
-        self._lengths.frombytes(dataset.lengths.tobytes())
-        self._marks.frombytes(marks.astype(MARK_DTYPE).tobytes())
+        self._append(self._marks, self._n_sequences + dataset.document_marks[1:])
+        self._append(self._lengths, dataset.lengths)
+        self._n_sequences += len(dataset)
         if self._modes is not None and dataset.modes is not None:
-            self._modes.frombytes(dataset.modes.tobytes())
+            self._append(self._modes, dataset.modes)
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +151,8 @@ class IndexedDatasetWriter:
             if error is None:
                 self._commit()
         finally:
-            self._bin.close()
+            for file in self._files():
+                file.close()
             self._bin_tmp.unlink(missing_ok=True)
             self._idx_tmp.unlink(missing_ok=True)
 
@@ -147,7 +162,7 @@ class IndexedDatasetWriter:
     def _write(self, tokens: NDArray) -> None:
         if tokens.dtype != self.dtype and len(tokens):
             self._require_in_range(tokens)
-        self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
+        self._append(self._bin, tokens.astype(self.dtype, copy=False))
 
     def _require_in_range(self, tokens: NDArray) -> None:
         if self.dtype.kind not in "iu":
@@ -164,28 +179,51 @@ class IndexedDatasetWriter:
         if longest > np.iinfo(LENGTH_DTYPE).max:
             rule = f"an index holds lengths up to {np.iinfo(LENGTH_DTYPE).max:,}"
             raise DataError(Problem(f"{longest:,} tokens in a document", rule, "split it"), f"output {self.prefix}")
-        self._lengths.frombytes(lengths.astype(LENGTH_DTYPE).tobytes())
+        self._append(self._lengths, lengths.astype(LENGTH_DTYPE))
+        self._n_sequences += len(lengths)
+
+    @staticmethod
+    def _append(file: BinaryIO, values: NDArray) -> None:
+        file.write(np.ascontiguousarray(values).data)
+
+    def _files(self) -> list[BinaryIO]:
+        return [self._bin, self._lengths, self._marks, *([self._modes] if self._modes is not None else [])]
 
     def _commit(self) -> None:
-        sync(self._bin)
+        self._bin.flush()
         self._write_index()
+        if self.durable:
+            sync(self._bin)
         require_free(self.prefix, self.overwrite)  # another process may have finished first
         bin_final, idx_final = self._final_paths()
         idx_final.unlink(missing_ok=True)  # so that the old index never stands beside the new tokens
         self._bin_tmp.replace(bin_final)
         self._idx_tmp.replace(idx_final)
-        sync_directory(bin_final.parent)
+        if self.durable:
+            sync_directory(bin_final.parent)
 
     def _write_index(self) -> None:
-        lengths = np.frombuffer(self._lengths, LENGTH_DTYPE) if self._lengths else np.empty(0, LENGTH_DTYPE)
-        ends = np.cumsum(lengths, dtype=POINTER_DTYPE) * self.dtype.itemsize
-        pointers = np.concatenate([np.zeros(1, POINTER_DTYPE), ends])[:-1]
-        modes = np.frombuffer(self._modes, MODE_DTYPE) if self._modes else np.empty(0, MODE_DTYPE)
-        with self._idx_tmp.open("xb") as file:
-            file.write(HEADER.pack(MAGIC, VERSION, dtype_code(self.dtype), len(lengths), len(self._marks)))
-            for section in (lengths, pointers, np.frombuffer(self._marks, MARK_DTYPE), modes):
-                file.write(section.data)
-            sync(file)
+        n_marks = self._marks.tell() // MARK_DTYPE.itemsize
+        for file in self._files()[1:]:
+            file.seek(0)  # which flushes, too
+        with self._idx_tmp.open("xb") as index:
+            index.write(HEADER.pack(MAGIC, VERSION, dtype_code(self.dtype), self._n_sequences, n_marks))
+            shutil.copyfileobj(self._lengths, index, _COPY_BYTES)
+            self._lengths.seek(0)
+            start = 0
+            while block := self._lengths.read(_INDEX_SEQUENCES * LENGTH_DTYPE.itemsize):
+                ends = start + np.cumsum(np.frombuffer(block, LENGTH_DTYPE), dtype=POINTER_DTYPE) * self.dtype.itemsize
+                self._append(index, np.concatenate([[start], ends[:-1]]).astype(POINTER_DTYPE))
+                start = int(ends[-1])
+            shutil.copyfileobj(self._marks, index, _COPY_BYTES)
+            if self._modes is not None:
+                shutil.copyfileobj(self._modes, index, _COPY_BYTES)
+            if self.durable:
+                sync(index)
+
+
+def _nameless(directory: Path) -> BinaryIO:
+    return tempfile.TemporaryFile(dir=directory)
 
 
 def require_same_kind(dataset: IndexedDataset, dtype: np.dtype, with_modes: bool) -> None:

@@ -95,12 +95,26 @@ def test_preprocess_stops_at_a_bad_line_or_leaves_it_out(run: Run, files: Files,
     assert (finished.code, finished.out) == (2, "")
     assert str(corpus) in finished.err
     assert "line 2" in finished.err
-    assert not list(tmp_path.glob("out*"))
+    assert not list(tmp_path.glob("out_*"))
     finished = run(*arguments, "--on-error", "skip")
+    assert finished.code == 2
+    assert "left 1 finished parts  add --resume to continue it" in finished.err
+    finished = run(*arguments, "--on-error", "skip", "--resume")
     assert finished.code == 0
     assert "1 documents" in finished.out
     assert "2 bad lines" in finished.out
     assert f"left out {corpus}:2" in finished.err
+
+
+def test_preprocess_refuses_a_line_over_the_limit(run: Run, files: Files, tmp_path: Path) -> None:
+    corpus = tmp_path / "long.jsonl"
+    corpus.write_text(json.dumps({"text": "a" * (3 << 20)}))
+    arguments = ["preprocess", "--input", corpus, "--tokenizer", files.tokenizer, "--output-prefix", tmp_path / "out"]
+    finished = run(*arguments, "--max-document-mb", "2")
+    assert (finished.code, finished.out) == (2, "")
+    assert "is longer than 2,097,152 bytes" in finished.err
+    assert "--max-document-mb" in finished.err
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_merge_and_inspect(run: Run, files: Files, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,14 +17,22 @@ from megascratch.log import make_console
 EOD = 256
 
 
+@dataclass(frozen=True)
+class ByteVocabulary:
+    """What a plan of preprocessing tells tokenizers apart by."""
+
+    name: str = "bytes"
+
+
 class ByteTokenizer:
     """A token for each byte, and one for the end of a document."""
 
+    vocabulary = ByteVocabulary()
     vocab_size = 257
     eod_id: int | None = EOD
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[NDArray]:
-        return [np.frombuffer(text.encode(), np.uint8).astype(np.int64) for text in texts]
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         return bytes(id for id in ids if id < EOD).decode(errors="replace")
@@ -32,6 +41,15 @@ class ByteTokenizer:
 @pytest.fixture
 def tokenizer() -> ByteTokenizer:
     return ByteTokenizer()
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut corpora into parts of 4 KB, and these into blocks of 1 KB."""
+    for name in ("sources.PIECE_BYTES", "parts.PIECE_BYTES"):
+        monkeypatch.setattr(f"megascratch.data.{name}", 4096)
+    for name in ("sources.BLOCK_BYTES", "corpus.BLOCK_BYTES"):
+        monkeypatch.setattr(f"megascratch.data.{name}", 1024)
 
 
 @pytest.fixture

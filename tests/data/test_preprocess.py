@@ -2,20 +2,15 @@
 
 import gzip
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from megascratch.data import corpus
-from megascratch.data.corpus import read_blocks
 from megascratch.data.indexed import IndexedDataset, bin_path, idx_path
 from megascratch.data.preprocess import preprocess
-from megascratch.data.workers import in_order
-from megascratch.errors import DataError, MegascratchError, MissingDependency
+from megascratch.errors import DataError, MissingDependency
 from megascratch.tokenizer import train_from_texts
 
 EOD = 256
@@ -75,8 +70,7 @@ def test_same_bytes_as_megatrons_builder(tmp_path, tokenizer, quiet, megatron):
     assert idx_path(ours).read_bytes() == (tmp_path / "theirs.idx").read_bytes()
 
 
-def test_any_number_of_workers_writes_the_same_bytes(tmp_path, tokenizer, quiet, monkeypatch):
-    monkeypatch.setattr("megascratch.data.preprocess._BLOCK_BYTES", 4096)
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path, tokenizer, quiet, small_parts):
     files = [write_jsonl(tmp_path / f"{name}.jsonl", TEXTS) for name in "ab"]
     for workers in (1, 2, 5):
         preprocess(files, tokenizer, tmp_path / f"w{workers}", append_eod=True, workers=workers, console=quiet)
@@ -158,11 +152,13 @@ BAD_LINES = [
 @pytest.mark.parametrize(("bad", "reason"), BAD_LINES)
 def test_bad_lines(tmp_path, tokenizer, quiet, bad, reason):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n\n' + bad + b'\n{"text": "b"}\n')
-    with pytest.raises(DataError, match=rf"a\.jsonl\n +line 3 +{reason}.*nothing was written"):
-        preprocess([tmp_path / "a.jsonl"], tokenizer, tmp_path / "o", console=quiet)
-    assert not list(tmp_path.glob("o*"))
+    file, prefix = tmp_path / "a.jsonl", tmp_path / "o"
+    with pytest.raises(DataError, match=rf"a\.jsonl\n +line 3 +{reason}.*add --on-error skip --resume"):
+        preprocess([file], tokenizer, prefix, console=quiet)
+    assert not list(tmp_path.glob("o_*"))
 
-    summary = preprocess([tmp_path / "a.jsonl"], tokenizer, tmp_path / "o", on_error="skip", console=quiet)
+    summary = preprocess([file], tokenizer, prefix, on_error="skip", resume=True, console=quiet)
+    assert not list(tmp_path.glob("o.parts"))
     assert documents(tmp_path / "o_text_document") == [[97], [98]]
     assert summary.n_bad_lines == {tmp_path / "a.jsonl": 1}
     assert str(summary.bad_lines[0]).startswith(f"{tmp_path / 'a.jsonl'}:3: {reason[:8]}")
@@ -180,7 +176,7 @@ def test_no_documents(tmp_path, tokenizer, quiet, content):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(DataError, match=f"no document in 1 files, {content.count('x')} bad lines"):
         preprocess([tmp_path / "a.jsonl"], tokenizer, tmp_path / "o", on_error="skip", console=quiet)
-    assert not list(tmp_path.glob("o*"))
+    assert not list(tmp_path.glob("o_*"))
 
 
 def test_everything_is_checked_before_work(tmp_path, tokenizer, quiet):
@@ -220,58 +216,8 @@ def test_nothing_is_overwritten(tmp_path, tokenizer, quiet):
     assert documents(tmp_path / "o_text_document") == [[97]]
 
 
-def test_a_fatal_line_found_by_a_worker(tmp_path, tokenizer, quiet, monkeypatch):
-    monkeypatch.setattr("megascratch.data.preprocess._BLOCK_BYTES", 256)
+def test_a_fatal_line_found_by_a_worker(tmp_path, tokenizer, quiet, small_parts):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 500 + "x\n" + '{"text": "a"}\n' * 500 + "y\n")
     with pytest.raises(DataError, match="line 501 "):
         preprocess([tmp_path / "a.jsonl"], tokenizer, tmp_path / "o", workers=3, console=quiet)
-    assert not list(tmp_path.glob("o*"))
-
-
-def test_an_endless_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "MAX_LINE_BYTES", 1000)
-    (tmp_path / "a.jsonl").write_bytes(b"short\n" + b"x" * 5000)
-    with pytest.raises(DataError, match=r"line 2 +is longer than 1,000 bytes"):
-        list(read_blocks(tmp_path / "a.jsonl", 100))
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    lines=st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), max_size=20), size=st.integers(1, 40)
-)
-def test_blocks_join_to_the_file_and_end_at_lines(tmp_path_factory, lines, size):
-    file = tmp_path_factory.mktemp("blocks") / "a.jsonl"
-    data = b"\n".join(lines)
-    file.write_bytes(data)
-    blocks = list(read_blocks(file, size))
-    assert b"".join(block.data for block in blocks) == data
-    assert all(block.data.endswith(b"\n") for block in blocks[:-1])
-    assert sum(block.file_bytes for block in blocks) == len(data)
-    for before, block in pairwise(blocks):
-        assert block.first_line == before.first_line + before.data.count(b"\n")
-
-
-def exit_at_seven(number: int) -> int:
-    if number == 7:
-        import os
-
-        os._exit(1)
-    return number
-
-
-def refuse_seven(number: int) -> int:
-    if number == 7:
-        raise ValueError("seven")
-    return -number
-
-
-def test_workers_keep_the_order_and_pass_errors_on():
-    with in_order(refuse_seven, 3) as apply:
-        assert list(apply(range(6))) == [(i, -i) for i in range(6)]
-        with pytest.raises(ValueError, match="seven"):
-            list(apply(range(20)))
-
-
-def test_a_dead_worker_is_noticed():
-    with in_order(exit_at_seven, 2) as apply, pytest.raises(MegascratchError, match="a worker process died"):
-        list(apply(range(20)))
+    assert not list(tmp_path.glob("o_*"))

@@ -88,8 +88,10 @@ def test_bad_lines_are_fatal_or_skipped(corpus, capsys):
         file.write("{broken\n")
     assert tool("preprocess_data").main(flags(corpus)) == 2
     assert "line 16" in capsys.readouterr().err
-    assert not list(corpus.glob("out*"))
-    assert tool("preprocess_data").main(flags(corpus, "--on-error", "skip")) == 0
+    assert not list(corpus.glob("out_*"))
+    assert tool("preprocess_data").main(flags(corpus, "--on-error", "skip")) == 2
+    assert "left 1 finished parts" in capsys.readouterr().err
+    assert tool("preprocess_data").main(flags(corpus, "--on-error", "skip", "--resume")) == 0
     assert "a.jsonl: 1 bad lines left out" in capsys.readouterr().err
 
 

@@ -1,0 +1,14 @@
+"""csrc/host/jsonl.cpp: JSON Lines to texts, and ids to documents."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+def extract(
+    data: bytes, keys: Sequence[str], unusual: Callable[[int, bytes], list[bytes] | None]
+) -> tuple[list[tuple[bytes, NDArray[np.int64]]], int]: ...
+def pack(
+    ids: NDArray[np.int32], ends: NDArray[np.int64], eod: int | None, like: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[np.int64]]: ...

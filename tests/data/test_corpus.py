@@ -1,0 +1,138 @@
+"""Reading: whole lines whatever the cuts, and what is refused before it exhausts the machine."""
+
+import gzip
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megascratch.data.corpus import Limits, chunks, opened, stretch, whole_lines
+from megascratch.data.indexed import IndexedDataset
+from megascratch.data.preprocess import preprocess
+from megascratch.errors import DataError
+
+
+class Reader:
+    """A stream that gives what it likes at each call, as decompressors do."""
+
+    def __init__(self, data: bytes, sizes: list[int]) -> None:
+        self.data, self.sizes = data, sizes
+
+    def read(self, n_bytes: int, /) -> bytes:
+        self.sizes = [*self.sizes[1:], self.sizes[0]]
+        given, self.data = self.data[: self.sizes[0]], self.data[self.sizes[0] :]
+        return given
+
+
+LINES = st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), max_size=20).map(b"\n".join)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=LINES, size=st.integers(1, 40), sizes=st.lists(st.integers(1, 50), min_size=1, max_size=4))
+def test_chunks_are_exact_and_lines_whole(data, size, sizes):
+    exact = list(chunks(Reader(data, sizes), size))
+    assert b"".join(exact) == data
+    assert all(len(chunk) == size for chunk in exact[:-1])
+    blocks = list(whole_lines(exact, Path("a"), Limits()))
+    assert b"".join(blocks) == data
+    assert all(block.endswith(b"\n") for block in blocks[:-1])
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("corpus") / "a.jsonl"
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=LINES, size=st.integers(1, 40))
+def test_every_line_belongs_to_one_stretch(file, data, size):
+    file.write_bytes(data)
+    with file.open("rb") as raw:
+        stretches = [b"".join(stretch(raw, at, min(at + size, len(data)))) for at in range(0, len(data), size)]
+    assert b"".join(stretches) == data
+    assert all(one.endswith(b"\n") for one in stretches[:-1] if one and not data.endswith(one))
+
+
+def zst(data: bytes) -> bytes:
+    return pytest.importorskip("zstandard").ZstdCompressor(level=3).compress(data)
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("", bytes), (".gz", gzip.compress), (".zst", zst)])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_an_endless_document(tmp_path, tokenizer, quiet, suffix, compress: Callable[[bytes], bytes], name):
+    file = tmp_path / f"{name}{suffix}"
+    file.write_bytes(compress(b"x" * (3 << 20)))
+    with pytest.raises(DataError, match=r"is longer than 1,000 bytes .*raise --max-document-mb"):
+        preprocess([file], tokenizer, tmp_path / "o", limits=Limits(max_document_bytes=1000), console=quiet)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", zst)])
+def test_a_file_that_expands_without_end(tmp_path, suffix, compress: Callable[[bytes], bytes]):
+    file = tmp_path / f"bomb.jsonl{suffix}"
+    file.write_bytes(compress(b'{"text": "a"}\n' * 6_000_000))
+    with opened(file, Limits()) as stream, pytest.raises(DataError, match=r"expands more than 200-fold .* bomb"):
+        for _ in chunks(stream, 1 << 20):
+            pass
+    with opened(file, Limits(max_expansion=100_000)) as stream:
+        assert sum(map(len, chunks(stream, 1 << 20))) == 84_000_000
+
+
+SMALL_MACHINE = """
+import resource, sys
+sys.path.insert(0, sys.argv[3])
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[4]), int(sys.argv[4])))
+from conftest import ByteTokenizer
+from megascratch.data.preprocess import preprocess
+from megascratch.errors import UserError
+from megascratch.log import make_console
+try:
+    preprocess([sys.argv[1]], ByteTokenizer(), sys.argv[2], console=make_console(rank=1))
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("name", ["line.jsonl", "bomb.jsonl.zst", "bomb.jsonl.gz"])
+def test_a_gigabyte_in_one_line_is_refused_within_one_gigabyte_of_memory(tmp_path, name):
+    file = tmp_path / name
+    if name == "line.jsonl":
+        with file.open("wb") as sparse:
+            sparse.write(b'{"text": "')
+            sparse.truncate(1 << 30)
+    elif name == "bomb.jsonl.zst":
+        compressor = pytest.importorskip("zstandard").ZstdCompressor().compressobj()
+        with file.open("wb") as bomb:
+            bomb.writelines(compressor.compress(bytes(1 << 24)) for _ in range(64))
+            bomb.write(compressor.flush())
+    else:
+        with gzip.open(file, "wb", compresslevel=1) as bomb:
+            bomb.writelines([bytes(1 << 24)] * 16)
+    arguments = [file, tmp_path / "o", Path(__file__).parent, 1 << 30]
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_MACHINE, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "is longer than 67,108,864 bytes" in done.stderr or "expands more than 200-fold" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 20  # KiB
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Ten times the text, the same peak to within a tenth (and 8 MB for what the allocator keeps)."""
+    peaks = []
+    script = SMALL_MACHINE + "\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    for number, n_lines in enumerate((20_000, 200_000)):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text('{"text": "' + "a" * 80 + '"}\n' * 1)
+        file.write_bytes(file.read_bytes() * n_lines)
+        arguments = [file, tmp_path / str(number), Path(__file__).parent, 8 << 30]
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+        assert len(IndexedDataset(tmp_path / f"{number}_text_document")) == n_lines
+    assert peaks[1] < 1.1 * peaks[0] + (8 << 10)
