@@ -1,26 +1,44 @@
-"""`tokenizer.json`, the format of Hugging Face's `tokenizers`: read what is byte-level BPE, refuse the rest by name.
+"""`tokenizer.json`, the format of Hugging Face's `tokenizers`: read what is BPE over bytes, or over characters with
+byte fallback; refuse the rest by name.
 
     model           {"type": "BPE", "vocab": {"!": 0, ..., "Ġthe": 262}, "merges": [["Ġ", "t"], ["Ġt", "he"], ...]}
     pre_tokenizer   ByteLevel (cuts by GPT-2's pattern), or Split(Regex) and then ByteLevel(use_regex=false)
     added_tokens    [{"id": 50256, "content": "<|endoftext|>", "special": true, ...}]
 
+With `"byte_fallback": true` the vocabulary is text, as SentencePiece has it: "▁the", and "<0x0A>" for a byte. The other
+steps are read by `hugging_face_steps`.
+
 A directory holds `tokenizer.json`, and beside it `tokenizer_config.json`, which names the end-of-document token.
 """
 
 import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from megascratch.errors import Problem, TokenizerError
+from megascratch.tokenizer import hugging_face_steps as steps
 from megascratch.tokenizer.alphabet import to_bytes
-from megascratch.tokenizer.patterns import PATTERNS
-from megascratch.tokenizer.vocabulary import MAX_IDS, AddedToken, Vocabulary, keys_of, usual_end_of_document
+from megascratch.tokenizer.cutting import WHOLE, Normalization, Prepend
+from megascratch.tokenizer.patterns import well_formed
+from megascratch.tokenizer.vocabulary import (
+    MAX_IDS,
+    AddedToken,
+    Characters,
+    Vocabulary,
+    byte_name,
+    keys_of,
+    usual_end_of_document,
+)
 
 FILE_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 _MAX_FILE_BYTES = 1 << 28  # 268 MB; a vocabulary of 256,000 takes about 30 MB
+_BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")
 
 
 def read(path: Path, end_of_document: str | None = None) -> Vocabulary:
@@ -29,7 +47,7 @@ def read(path: Path, end_of_document: str | None = None) -> Vocabulary:
     Args:
         end_of_document: the token that ends a document; else `eos_token` of the configuration beside it, else a guess.
 
-    Raises: TokenizerError: if the file is missing or malformed, or describes a tokenizer that is not byte-level BPE.
+    Raises: TokenizerError: if the file is missing or malformed, or describes a tokenizer that we cannot run.
     """
     file = path / FILE_NAME if path.is_dir() else path
     document = _load_json(file)
@@ -52,56 +70,57 @@ def parse(document: dict[str, Any], end_of_document: str | None = None) -> Vocab
     Raises: TokenizerError: if it describes what we cannot run; KeyError and its like where the structure is not there.
     """
     model = document["model"]
-    if problems := _unsupported(model, document):
+    if problems := _unsupported(model):
         raise TokenizerError(problems)
     added = tuple(sorted((_added_token(entry) for entry in document.get("added_tokens") or ()), key=lambda t: t.id))
-    ids: dict[str, int] = model["vocab"]
+    normalizer = steps.read_normalizer(document.get("normalizer"))
+    if model.get("byte_fallback"):
+        how = _character_steps(document, normalizer)
+        tokens = _tokens(model["vocab"], added, _characters_of)
+    else:
+        byte_steps = steps.read_byte_steps(document.get("pre_tokenizer"))
+        how = vars(byte_steps)
+        tokens = _tokens(model["vocab"], added, _bytes_of)
+    steps.read_surroundings(document.get("post_processor"))
     return Vocabulary(
-        tokens=_tokens(ids, added),
-        merges=_merges(model["merges"], ids),
+        tokens=tokens,
+        merges=_merges(model["merges"], model["vocab"]),
         added=added,
-        pattern=_pattern(document.get("pre_tokenizer")),
         whole_first=bool(model.get("ignore_merges")),
-        normalizer=_normalizer(document.get("normalizer")),
+        normalizer=normalizer,
         post_processor=document.get("post_processor"),
         end_of_document=end_of_document or usual_end_of_document(added),
+        **how,
     )
 
 
 def render(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the `tokenizer.json` of a vocabulary, ready for `json.dump`."""
+    """Return the `tokenizer.json` of a vocabulary, ready for `json.dump`.
+
+    Raises: TokenizerError: if the format cannot say what the vocabulary does.
+    """
     keys = keys_of(vocabulary)
     names = {id: name for name, id in keys.items()}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    pre_tokenizer: dict[str, Any] = byte_level | {"use_regex": True}
-    if vocabulary.pattern != PATTERNS["gpt2"]:
-        split = {
-            "type": "Split",
-            "pattern": {"Regex": vocabulary.pattern},
-            "behavior": "Isolated",
-            "invert": False,
-        }
-        pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [*vocabulary.added, *_user_defined(vocabulary)]
+    over_characters = vocabulary.characters is not None
+    unknown = next((token.content for token in vocabulary.added if token.content == "<unk>"), None)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": token.id, "content": token.content, **flags, "special": token.special} for token in vocabulary.added
-        ],
-        "normalizer": {"type": vocabulary.normalizer} if vocabulary.normalizer else None,
-        "pre_tokenizer": pre_tokenizer,
+        "added_tokens": [asdict(token) for token in sorted(added, key=lambda token: token.id)],
+        "normalizer": steps.render_normalizer(vocabulary.normalizer),
+        "pre_tokenizer": steps.render_pre_tokenizer(vocabulary),
         "post_processor": vocabulary.post_processor,
-        "decoder": byte_level | {"use_regex": True},
+        "decoder": steps.render_decoder(vocabulary),
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": None,
+            "unk_token": unknown if over_characters else None,
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
+            "fuse_unk": over_characters,
+            "byte_fallback": over_characters,
             "ignore_merges": vocabulary.whole_first,
             "vocab": keys,
             "merges": [[names[left], names[right]] for left, right, _, _ in vocabulary.merges.tolist()],
@@ -139,26 +158,69 @@ def _configured_end(file: Path, document: dict[str, Any]) -> str | None:
     return next((t["content"] for t in document.get("added_tokens") or () if t["content"] == content), None)
 
 
-def _unsupported(model: dict[str, Any], document: dict[str, Any]) -> list[Problem]:
-    """Name everything in the file that would make our ids differ."""
+def _unsupported(model: dict[str, Any]) -> list[Problem]:
+    """Name everything in the model that would make our ids differ."""
     if model.get("type", "BPE") != "BPE":
-        return [Problem(f"model.type = {model['type']}", "must be BPE", "only byte-level BPE tokenizers are supported")]
+        return [Problem(f"model.type = {model['type']}", "must be BPE", "other kinds of tokenizers are not supported")]
     problems = [
         Problem(f"model.{key} = {model[key]!r}", "is not supported", "must be absent or null")
-        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
         if model.get(key)
     ]
-    for entry in document.get("added_tokens") or ():
-        problems += [
-            Problem(f"added token {entry['content']!r}", f"has {flag} = true, which is not supported")
-            for flag in ("single_word", "lstrip", "rstrip")
-            if entry.get(flag)
-        ]
+    if model.get("byte_fallback") and model.get("ignore_merges"):
+        problems.append(Problem("model.ignore_merges = True", "is not supported with byte_fallback"))
     return problems
 
 
+def _character_steps(document: dict[str, Any], normalizer: tuple[Normalization, ...]) -> dict[str, Any]:
+    """Return the fields of a vocabulary whose merges run over characters."""
+    ids = document["model"]["vocab"]
+    byte_names = [byte_name(byte) for byte in range(256)]
+    if missing := [name for name in byte_names if name not in ids]:
+        rule = f"are not in the vocabulary, the first is {missing[0]}"
+        remedy = "only a vocabulary with all of them can encode any text"
+        raise TokenizerError(Problem(f"{len(missing)} of the 256 byte tokens", rule, remedy))
+    names = set(byte_names)
+    for entry in document["model"]["merges"]:
+        if not names.isdisjoint(_pair(entry)):
+            raise TokenizerError(Problem(f"merge {entry!r}", "joins a byte token, which is not supported"))
+    cuts, spaces = steps.read_character_steps(document.get("pre_tokenizer"), normalizer)
+    strip_first = steps.read_strip_first(document.get("decoder"), spaces)
+    characters = Characters(tuple(ids[name] for name in byte_names), spaces, strip_first)
+    return {"characters": characters, "cuts": cuts, "pattern": WHOLE}
+
+
+def _user_defined(vocabulary: Vocabulary) -> list[AddedToken]:
+    """Return the added tokens that stand for SentencePiece's user-defined pieces."""
+    if vocabulary.characters is None or not vocabulary.characters.user_defined:
+        return []
+    if any(isinstance(step, Prepend) for step in vocabulary.normalizer):
+        # The prefix would be put in front of the token's own content as well, and after each token in the text.
+        problem = Problem("user-defined pieces and a space put in front", "cannot both be said in tokenizer.json")
+        raise TokenizerError(problem)
+    return [
+        AddedToken(id, vocabulary.tokens[id].decode(), special=False, normalized=True)
+        for id in vocabulary.characters.user_defined
+    ]
+
+
 def _added_token(entry: dict[str, Any]) -> AddedToken:
-    return AddedToken(_checked_id(entry["id"], entry["content"]), entry["content"], bool(entry.get("special")))
+    flags = {key: bool(entry.get(key)) for key in ("special", "single_word", "lstrip", "rstrip", "normalized")}
+    return AddedToken(_checked_id(entry["id"], entry["content"]), entry["content"], **flags)
+
+
+def _bytes_of(name: str) -> bytes:
+    try:
+        return to_bytes(name)
+    except KeyError as error:
+        problem = Problem(f"token {name!r}", f"holds {error.args[0]!r}, which stands for no byte")
+        raise TokenizerError([problem, Problem("the vocabulary", "must be byte-level")]) from None
+
+
+def _characters_of(name: str) -> bytes:
+    if _BYTE_NAME.fullmatch(name):
+        return bytes([int(name[3:5], 16)])
+    return well_formed(name).encode()
 
 
 def _checked_id(id: object, name: str) -> int:
@@ -167,37 +229,37 @@ def _checked_id(id: object, name: str) -> int:
     return id
 
 
-def _tokens(ids: dict[str, int], added: tuple[AddedToken, ...]) -> list[bytes]:
+def _tokens(ids: dict[str, int], added: tuple[AddedToken, ...], read_name: Callable[[str], bytes]) -> list[bytes]:
     tokens = [b""] * (
         1 + max([*(_checked_id(id, name) for name, id in ids.items()), *(t.id for t in added)], default=-1)
     )
     added_ids = {token.content: token.id for token in added}
-    for characters, id in ids.items():
-        if characters in added_ids:
-            if added_ids[characters] == id:
-                continue
-            rule = f"has id {added_ids[characters]} among the added tokens and {id} in the vocabulary"
-            raise TokenizerError(Problem(f"token {characters!r}", rule))
-        try:
-            token = to_bytes(characters)
-        except KeyError as error:
-            problem = Problem(f"token {characters!r}", f"holds {error.args[0]!r}, which stands for no byte")
-            raise TokenizerError([problem, Problem("the vocabulary", "must be byte-level")]) from None
+    for name, id in ids.items():
+        if added_ids.get(name, id) != id:
+            rule = f"has id {added_ids[name]} among the added tokens and {id} in the vocabulary"
+            raise TokenizerError(Problem(f"token {name!r}", rule))
+        if name in added_ids and read_name is _bytes_of:
+            continue  # the name need not be in the byte alphabet, and merges find it by id
+        token = read_name(name)
         if tokens[id]:
             raise TokenizerError(Problem(f"id {id}", f"is given to two tokens, {tokens[id]!r} and {token!r}"))
         tokens[id] = token
-    for special in added:
-        if tokens[special.id]:
-            raise TokenizerError(
-                Problem(f"id {special.id}", f"is given to {special.content!r} and to the token {tokens[special.id]!r}")
-            )
+    for one in added:
+        if tokens[one.id] and ids.get(one.content) != one.id:
+            rule = f"is given to {one.content!r} and to the token {tokens[one.id]!r}"
+            raise TokenizerError(Problem(f"id {one.id}", rule))
     return tokens
+
+
+def _pair(entry: str | Sequence[str]) -> tuple[str, str]:
+    left, right = entry.split(" ") if isinstance(entry, str) else entry
+    return left, right
 
 
 def _merges(entries: list[str] | list[list[str]], ids: dict[str, int]) -> np.ndarray[Any, np.dtype[np.int32]]:
     rows: dict[tuple[int, int], tuple[int, int, int, int]] = {}
     for rank, entry in enumerate(entries):
-        left, right = entry.split(" ") if isinstance(entry, str) else entry
+        left, right = _pair(entry)
         try:
             pair = ids[left], ids[right]
             merged = ids[left + right]
@@ -210,43 +272,3 @@ def _merges(entries: list[str] | list[list[str]], ids: dict[str, int]) -> np.nda
         rows.pop(pair, None)  # a pair given twice keeps its last rank, as `tokenizers` has it
         rows[pair] = (*pair, merged, rank)
     return np.array(list(rows.values()), np.int32).reshape(-1, 4)
-
-
-def _pattern(pre_tokenizer: dict[str, Any] | None) -> str:
-    """Return the pattern that a ByteLevel, or a Split and a ByteLevel, cuts by."""
-    steps = [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        pattern = PATTERNS["gpt2"]
-    elif kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        pattern = _split_pattern(steps[0])
-    else:
-        raise TokenizerError(
-            Problem(
-                f"pre_tokenizer = {' + '.join(kinds) or 'none'}",
-                "must be ByteLevel, or Split and ByteLevel(use_regex=false)",
-                "only byte-level BPE tokenizers are supported",
-            )
-        )
-    if steps[-1].get("add_prefix_space"):
-        raise TokenizerError(Problem("pre_tokenizer.add_prefix_space = true", "is not supported", "must be false"))
-    return pattern
-
-
-def _split_pattern(split: dict[str, Any]) -> str:
-    pattern, behavior, invert = split["pattern"], split["behavior"], split.get("invert", False)
-    if "Regex" not in pattern or behavior != "Isolated" or invert:
-        raise TokenizerError(
-            Problem(
-                f"Split of behavior {behavior}, invert {invert}", "must split by a Regex, Isolated and not inverted"
-            )
-        )
-    return str(pattern["Regex"])
-
-
-def _normalizer(normalizer: dict[str, Any] | None) -> Literal["NFC"] | None:
-    if normalizer is None or (normalizer["type"] == "Sequence" and not normalizer["normalizers"]):
-        return None
-    if normalizer["type"] == "NFC":
-        return "NFC"
-    raise TokenizerError(Problem(f"normalizer = {normalizer['type']}", "is not supported", "must be absent or NFC"))

@@ -11,7 +11,8 @@ from megascratch.tokenizer.tokenizer import Tokenizer
 class StreamDecoder:
     """Gives out text as soon as its characters are complete.
 
-    What it gives out, joined, is what `Tokenizer.decode` makes of all the ids at once.
+    What it gives out, joined, is what `Tokenizer.decode` makes of all the ids at once; but a space in front stays where
+    a SentencePiece vocabulary would drop it, since the ids go on from a prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -6,12 +6,12 @@
       each piece is merged                        [17250, 220]  [50256]   [612]
 
 Exact round trip: `decode_bytes(encode_bytes(data)) == data` for any bytes, and `decode(encode(text)) == text` for any
-text that UTF-8 can write (and, with an NFC vocabulary, that is composed).
+text that UTF-8 can write. The exceptions are what a vocabulary asks for: a text that it normalises, a space that it
+puts in front and leaves there (`prefix_space`), and SentencePiece's ▁, which comes back as a space.
 """
 
 import json
 import os
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascratch.errors import Problem, TokenizerError
-from megascratch.tokenizer import _bpe, hugging_face, tiktoken_ranks
+from megascratch.tokenizer import _bpe, hugging_face, hugging_face_steps, tiktoken_ranks
+from megascratch.tokenizer.added_tokens import AddedTokenFinder
+from megascratch.tokenizer.cutting import SPACE, CharacterPreTokenizer, PreTokenizer, normalizer, with_spaces
 from megascratch.tokenizer.patterns import Pieces, Splitter, finder, pattern_named, well_formed
 from megascratch.tokenizer.vocabulary import AddedToken, Vocabulary
 
@@ -31,7 +33,7 @@ _BATCH_CHARACTERS = 1 << 22  # text split before it is encoded: bounds the memor
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer.
+    """A BPE tokenizer, over bytes or, like SentencePiece's with byte fallback, over characters.
 
     Text that looks like a special token is ordinary text, unless the call allows it: `allowed_special="all"`, or the
     names. (Hugging Face's `tokenizers` always allows all.) `disallowed_special` refuses a text that holds one. Added
@@ -40,12 +42,15 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self._splitter = Splitter(vocabulary.pattern)
-        self._encoder = _bpe.Encoder(vocabulary.tokens, vocabulary.merges, vocabulary.whole_first)
+        self._splitter, self._encoder = _model(vocabulary)
+        self._normalize = normalizer(vocabulary.normalizer)
+        self._surroundings = hugging_face_steps.read_surroundings(vocabulary.post_processor)
         self._id_of_added = {token.content: token.id for token in vocabulary.added}
         self._bytes = list(vocabulary.tokens)
         for token in vocabulary.added:
             self._bytes[token.id] = token.content.encode()
+        if vocabulary.characters is not None:
+            self._bytes = [token.replace(SPACE.encode(), b" ") for token in self._bytes]
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Vocabulary]]:
         # Workers of a spawned pool get the vocabulary and build their own tables.
@@ -58,7 +63,7 @@ class Tokenizer:
         Args:
             end_of_document: the token that ends a document, where the files do not say or say otherwise.
 
-        Raises: TokenizerError: if there is no such file, or it is not a byte-level BPE tokenizer that we can run.
+        Raises: TokenizerError: if there is no such file, or it is not a BPE tokenizer that we can run.
         """
         return cls(hugging_face.read(Path(path), end_of_document))
 
@@ -115,7 +120,8 @@ class Tokenizer:
 
     def token_bytes(self, id: int) -> bytes:
         """Return the bytes that an id decodes to. Raises: TokenizerError: for an id outside the vocabulary."""
-        return self.decode_bytes([id])
+        self._check_ids([id])
+        return self._bytes[id]
 
     def byte_lengths(self) -> Ids:
         """Bytes of text that each id stands for, int32 [vocab_size]; 0 for special tokens, which stand for none.
@@ -126,18 +132,33 @@ class Tokenizer:
         lengths[list(self.special_tokens.values())] = 0
         return lengths
 
-    def encode(self, text: str, *, allowed_special: Specials = (), disallowed_special: Specials = ()) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        allowed_special: Specials = (),
+        disallowed_special: Specials = (),
+        add_special_tokens: bool = False,
+    ) -> list[int]:
         """Encode one text.
 
         Args:
             allowed_special: special tokens to recognise in the text, "all" or names.
             disallowed_special: special tokens that the text must not hold, "all" or names; allowed ones excepted.
+            add_special_tokens: put the vocabulary's own tokens around the text, such as Llama's beginning of text. Not
+                done unless asked: documents are joined by the end-of-document token, and a chat template writes out
+                whatever a conversation begins with.
 
         Returns: ids. A lone surrogate, which UTF-8 cannot write, is encoded as U+FFFD.
 
         Raises: TokenizerError: if the text holds a disallowed special token, or an option names an unknown one.
         """
-        [ids] = self.encode_batch([text], allowed_special=allowed_special, disallowed_special=disallowed_special)
+        [ids] = self.encode_batch(
+            [text],
+            allowed_special=allowed_special,
+            disallowed_special=disallowed_special,
+            add_special_tokens=add_special_tokens,
+        )
         return ids.tolist()
 
     def encode_batch(
@@ -147,6 +168,7 @@ class Tokenizer:
         *,
         allowed_special: Specials = (),
         disallowed_special: Specials = (),
+        add_special_tokens: bool = False,
     ) -> list[Ids]:
         """Encode many texts; options and errors are those of `encode`.
 
@@ -160,18 +182,28 @@ class Tokenizer:
         find = self._finder(allowed_special, disallowed_special)
         encoded: list[Ids] = []
         for batch in _batches(texts):
-            stretches = [list(find(well_formed(text))) for text in batch]
-            flat = [part for parts in stretches for part in parts]
-            pieces = [self._split(part) for part in flat if isinstance(part, str)]
+            stretches = [find(well_formed(text)) for text in batch]
+            pieces = [
+                self._split(part, at_start=n == 0)
+                for parts in stretches
+                for n, part in enumerate(parts)
+                if isinstance(part, str)
+            ]
             encoded += _regroup(stretches, self._merge(pieces, threads))
+        if add_special_tokens and any(self._surroundings):
+            before, after = (np.array(ids, np.int32) for ids in self._surroundings)
+            encoded = [np.concatenate([before, ids, after]) for ids in encoded]
         return encoded
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Encode bytes that need not be UTF-8; those that are get the ids that `encode` gives.
 
-        Only bytes: no added token is recognised, and nothing is normalised.
+        Only bytes: no added token is recognised, and nothing is normalised but SentencePiece's spaces.
         """
-        return self._merge([self._splitter.split(data.decode("utf-8", "surrogateescape"))], threads=1)[0].tolist()
+        text = data.decode("utf-8", "surrogateescape")
+        if self.vocabulary.characters is not None:
+            text = self._normalize(text)
+        return self._merge([self._split(text, at_start=True)], threads=1)[0].tolist()
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Decode to text; bytes that are not UTF-8 become U+FFFD.
@@ -189,16 +221,23 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Decode to the exact bytes. Raises: TokenizerError: for an id outside the vocabulary."""
         ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        self._check_ids(ids)
+        data = b"".join(map(self._bytes.__getitem__, ids))
+        characters = self.vocabulary.characters
+        return data.removeprefix(b" ") if characters is not None and characters.strip_first else data
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
             wrong = next(id for id in ids if not 0 <= id < self.vocab_size)
             raise TokenizerError(
                 Problem(f"token id {wrong}", f"must be from 0 to {self.vocab_size - 1}", "is this the right tokenizer?")
             )
-        return b"".join(map(self._bytes.__getitem__, ids))
 
-    def _split(self, text: str) -> Pieces:
-        if self.vocabulary.normalizer is not None:
-            text = unicodedata.normalize(self.vocabulary.normalizer, text)
+    def _split(self, text: str, at_start: bool) -> Pieces:
+        """Cut a normalised stretch of text; `at_start` says that a text begins with it."""
+        characters = self.vocabulary.characters
+        if characters is not None and characters.spaces is not None:
+            text = with_spaces(text, characters.spaces, at_start)
         return self._splitter.split(text)
 
     def _merge(self, pieces: Sequence[Pieces], threads: int) -> list[Ids]:
@@ -211,28 +250,42 @@ class Tokenizer:
         ids, id_ends = self._encoder.encode(b"".join(one.utf8 for one in pieces), ends, document_ends, threads)
         return np.split(ids, id_ends[:-1])
 
-    def _finder(self, allowed: Specials, disallowed: Specials) -> Callable[[str], Iterator[str | AddedToken]]:
+    def _finder(self, allowed: Specials, disallowed: Specials) -> Callable[[str], list[str | AddedToken]]:
         """Return a function that cuts a text at the added tokens to recognise, and refuses those disallowed."""
         special = {token.content for token in self.vocabulary.added if token.special}
         recognised = _chosen(allowed, special)
-        wanted = {t.content: t for t in self.vocabulary.added if not t.special or t.content in recognised}
-        border, refused = finder(wanted), finder(_chosen(disallowed, special) - recognised)
+        wanted = [token for token in self.vocabulary.added if not token.special or token.content in recognised]
+        added_tokens = AddedTokenFinder(wanted, self._normalize)
+        refused = finder(_chosen(disallowed, special) - recognised)
 
-        def find(text: str) -> Iterator[str | AddedToken]:
+        def find(text: str) -> list[str | AddedToken]:
             if refused is not None and (match := refused.search(text)):
                 raise TokenizerError(
                     Problem(f"{match[0]!r} in the text", "is a special token", "allow it with allowed_special")
                 )
-            if border is None:
-                yield text
-                return
-            for n, part in enumerate(border.split(text)):  # text, token, text, token, ..., text
-                if n % 2 == 1:
-                    yield wanted[part]
-                elif part:
-                    yield part
+            return added_tokens.find(text)
 
         return find
+
+
+def _model(
+    vocabulary: Vocabulary,
+) -> tuple[Splitter | PreTokenizer | CharacterPreTokenizer, _bpe.Encoder | _bpe.CharacterEncoder]:
+    """Return what cuts text, and what merges the pieces."""
+    characters = vocabulary.characters
+    if characters is not None:
+        texts = list(vocabulary.tokens)
+        for id in characters.byte_ids:
+            texts[id] = b""  # a byte's token is no character's
+        cut_spaces = characters.spaces is not None and characters.spaces.cut
+        return CharacterPreTokenizer(vocabulary.cuts), _bpe.CharacterEncoder(
+            texts, vocabulary.merges, characters.byte_ids, characters.user_defined, cut_spaces
+        )
+    encoder = _bpe.Encoder(vocabulary.tokens, vocabulary.merges, vocabulary.whole_first)
+    if vocabulary.cuts or vocabulary.prefix_space or vocabulary.byte_cuts:
+        steps = vocabulary.cuts, vocabulary.prefix_space, vocabulary.pattern, vocabulary.byte_cuts
+        return PreTokenizer(*steps), encoder
+    return Splitter(vocabulary.pattern), encoder
 
 
 def _chosen(names: Specials, special: set[str]) -> set[str]:

@@ -5,13 +5,14 @@ Readers (`hugging_face`, `tiktoken_ranks`) and the trainer make one; `Tokenizer`
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megascratch.errors import Problem, TokenizerError
 from megascratch.tokenizer.alphabet import to_characters
+from megascratch.tokenizer.cutting import Cut, Normalization, Spaces
 from megascratch.tokenizer.patterns import well_formed
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -28,16 +29,42 @@ class AddedToken:
     Args:
         special: a control token. It is recognised in text only on request, so that nobody's text can end a document.
             One that is not special is ordinary vocabulary and always recognised.
+        single_word: not recognised inside a word.
+        lstrip, rstrip: swallows the white space before it, after it.
+        normalized: looked for after the text has been normalised, and its content with it.
     """
 
     id: int
     content: str
     special: bool = True
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Characters:
+    """What a vocabulary has beside tokens and merges if the merges run over characters, as SentencePiece's do.
+
+    Its tokens are UTF-8 text with ▁ for a space; a character without a token becomes the tokens of its bytes.
+
+    Args:
+        byte_ids: id of the token that stands for each byte, [256].
+        spaces: how spaces become ▁; None where `normalizer` has done it.
+        strip_first: decoding takes one space away from the front, which encoding has put there.
+        user_defined: ids of pieces taken whole wherever they stand in normalised text.
+    """
+
+    byte_ids: tuple[int, ...]
+    spaces: Spaces | None = None
+    strip_first: bool = True
+    user_defined: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single equality
 class Vocabulary:
-    """A byte-level BPE vocabulary.
+    """A BPE vocabulary, whose merges run over bytes, or over characters with bytes to fall back on.
 
     Args:
         tokens: bytes of each id, [vocab_size]; b"" where an id belongs to an added token or to nothing.
@@ -47,10 +74,12 @@ class Vocabulary:
         pattern: regular expression of the pre-tokeniser, in the syntax of the `regex` package.
         whole_first: a piece that is a token as a whole is taken as that, whatever the merges make of it
             (`ignore_merges` in Hugging Face's format; what tiktoken does).
-        normalizer: "NFC" composes the text's characters first, as Qwen's tokenizers do; then only the composed text
-            comes back on decoding.
-        post_processor: what Hugging Face's format says about tokens to put around a text on request. Kept for writing
-            the file again; encoding here never adds a token that is not in the text.
+        normalizer: what is done to the text before it is cut, such as "NFC", which composes its characters (Qwen);
+            only the normalised text comes back on decoding.
+        cuts, prefix_space, byte_cuts: steps around the pattern, see `cutting.PreTokenizer`.
+        characters: for merges over characters; then no pattern cuts.
+        post_processor: what Hugging Face's format says about tokens to put around a text, which encoding does on
+            request only (`add_special_tokens`).
         end_of_document: content of the added token that separates documents, or None.
     """
 
@@ -59,7 +88,11 @@ class Vocabulary:
     added: tuple[AddedToken, ...]
     pattern: str
     whole_first: bool = False
-    normalizer: Literal["NFC"] | None = None
+    normalizer: tuple[Normalization, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+    prefix_space: bool = False
+    byte_cuts: tuple[Cut, ...] = ()
+    characters: Characters | None = None
     post_processor: dict[str, Any] | None = None
     end_of_document: str | None = None
 
@@ -109,11 +142,17 @@ def usual_end_of_document(added: Iterable[AddedToken]) -> str | None:
 
 
 def keys_of(vocabulary: Vocabulary) -> dict[str, int]:
-    """Return the `vocab` mapping of Hugging Face's format: bytes in the byte alphabet, added tokens as they are.
+    """Return the `vocab` mapping of Hugging Face's format: tokens in the byte alphabet, added tokens as they are.
+
+    A vocabulary over characters has its tokens as text, and <0x0A> for the one that stands for the byte 10.
 
     Raises: TokenizerError: if an added token is written as an ordinary token is; the format has one name for one id.
     """
-    keys = {to_characters(token): id for id, token in enumerate(vocabulary.tokens) if token}
+    if vocabulary.characters is None:
+        keys = {to_characters(token): id for id, token in enumerate(vocabulary.tokens) if token}
+    else:
+        names = {id: byte_name(byte) for byte, id in enumerate(vocabulary.characters.byte_ids)}
+        keys = {names.get(id) or token.decode(): id for id, token in enumerate(vocabulary.tokens) if token}
     for token in vocabulary.added:
         if keys.setdefault(token.content, token.id) != token.id:
             raise TokenizerError(
@@ -122,3 +161,8 @@ def keys_of(vocabulary: Vocabulary) -> dict[str, int]:
                 )
             )
     return keys
+
+
+def byte_name(byte: int) -> str:
+    """Return the name of the token that SentencePiece falls back on for a byte."""
+    return f"<0x{byte:02X}>"
