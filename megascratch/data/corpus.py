@@ -36,8 +36,8 @@ class Limits:
     """What is refused before it exhausts the machine.
 
     Attributes:
-        max_document_bytes: one line of JSON, one plain text file, one Parquet value. A worker takes a few times as
-            much memory for the largest document that it meets.
+        max_document_bytes: one line of JSON (up to a block of 1 MiB always passes), one plain text file, one Parquet
+            value. A worker takes a few times as much memory for the largest document that it meets.
         max_expansion: decompressed bytes for each byte on disk, above 64 MiB. Text shrinks 3- to 10-fold, and seldom
             beyond 50-fold.
     """

@@ -42,7 +42,7 @@ def in_order_on_ray(function: Callable[[Item], Result], workers: int) -> Iterato
     try:
         shared = ray.put(function)
         actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=MAX_ATTEMPTS - 1)(_Worker)
-        pool = [actor.remote(shared) for _ in range(workers)]
+        pool = [actor.remote([shared]) for _ in range(workers)]
         yield lambda items: _apply(ray, pool, items)
     finally:
         if started_here:
@@ -50,10 +50,10 @@ def in_order_on_ray(function: Callable[[Item], Result], workers: int) -> Iterato
 
 
 class _Worker:
-    """What an actor is."""
+    """What an actor is. The function comes as a reference in a list, which Ray leaves to us to fetch."""
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self._function = function
+    def __init__(self, reference: list[Any]) -> None:
+        self._function: Callable[[Any], Any] = require_ray().get(reference[0])
 
     def apply(self, item: Any) -> tuple[Any, UserError | None]:
         """Return the result, or the user's error as a value: Ray would wrap a raised one in its own."""
