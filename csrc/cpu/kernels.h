@@ -20,6 +20,8 @@ namespace megascratch {
     static void norm(const NormArguments& arguments, int64_t begin, int64_t end);                                      \
     static void norm_backward(const NormBackwardArguments& arguments, int64_t begin, int64_t end);                     \
     static void norm_add_parts(const NormBackwardArguments& arguments, int64_t begin, int64_t end);                    \
+    /* Rows are tokens. */                                                                                             \
+    static void activation(const ActivationArguments& arguments, int64_t begin, int64_t end);                          \
   };                                                                                                                   \
   }
 

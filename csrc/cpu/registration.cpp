@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "operators/activation.h"
 #include "operators/norm.h"
 #include "operators/rope.h"
 #include "operators/scaled_softmax.h"
@@ -63,6 +64,11 @@ struct Cpu {
       Kernels::norm_add_parts(a, begin, end);
     });
   }
+
+  static void run(const ActivationArguments& a, const Tensor&) {
+    torch::stable::parallel_for(
+        0, a.rows, grain_rows(a.f), [&](int64_t begin, int64_t end) { Kernels::activation(a, begin, end); });
+  }
 };
 
 template <typename Kernels>
@@ -70,6 +76,7 @@ void add_to(Library& library) {
   RopeOperators<Cpu<Kernels>>::add_to(library);
   SoftmaxOperators<Cpu<Kernels>>::add_to(library);
   NormOperators<Cpu<Kernels>>::add_to(library);
+  ActivationOperators<Cpu<Kernels>>::add_to(library);
 }
 
 #ifdef __x86_64__

@@ -9,6 +9,7 @@ extern "C" {
 int megascratch_cuda_rope(const megascratch::RopeArguments* arguments, void* stream);
 int megascratch_cuda_scaled_softmax(const megascratch::SoftmaxArguments* arguments, void* stream);
 int megascratch_cuda_scaled_softmax_backward(const megascratch::SoftmaxBackwardArguments* arguments, void* stream);
+int megascratch_cuda_activation(const megascratch::ActivationArguments* arguments, void* stream);
 int megascratch_cuda_norm(const megascratch::NormArguments* arguments, void* stream);
 int megascratch_cuda_norm_backward(const megascratch::NormBackwardArguments* arguments, void* stream);
 }

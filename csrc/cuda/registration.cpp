@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "launchers.h"
+#include "operators/activation.h"
 #include "operators/norm.h"
 #include "operators/rope.h"
 #include "operators/scaled_softmax.h"
@@ -42,6 +43,7 @@ struct Cuda {
   static void run(const SoftmaxBackwardArguments& a, const Tensor& on) {
     launch(megascratch_cuda_scaled_softmax_backward, a, on);
   }
+  static void run(const ActivationArguments& a, const Tensor& on) { launch(megascratch_cuda_activation, a, on); }
   static void run(const NormArguments& a, const Tensor& on) { launch(megascratch_cuda_norm, a, on); }
   static void run(const NormBackwardArguments& a, const Tensor& on) { launch(megascratch_cuda_norm_backward, a, on); }
 
@@ -56,6 +58,7 @@ void add_to(Library& library) {
   RopeOperators<Cuda>::add_to(library);
   SoftmaxOperators<Cuda>::add_to(library);
   NormOperators<Cuda>::add_to(library);
+  ActivationOperators<Cuda>::add_to(library);
 }
 
 }  // namespace

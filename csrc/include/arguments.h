@@ -92,4 +92,18 @@ struct NormBackwardArguments {
   DType dtype;
 };
 
+enum class Curve : int32_t { Silu, Gelu, GeluTanh, ReluSquared };
+
+// y = curve(x), or gated, with x = [gate; up] along the last dimension, y = curve(gate) · up.
+struct ActivationArguments {
+  const void* x;     // [rows, f], or gated [rows, 2f]
+  void* y;           // [rows, f]; forward only
+  const void* grad;  // [rows, f], of y; null in the forward pass
+  void* dx;          // like x, contiguous
+  int64_t rows, f, stride_x, stride_grad;
+  Curve curve;
+  bool gated;
+  DType dtype;
+};
+
 }  // namespace megascratch

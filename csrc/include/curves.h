@@ -1,0 +1,103 @@
+// Activation functions and their slopes, for the C++ and the CUDA kernels. Formulas: megascratch/ops/activation.py.
+
+#pragma once
+
+#include "arguments.h"
+#include "numeric.h"
+#ifndef __CUDACC__
+#include "exponential.h"
+#endif
+
+namespace megascratch {
+namespace {
+
+#ifdef __CUDACC__
+__device__ __forceinline__ float decay(float x) { return expf(x); }
+// Not inlined: copies of the double-precision polynomials and their constants would spill registers.
+__device__ __noinline__ double decay(double x) { return exp(x); }
+__device__ __noinline__ double upper_tail(double z, double) { return erfc(z); }
+#else
+// exp(x) for x ≤ 0.
+template <typename A>
+inline __attribute__((always_inline)) A decay(A x) {
+  return exponential<A>(x);
+}
+inline double upper_tail(double z, double) { return __builtin_erfc(z); }
+#endif
+
+// erfc(z) for z ≥ 0, given exp(−z²): times t P(t) with t = 1/(1 + z/2), where P was fitted to 4e-8 relative error.
+MEGASCRATCH_DEVICE float upper_tail(float z, float gauss) {
+  const float t = 1.0f / (1.0f + 0.5f * z);
+  float p = -0.0588456466794014f;
+  p = p * t + 0.28348100185394287f;
+  p = p * t - 0.48492416739463806f;
+  p = p * t + 0.2754494845867157f;
+  p = p * t - 0.02481096237897873f;
+  p = p * t + 0.20191332697868347f;
+  p = p * t + 0.24330098927021027f;
+  p = p * t + 0.2823479175567627f;
+  p = p * t + 0.2820880115032196f;
+  return gauss * t * p;
+}
+
+template <typename A>
+struct ValueAndSlope {
+  A value, slope;
+};
+
+// 1 / (1 + exp(−x)), by an exponential that cannot overflow.
+template <typename A>
+MEGASCRATCH_DEVICE A logistic(A x) {
+  const A z = decay(x < 0 ? x : -x), r = 1 / (1 + z);
+  return x < 0 ? z * r : r;
+}
+
+struct Silu {
+  template <typename A>
+  static MEGASCRATCH_DEVICE ValueAndSlope<A> at(A x) {
+    const A gate = logistic(x);
+    return {x * gate, gate + x * gate * (1 - gate)};
+  }
+};
+
+struct Gelu {
+  template <typename A>
+  static MEGASCRATCH_DEVICE ValueAndSlope<A> at(A x) {
+    constexpr A root_half = static_cast<A>(0.70710678118654752440), density = static_cast<A>(0.39894228040143267794);
+    const A z = (x < 0 ? -x : x) * root_half, gauss = decay(-z * z), tail = upper_tail(z, gauss) / 2;
+    const A cdf = x < 0 ? tail : 1 - tail;
+    return {x * cdf, cdf + x * density * gauss};
+  }
+};
+
+struct GeluTanh {
+  template <typename A>
+  static MEGASCRATCH_DEVICE ValueAndSlope<A> at(A x) {
+    // ½ (1 + tanh u) is the logistic function of 2u.
+    constexpr A scale = static_cast<A>(1.59576912160573071176), cubic = static_cast<A>(0.044715);
+    const A square = x * x, gate = logistic(scale * x * (1 + cubic * square));
+    return {x * gate, gate + x * gate * (1 - gate) * scale * (1 + 3 * cubic * square)};
+  }
+};
+
+struct ReluSquared {
+  template <typename A>
+  static MEGASCRATCH_DEVICE ValueAndSlope<A> at(A x) {
+    const A positive = x < 0 ? A(0) : x;
+    return {positive * positive, 2 * positive};
+  }
+};
+
+// Call `f` with the curve that `curve` names.
+template <typename F>
+auto for_curve(Curve curve, const F& f) {
+  switch (curve) {
+    case Curve::Silu: return f(Silu{});
+    case Curve::Gelu: return f(Gelu{});
+    case Curve::GeluTanh: return f(GeluTanh{});
+    default: return f(ReluSquared{});
+  }
+}
+
+}  // namespace
+}  // namespace megascratch
