@@ -3,7 +3,7 @@
     libmegascratch_cpu.so        csrc/cpu, once an instruction-set level, by g++ alone; always
     libmegascratch_cuda.so       csrc/cuda for every GPU architecture that this nvcc knows; whenever nvcc is found
     libmegascratch_cuda_host.so  the same .cu files compiled by g++ and run on fibers, as a test backend; always
-    tokenizer/_bpe, data/_jsonl, data/_sample_index   csrc/host, bound with pybind11; always
+    tokenizer/{_bpe,_sentencepiece}, data/{_jsonl,_sample_index}   csrc/host, bound with pybind11; always
 
 Metadata stands in pyproject.toml. torch's own `CUDAExtension` refuses to build CUDA beside a CPU torch, and it links
 the unstable C++ ABI; hence this small `build_ext`. Only what changed is rebuilt: ninja knows headers and flags.
@@ -186,7 +186,8 @@ def nvcc_command(nvcc: str, gxx: str) -> list[str]:
 def pybind11_modules() -> dict[str, Path]:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     host = CSRC / "host"
-    sources = {"tokenizer/_bpe": "bpe.cpp", "data/_jsonl": "jsonl.cpp", "data/_sample_index": "sample_index.cpp"}
+    sources = {"tokenizer/_bpe": "bpe.cpp", "tokenizer/_sentencepiece": "sentencepiece.cpp"}
+    sources |= {"data/_jsonl": "jsonl.cpp", "data/_sample_index": "sample_index.cpp"}
     return {f"{module}{suffix}": host / source for module, source in sources.items()}
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascratch.errors import Problem, TokenizerError
-from megascratch.tokenizer import _bpe, hugging_face, hugging_face_steps, tiktoken_ranks
+from megascratch.tokenizer import _bpe, _sentencepiece, hugging_face, hugging_face_steps, tiktoken_ranks
 from megascratch.tokenizer.added_tokens import AddedTokenFinder
 from megascratch.tokenizer.cutting import SPACE, CharacterPreTokenizer, PreTokenizer, normalizer, with_spaces
 from megascratch.tokenizer.patterns import Pieces, Splitter, finder, pattern_named, well_formed
@@ -89,10 +89,10 @@ class Tokenizer:
         path = Path(path)
         file = path if path.suffix == ".json" else path / hugging_face.FILE_NAME
         text = json.dumps(hugging_face.render(self.vocabulary), ensure_ascii=False, indent=1)
-        _write_whole(file, text.encode())
+        write_whole(file, text.encode())
         if file != path:
             config = json.dumps(hugging_face.render_config(self.vocabulary), ensure_ascii=False, indent=1)
-            _write_whole(path / hugging_face.CONFIG_NAME, config.encode())
+            write_whole(path / hugging_face.CONFIG_NAME, config.encode())
         return file
 
     def save_tiktoken(self, path: str | os.PathLike[str]) -> None:
@@ -100,7 +100,7 @@ class Tokenizer:
 
         Raises: TokenizerError: if tiktoken would encode differently with it; see `tiktoken_ranks.render`.
         """
-        _write_whole(Path(path), tiktoken_ranks.render(self.vocabulary))
+        write_whole(Path(path), tiktoken_ranks.render(self.vocabulary))
 
     @property
     def vocab_size(self) -> int:
@@ -270,7 +270,7 @@ class Tokenizer:
 
 def _model(
     vocabulary: Vocabulary,
-) -> tuple[Splitter | PreTokenizer | CharacterPreTokenizer, _bpe.Encoder | _bpe.CharacterEncoder]:
+) -> tuple[Splitter | PreTokenizer | CharacterPreTokenizer, _bpe.Encoder | _sentencepiece.CharacterEncoder]:
     """Return what cuts text, and what merges the pieces."""
     characters = vocabulary.characters
     if characters is not None:
@@ -278,7 +278,7 @@ def _model(
         for id in characters.byte_ids:
             texts[id] = b""  # a byte's token is no character's
         cut_spaces = characters.spaces is not None and characters.spaces.cut
-        return CharacterPreTokenizer(vocabulary.cuts), _bpe.CharacterEncoder(
+        return CharacterPreTokenizer(vocabulary.cuts), _sentencepiece.CharacterEncoder(
             texts, vocabulary.merges, characters.byte_ids, characters.user_defined, cut_spaces
         )
     encoder = _bpe.Encoder(vocabulary.tokens, vocabulary.merges, vocabulary.whole_first)
@@ -317,7 +317,7 @@ def _regroup(stretches: Sequence[Sequence[str | AddedToken]], merged: Sequence[I
         yield arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, np.int32), *arrays])
 
 
-def _write_whole(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes) -> None:
     """Replace a file as a whole, making its directory where there is none."""
     partial = file.with_name(file.name + ".tmp")
     try:
