@@ -28,7 +28,7 @@ FOLDER = Path("demo")  # relative to ROOT, so that the printed commands stay sho
 RECIPE = HERE.relative_to(ROOT) / "pretrain.toml"
 MEGASCRATCH = Path(sys.executable).with_name("megascratch")
 N_RANKS = 4
-HALF_WAY = 120
+HALF_WAY = 240
 PROMPT = "def read_lines(path):"
 
 console = Console(highlight=False, soft_wrap=True)
