@@ -4,6 +4,7 @@ A rule reads the configuration as the user wrote it (before `resolve`), so that 
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 
 from megascratch.config.schema import Config
@@ -198,12 +199,10 @@ def _data(config: Config, _: int | None) -> Iterator[Problem]:
             f"must have one for each of the {len(data.paths)} data.paths",
             "give one weight a path, or none",
         )
-    try:
-        shares = [float(part) for part in data.split.split(",")]
-        valid = len(shares) <= 3 and all(0 <= share < float("inf") for share in shares) and sum(shares) > 0
-    except ValueError:
-        valid = False
-    if not valid:
+    # Digits and points only, as Megatron finds them: it would read 1e3 as two weights, and -1 as 1.
+    shares = data.split.split(",")
+    plain = all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", share, re.ASCII) for share in shares)
+    if not plain or len(shares) > 3 or sum(map(float, shares)) == 0:
         yield Problem(
             f"data.split = {data.split!r}",
             "must be one to three weights, of train, validation and test, that are not all 0",

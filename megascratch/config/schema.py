@@ -90,7 +90,7 @@ class DataConfig(Section):
 
     paths: list[str] = []
     weights: list[Positive] | None = None
-    split: str = "969,30,1"
+    split: Annotated[str, Field(strict=False, coerce_numbers_to_str=True)] = "969,30,1"  # "1" may look like a number
     seq_length: Count = 1024
     tokenizer: str | None = None
     eod_mask_loss: bool = False

@@ -143,6 +143,8 @@ TINY = "model.preset=tiny"
         ("_data", "data.split=0,0,0", None, r"data\.split = '0,0,0' +must be one to three weights"),
         ("_data", "data.split=1,-1,1", None, r"data\.split = '1,-1,1' +must be one to three weights"),
         ("_data", "data.split=1,nan,1", None, r"data\.split = '1,nan,1' +must be one to three weights"),
+        ("_data", "data.split=1e3,1", None, r"data\.split = '1e3,1' +must be one to three weights"),
+        ("_data", "data.split=1,,1", None, r"data\.split = '1,,1' +must be one to three weights"),
         (
             "_steps",
             "optim.lr=1e-4 optim.min_lr=1e-3",
@@ -182,6 +184,8 @@ def test_every_rule_is_tested() -> None:
         ("parallel.dp=5 train.micro_batch=4 train.global_batch=60", None),
         ("data.seq_length=2048", None),
         ("data.split=99,1", None),
+        ("data.split=1", None),
+        ("data.split=.9,0.1", None),
         ("optim.warmup_steps=10 train.steps=10", None),
     ],
 )
