@@ -1,16 +1,20 @@
 """Index arrays built once and memory-mapped ever after, by every rank, without communication.
 
-An entry is keyed by a readable description of all that the arrays depend on, so equal keys mean equal bytes. Many
-ranks that start at once may all build: each writes under names of its own and renames, whoever is last wins, and
-the readers of an earlier file keep it open.
+An entry is keyed by a readable description of all that the arrays depend on, so equal keys mean equal bytes. Of many
+ranks that start at once, on one node or many, the first to lock the description builds, and the others wait for it.
+Where the file system has no locks all may build: each writes under names of its own and renames, whoever is last wins,
+and the readers of an earlier file keep it open.
 
-    <cache_dir>/7c3e….json                   the description, for people
+    <cache_dir>/7c3e….json                   the description, for people, and the lock
     <cache_dir>/7c3e…-sample_index.npy       an array
 """
 
+import fcntl
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import xxhash
@@ -36,17 +40,31 @@ def load_or_build(
     text = json.dumps(description, indent=2)
     key = xxhash.xxh3_128_hexdigest(text.encode())
     paths = {name: cache_dir / f"{key}-{name}.npy" for name in names}
-    if not all(path.exists() for path in paths.values()):
-        arrays = build()
+    if not _all_exist(paths.values()):
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            for name, path in paths.items():
-                _write(path, arrays[name])
-            (cache_dir / f"{key}.json").write_text(text + "\n")
+            with (cache_dir / f"{key}.json").open("a") as entry:
+                _lock(entry)
+                if not _all_exist(paths.values()):
+                    arrays = build()
+                    for name, path in paths.items():
+                        _write(path, arrays[name])
+                    entry.truncate(0)
+                    entry.write(text + "\n")
         except OSError as error:
             problem = Problem(str(cache_dir), f"cannot be written: {error.strerror}", "set data.cache_dir")
             raise DataError(problem, "the cache of sample indices") from error
     return {name: _read(path) for name, path in paths.items()}
+
+
+def _all_exist(paths: Iterable[Path]) -> bool:
+    return all(path.exists() for path in paths)
+
+
+def _lock(entry: TextIO) -> None:
+    """Wait until no other process builds the entry; closing it lets the next one in."""
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(entry, fcntl.LOCK_EX)
 
 
 def _write(path: Path, values: NDArray) -> None:

@@ -1,6 +1,7 @@
 """GPT samples: identical to megatron-core's for identical seeds, in every option, and what is refused."""
 
 import multiprocessing
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megascratch.data import samples
 from megascratch.data._sample_index import fill_sample_index
 from megascratch.data.indexed import IndexedDataset
 from megascratch.data.samples import EodRules, GPTDataset, build_sample_indices, require_one_sample
@@ -211,12 +213,19 @@ def test_each_setting_has_its_own_cache_entry(make_dataset, tmp_path):
 
 
 def build_at(barrier, prefix, cache, results):
+    def counted(*arguments):
+        with (cache.parent / "builds").open("a") as builds:
+            builds.write("x")
+        time.sleep(0.1)
+        return build_sample_indices(*arguments)
+
+    samples.build_sample_indices = counted  # in this forked process alone
     barrier.wait()
     dataset = our_dataset(prefix, 16, 4000, "1", 0, 9, cache)
     results.put([int(dataset[i].text.sum()) for i in range(0, len(dataset), 37)])
 
 
-def test_many_ranks_may_start_at_once(make_dataset, tmp_path):
+def test_of_many_ranks_that_start_at_once_one_builds(make_dataset, tmp_path):
     prefix = make_dataset("d", LENGTHS)
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(4), context.SimpleQueue()
@@ -228,6 +237,7 @@ def test_many_ranks_may_start_at_once(make_dataset, tmp_path):
         assert rank.exitcode == 0
     sums = [results.get() for _ in ranks]
     assert all(of_rank == sums[0] for of_rank in sums)
+    assert (tmp_path / "builds").read_text() == "x"
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".npy", ".npy", ".npy"]
 
 
