@@ -100,6 +100,21 @@ LAYOUTS = [
     _layout("cp2-tp2-dp2-zero1", "tied", cp=2, tp=2, dp=2, zero=1),
     _layout("cp2-tp2-pp2-packed", packed=True, cp=2, tp=2, pp=2),
     _layout("cp2-pp2-vp2-dp2-ulysses", "olmo", cp=2, pp=2, vp=2, dp=2, cp_algorithm="ulysses"),
+    _layout("pp4-zb-h1", "tied", pp=4, schedule="zb-h1"),
+    _layout("tp2-pp2-zb-h1-recompute", "qwen", tp=2, pp=2, schedule="zb-h1", recompute="full"),
+    _layout("pp2-dp2-zero1-zb-h2", "olmo", pp=2, dp=2, zero=1, schedule="zb-h2"),
+    _layout("pp2-zb-v-tied", "tied", pp=2, vp=2, schedule="zb-v"),
+    _layout("tp2-pp2-zb-v-no-sp", "gpt2", tp=2, pp=2, vp=2, schedule="zb-v", sequence_parallel=False),
+    _layout("pp2-v-half-dropout", "dropout", pp=2, vp=2, schedule="v-half"),
+    _layout("pp2-v-min", pp=2, vp=2, schedule="v-min", micro_batch=2),
+    _layout("pp2-dp2-dualpipe-v", "tied", pp=2, dp=2, vp=2, schedule="dualpipe-v"),
+    _layout("pp2-dualpipe-tied", "tied", pp=2, schedule="dualpipe"),
+    _layout("tp2-pp4-dualpipe", "qwen", tp=2, pp=4, schedule="dualpipe"),
+    _layout("pp2-dp2-zero1-dualpipe", "gpt2", pp=2, dp=2, zero=1, schedule="dualpipe"),
+    _layout("pp2-uneven", "qwen", pp=2, layers_per_stage=[3, 1]),
+    _layout("pp4-balanced", "tied", pp=4, layers_per_stage="balanced"),
+    # 8 microbatches over 3 ranks: rounds of unequal length; and no layer on the first and the last stage.
+    _layout("pp3-vp2-ragged-bare-ends", "olmo", pp=3, vp=2, layers_per_stage=[0, 1, 1, 1, 1, 0]),
 ]
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 

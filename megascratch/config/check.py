@@ -85,25 +85,52 @@ def _tensor_parallel(config: Config, _: int | None) -> Iterator[Problem]:
         )
 
 
+# Schedules that run with one number of stages a rank alone.
+CHUNKS = {
+    "gpipe": 1,
+    "1f1b": 1,
+    "zb-h1": 1,
+    "zb-h2": 1,
+    "dualpipe": 1,
+    "zb-v": 2,
+    "v-half": 2,
+    "v-min": 2,
+    "dualpipe-v": 2,
+}
+
+
 def _pipeline(config: Config, _: int | None) -> Iterator[Problem]:
     parallel, n_layers = config.parallel, config.model.n_layers
     stages = parallel.pp * parallel.vp
-    if stages > n_layers:
+    given = parallel.layers_per_stage
+    # Given or balanced, the ends may go without a layer: they have the embedding and the head.
+    if stages > n_layers + (0 if given is None else 2):
         yield Problem(
             f"parallel.pp = {parallel.pp}, vp = {parallel.vp}",
             f"make {stages} stages of {n_layers} layers: every stage needs one",
             f"use pp × vp ≤ {n_layers}",
         )
+    if isinstance(given, list) and (len(given) != stages or sum(given) != n_layers or 0 in given[1:-1]):
+        yield Problem(
+            f"parallel.layers_per_stage = {given}",
+            f"must be {stages} numbers with the sum {n_layers}, only the first and last of which may be 0",
+            "use balanced, or leave it out",
+        )
     if parallel.vp > 1 and parallel.pp == 1:
         yield Problem(f"parallel.vp = {parallel.vp}", "needs parallel.pp > 1", "set vp = 1 or pp = 2 or more")
-    if parallel.vp > 1 and parallel.schedule not in (None, "interleaved"):
+    if parallel.schedule is not None and parallel.schedule_file is not None:
+        yield Problem(f"parallel.schedule = {parallel.schedule}", "goes without schedule_file", "leave one of them out")
+    elif parallel.schedule == "interleaved" and parallel.vp == 1:
+        yield Problem("parallel.schedule = interleaved", "needs parallel.vp > 1", "set vp = 2, or use 1f1b")
+    elif parallel.schedule in CHUNKS and parallel.vp != CHUNKS[parallel.schedule]:
+        chunks = CHUNKS[parallel.schedule]
         yield Problem(
             f"parallel.schedule = {parallel.schedule}",
-            f"runs one chunk a rank, not vp = {parallel.vp}",
-            "use interleaved, or vp = 1",
+            f"runs {chunks} stage{'s' if chunks > 1 else ''} a rank, not vp = {parallel.vp}",
+            f"set vp = {chunks}" if chunks > 1 else "use interleaved, or vp = 1",
         )
-    if parallel.schedule == "interleaved" and parallel.vp == 1:
-        yield Problem("parallel.schedule = interleaved", "needs parallel.vp > 1", "set vp = 2, or use 1f1b")
+    if parallel.schedule == "dualpipe" and parallel.pp % 2:
+        yield Problem(f"parallel.pp = {parallel.pp}", "must be even for dualpipe", f"use {parallel.pp + 1}")
 
 
 def _context_parallel(config: Config, _: int | None) -> Iterator[Problem]:
@@ -167,12 +194,18 @@ def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
             f"use {_multiples_near(train.global_batch, step)}",
         )
         return
-    microbatches = train.global_batch // step
-    if parallel.vp > 1 and microbatches % parallel.pp:
+    microbatches, least = train.global_batch // step, 2 * parallel.pp
+    if parallel.schedule in ("dualpipe", "dualpipe-v") and microbatches < least:
         yield Problem(
             f"train.global_batch = {train.global_batch}",
-            f"gives {microbatches} microbatches, which must divide by pp = {parallel.pp} for the interleaved schedule",
-            f"use {_multiples_near(train.global_batch, step * parallel.pp)}",
+            f"gives {microbatches} microbatches, and {parallel.schedule} needs {least}: twice pp",
+            f"use {step * least} or more, or zb-v",
+        )
+    elif parallel.schedule == "dualpipe" and microbatches % 2:
+        yield Problem(
+            f"train.global_batch = {train.global_batch}",
+            f"gives {microbatches} microbatches, half of which go each way in dualpipe",
+            f"use {_multiples_near(train.global_batch, 2 * step)}",
         )
 
 

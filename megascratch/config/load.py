@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from megascratch.config.check import check
 from megascratch.config.presets import PRESETS
-from megascratch.config.schema import Config
+from megascratch.config.schema import Config, ParallelConfig, ScheduleName
 from megascratch.errors import ConfigError, Problem
 
 
@@ -81,7 +81,7 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
             "parallel": parallel.model_copy(
                 update={
                     "dp": dp,
-                    "schedule": parallel.schedule or ("interleaved" if parallel.vp > 1 else "1f1b"),
+                    "schedule": _default_schedule(parallel),
                     "sequence_parallel": parallel.tp > 1
                     if parallel.sequence_parallel is None
                     else parallel.sequence_parallel and parallel.tp > 1,
@@ -95,6 +95,13 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
             ),
         }
     )
+
+
+def _default_schedule(parallel: ParallelConfig) -> ScheduleName | None:
+    """Return the schedule's name; none where a file stands for it."""
+    if parallel.schedule is not None or parallel.schedule_file is not None:
+        return parallel.schedule
+    return "interleaved" if parallel.vp > 1 else "1f1b"
 
 
 def default_decay_steps(config: Config) -> int:

@@ -16,6 +16,18 @@ Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+ScheduleName = Literal[
+    "gpipe",
+    "1f1b",
+    "interleaved",
+    "zb-h1",
+    "zb-h2",
+    "zb-v",
+    "v-half",
+    "v-min",
+    "dualpipe-v",
+    "dualpipe",
+]
 DType = Literal["fp64", "fp32", "bf16", "fp16"]
 
 
@@ -78,8 +90,10 @@ class ParallelConfig(Section):
     cp: Count = 1
     dp: Count | None = None  # world size / (tp · pp · cp) when left out
     cp_algorithm: Literal["ring", "ulysses", "all_gather"] = "ring"
-    vp: Count = 1  # model chunks a pipeline rank (interleaved schedule)
-    schedule: Literal["gpipe", "1f1b", "interleaved"] | None = None  # 1f1b, or interleaved when vp > 1
+    vp: Count = 1  # stages a pipeline rank
+    schedule: ScheduleName | None = None  # 1f1b, or interleaved when vp > 1
+    schedule_file: str | None = None  # text instead of a name: one line a rank, 0F0 1F0 …
+    layers_per_stage: list[Whole] | Literal["balanced"] | None = None  # even when left out; balanced weighs the head
     sequence_parallel: bool | None = None  # on when tp > 1
     zero: Literal[0, 1] = 0
     recompute: Literal["none", "full"] = "none"

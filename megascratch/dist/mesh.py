@@ -9,8 +9,9 @@ pp=2, dp=1, cp=1, tp=2:
     2      1  0  0  0
     3      1  0  0  1
 
-Two derived axes are used by gradients: `data` = dp × cp, over which every gradient is summed, and `ends` = the first
-and the last pipeline rank, which hold the two copies of a tied embedding.
+Three derived axes are used by gradients: `data` = dp × cp, over which every gradient is summed; `ends` = the first and
+the last pipeline rank, which hold the two copies of a tied embedding; and `mirror` = ranks i and pp − 1 − i, which hold
+the same two stages where a schedule runs two copies of the model in opposite directions.
 """
 
 from collections.abc import Iterator, Mapping
@@ -120,6 +121,7 @@ class Mesh:
     data: Axis  # dp × cp
     ends: Axis  # first and last pipeline rank; size 1 elsewhere
     world: Axis
+    mirror: Axis = field(default_factory=lambda: Axis("mirror"))  # pipeline ranks i and pp − 1 − i
 
     def axis(self, name: str) -> Axis:
         """Return an axis by the name that a `ParamSpec` uses."""
@@ -160,6 +162,11 @@ class Mesh:
 
         single = {axis: make(axis, (axis,)) for axis in AXES}
         ends = [tuple(dict.fromkeys((group[0], group[-1]))) for group in spec.groups(("pp",))]
+        mirror = [
+            tuple(dict.fromkeys((group[i], group[-1 - i])))
+            for group in spec.groups(("pp",))
+            for i in range((spec.pp + 1) // 2)
+        ]
         return cls(
             spec,
             rank,
@@ -167,6 +174,7 @@ class Mesh:
             **single,
             data=make("data", ("dp", "cp")),
             ends=_own_axis("ends", ends, rank),
+            mirror=_own_axis("mirror", mirror, rank),
             world=make("world", AXES),
         )
 

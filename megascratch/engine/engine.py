@@ -20,10 +20,11 @@ from megascratch.dist import comm
 from megascratch.dist.mesh import Mesh
 from megascratch.dist.rng import initialize
 from megascratch.engine.objective import Objective, Outputs
-from megascratch.nn import DTYPES, Placement, SequenceInfo, Stage, core_for
+from megascratch.engine.stages import make_stages
+from megascratch.nn import DTYPES, Placement, SequenceInfo, Stage, WeightGradients, core_for
 from megascratch.nn.context import token_index
 from megascratch.optim import LossScale, Optimizer, learning_rate
-from megascratch.pipeline import SCHEDULES, Action, Boundary, add_communication, check, forward_only, run
+from megascratch.pipeline import Boundary, configured_routes, configured_schedule, run
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Engine:
         assert config.model.vocab_size is not None
         self.config, self.mesh = config, mesh
         parallel, train = config.parallel, config.train
+        self.weight_gradients = WeightGradients()
         placement = Placement(
             mesh.tp,
             bool(parallel.sequence_parallel),
@@ -75,24 +77,21 @@ class Engine:
             mesh.device,
             mesh.cp,
             parallel.cp_algorithm,
+            weight_gradients=self.weight_gradients,
         )
         core = core_for(train.attention, mesh.device)
-        self.n_stages = parallel.pp * parallel.vp
-        self.stages = {
-            index: Stage(config.model, placement, index, self.n_stages, core=core, recompute=parallel.recompute)
-            for index in range(mesh.pp.rank, self.n_stages, parallel.pp)
-        }
+        self.stages = make_stages(config, mesh, placement, configured_routes(parallel), core)
         for stage in self.stages.values():
             initialize(dict(stage.named_parameters()), mesh, train.seed)
         self.optimizer = Optimizer(self.parameters(), mesh, config.optim, parallel.zero)
         self.loss_scale = LossScale.of(config.optim, train.dtype)
         self.step = 0  # training steps done, skipped ones included
         self.boundary = Boundary(self._boundary_shape(), placement.dtype, mesh.device)
-        self._actions = cache(self._make_actions)
+        self._schedule = cache(partial(configured_schedule, parallel))
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return this rank's parameters, in the order of its stages."""
-        return [param for stage in self.stages.values() for param in stage.parameters()]
+        """Return this rank's parameters, each once, in the order of its stages."""
+        return list(dict.fromkeys(param for stage in self.stages.values() for param in stage.parameters()))
 
     def train_step(self, microbatches: Sequence[Microbatch], objective: Objective) -> StepReport:
         """Run one step: forward and backward of this rank's micro-batches, then the update."""
@@ -126,12 +125,12 @@ class Engine:
         }
         backward = grad_seed is not None
         run(
-            self._actions(len(moved), backward),
+            self._schedule(len(moved), backward=backward),
             functions,
             self.mesh.pp,
             self.boundary,
-            n_stages=self.n_stages,
             backward=backward,
+            weight_gradients=self.weight_gradients,
         )
         return self._reduce(sums)
 
@@ -177,22 +176,14 @@ class Engine:
         """
         names = list(sums)
         if self.mesh.pp.size > 1:
-            joined = comm.gather_bytes("\n".join(names).encode(), self.mesh.pp, self.mesh.device)[-1]
-            names = joined.decode().split("\n")
+            everyone = comm.gather_bytes("\n".join(names).encode(), self.mesh.pp, self.mesh.device)
+            names = max(everyone, key=len).decode().split("\n")  # empty where there is no last stage
         zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         values = torch.stack([sums.get(name, zero) for name in names])
         values = comm.sum_over(comm.sum_over(values, self.mesh.pp), self.mesh.data)
         means = dict(zip(names, values.tolist()))
         loss, weight = means.pop(""), means.pop("weight")
         return Totals(loss / weight, weight, {name: value / weight for name, value in means.items()})
-
-    def _make_actions(self, n_microbatches: int, backward: bool) -> list[Action]:
-        """Return this rank's checked list of actions."""
-        parallel = self.config.parallel
-        generate = SCHEDULES[parallel.schedule or "1f1b"] if backward else forward_only
-        schedule = add_communication(generate(parallel.pp, parallel.vp, n_microbatches), self.n_stages)
-        check(schedule, self.n_stages, n_microbatches, backward=backward)
-        return schedule[self.mesh.pp.rank]
 
     def _boundary_shape(self) -> tuple[int, ...]:
         parallel = self.config.parallel

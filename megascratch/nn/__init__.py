@@ -5,6 +5,7 @@ from megascratch.nn.loss import token_logprobs
 from megascratch.nn.placement import DTYPES, Placement
 from megascratch.nn.sequence import SequenceInfo
 from megascratch.nn.transformer import Block, Stage, layer_range, parameter_specs
+from megascratch.nn.weight_gradients import WeightGradients
 
 __all__ = [
     "DTYPES",
@@ -13,6 +14,7 @@ __all__ = [
     "Placement",
     "SequenceInfo",
     "Stage",
+    "WeightGradients",
     "core_for",
     "layer_range",
     "parameter_specs",

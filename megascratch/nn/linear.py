@@ -9,6 +9,8 @@ the activations outside are divided along s, and the two collectives are an all-
     x [s/tp, b, h] ─ all_gather ─ [s, b, h] ─ column, W [f/tp, h] ─ [s, b, f/tp] ─ … row ─ reduce_scatter ─ [s/tp, b, h]
 
 Without it they are `copy` (backward: all_reduce) and `all_reduce`, and x is [s, b, h] on every rank.
+
+The backward is two products, and the weight's can be put off (`nn.weight_gradients`) until a schedule has time for it.
 """
 
 from typing import Any
@@ -21,28 +23,50 @@ from megascratch.dist import comm
 from megascratch.dist.layout import Init, Split
 from megascratch.dist.mesh import Axis
 from megascratch.nn.placement import Placement
+from megascratch.nn.weight_gradients import WeightGradients
 
 
-class _GatherLinear(torch.autograd.Function):
-    """Y_i = all_gather(X) W_iᵀ that keeps only this rank's part of X for backward, and gathers it again there."""
+class _Linear(torch.autograd.Function):
+    """Y = X Wᵀ. With `gather`, X is this rank's part of the sequence: it is gathered here, and again in backward.
+
+    One formula for every layout, so that the gradient of a weight is the same product, bit for bit, whether it is
+    computed with that of the input or put off.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.tp = tp
-        return F.linear(comm.all_gather(x, tp), weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gather: Axis | None, later: WeightGradients | None) -> Tensor:
+        ctx.save_for_backward(x)
+        # The weight itself: under recomputation, a saved tensor comes back as a copy with a gradient of its own.
+        ctx.weight, ctx.gather, ctx.later = weight, gather, later
+        return F.linear(x if gather is None else comm.all_gather(x, gather), weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        grad_x = comm.reduce_scatter(grad @ weight, ctx.tp) if ctx.needs_input_grad[0] else None
-        grad_weight = None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            if ctx.gather is not None:
+                grad_x = comm.reduce_scatter(grad_x, ctx.gather)
         if ctx.needs_input_grad[1]:
-            grad_weight = grad.flatten(0, -2).t() @ comm.all_gather(x, ctx.tp).flatten(0, -2)
-        return grad_x, grad_weight, None
+            if ctx.later is not None and ctx.later.is_collecting:
+                # Backward from the weight itself ends in its own accumulation, hooks included.
+                gather = ctx.gather
+                ctx.later.owe(lambda: torch.autograd.backward(weight, _grad_weight(x, grad, gather)))
+            else:
+                grad_weight = _grad_weight(x, grad, ctx.gather)
+        return grad_x, grad_weight, None, None
 
 
-def column_linear(x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
+def _grad_weight(x: Tensor, grad: Tensor, gather: Axis | None) -> Tensor:
+    """[s/tp or s, b, h], [s, b, f] → [f, h]."""
+    whole = x if gather is None else comm.all_gather(x, gather)
+    return grad.flatten(0, -2).t() @ whole.flatten(0, -2)
+
+
+def column_linear(
+    x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool, later: WeightGradients | None = None
+) -> Tensor:
     """Multiply by this rank's rows of the weight: Y_i = X W_iᵀ.
 
     Args:
@@ -50,17 +74,18 @@ def column_linear(x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool) 
         weight: this rank's rows, [f/tp, h].
         tp: tensor-parallel axis; size 1 makes this a plain linear.
         sequence_parallel: whether x is divided along s.
+        later: takes the weight's gradient while it collects.
 
     Returns: [s, b, f/tp].
     """
-    if tp.size == 1:
-        return F.linear(x, weight)
-    if sequence_parallel:
-        return _GatherLinear.apply(x, weight, tp)
-    return F.linear(comm.copy(x, tp), weight)
+    if sequence_parallel and tp.size > 1:
+        return _Linear.apply(x, weight, tp, later)
+    return _Linear.apply(comm.copy(x, tp), weight, None, later)
 
 
-def row_linear(x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
+def row_linear(
+    x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool, later: WeightGradients | None = None
+) -> Tensor:
     """Multiply by this rank's columns of the weight and sum over ranks: Y = Σ_i X_i W_iᵀ.
 
     Args:
@@ -68,10 +93,11 @@ def row_linear(x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool) -> 
         weight: this rank's columns, [f, h/tp].
         tp: tensor-parallel axis.
         sequence_parallel: whether the result is to be divided along s.
+        later: takes the weight's gradient while it collects.
 
     Returns: [s/tp, b, f] under sequence parallelism, else [s, b, f] and the same on every rank.
     """
-    y = F.linear(x, weight)
+    y = _Linear.apply(x, weight, None, later)
     return comm.reduce_scatter(y, tp) if sequence_parallel else comm.all_reduce(y, tp)
 
 
@@ -104,7 +130,8 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [s/tp or s, b, n_in] to [s, b, n_out/tp]."""
-        y = column_linear(x, self.weight, self.placement.tp, self.placement.sequence_parallel)
+        at = self.placement
+        y = column_linear(x, self.weight, at.tp, at.sequence_parallel, at.weight_gradients)
         return y if self.bias is None else y + self.bias
 
 
@@ -123,5 +150,6 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [s, b, n_in/tp] to [s/tp or s, b, n_out]."""
-        y = row_linear(x, self.weight, self.placement.tp, self.placement.sequence_parallel)
+        at = self.placement
+        y = row_linear(x, self.weight, at.tp, at.sequence_parallel, at.weight_gradients)
         return y if self.bias is None else y + self.bias

@@ -7,6 +7,7 @@ from torch import nn
 
 from megascratch.dist.layout import Init, Split, parameter
 from megascratch.dist.mesh import Axis
+from megascratch.nn.weight_gradients import WeightGradients
 
 # By the names that `train.dtype` uses.
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,6 +23,7 @@ class Placement:
         dtype, device: of parameters and activations.
         cp: context-parallel axis, over which the sequence is divided everywhere.
         cp_algorithm: how attention reaches over it, a key of `nn.context.ALGORITHMS`.
+        weight_gradients: where linear layers put weight gradients off while a schedule splits their backward.
     """
 
     tp: Axis
@@ -30,6 +32,7 @@ class Placement:
     device: torch.device
     cp: Axis = field(default_factory=lambda: Axis("cp"))
     cp_algorithm: str = "ring"
+    weight_gradients: WeightGradients | None = field(default=None, compare=False)
 
     @property
     def token_axes(self) -> tuple[str, ...]:

@@ -28,9 +28,13 @@ from megascratch.nn.rotary import rotary_tables
 from megascratch.nn.sequence import ResidualDropout, SequenceInfo
 
 
-def layer_range(n_layers: int, stage: int, n_stages: int) -> range:
-    """Return the layers of a stage: consecutive, and as even as the counts allow."""
-    return range(stage * n_layers // n_stages, (stage + 1) * n_layers // n_stages)
+def layer_range(n_layers: int, stage: int, n_stages: int, layers_per_stage: Sequence[int] = ()) -> range:
+    """Return the layers of a stage: consecutive, as many as are given for it, or as even as the counts allow."""
+    if not layers_per_stage:
+        return range(stage * n_layers // n_stages, (stage + 1) * n_layers // n_stages)
+    assert len(layers_per_stage) == n_stages and sum(layers_per_stage) == n_layers
+    first = sum(layers_per_stage[:stage])
+    return range(first, first + layers_per_stage[stage])
 
 
 class Block(nn.Module):
@@ -92,6 +96,9 @@ class Stage(nn.Module):
         stage, n_stages: which of how many; one of one is the whole model.
         core: attention core, a key of `nn.attention.CORES`.
         recompute: "full" keeps only each block's input for backward.
+        layers_per_stage: how many layers each stage holds; even when empty.
+        tied_axes: axes over which the two copies of a tied embedding lie apart.
+        embedding: the first stage's, for a last stage on the same rank whose head is tied to it.
     """
 
     def __init__(
@@ -103,15 +110,18 @@ class Stage(nn.Module):
         *,
         core: str = "softmax",
         recompute: str = "none",
+        layers_per_stage: Sequence[int] = (),
+        tied_axes: tuple[str, ...] = ("ends",),
+        embedding: VocabParallelEmbedding | None = None,
     ) -> None:
         super().__init__()
         assert model.vocab_size is not None
         self.model, self.placement = model, placement
         self.is_first, self.is_last = stage == 0, stage == n_stages - 1
         self.recompute = recompute == "full"
-        indices = layer_range(model.n_layers, stage, n_stages)
-        # A tied embedding that lies on two stages gets its gradient from both.
-        tied_axes = ("ends",) if model.tie_embeddings and n_stages > 1 else ()
+        indices = layer_range(model.n_layers, stage, n_stages, layers_per_stage)
+        # A tied embedding that lies on two ranks gets its gradient from both.
+        tied_axes = tied_axes if model.tie_embeddings and n_stages > 1 else ()
         if self.is_first:
             self.embed = VocabParallelEmbedding(
                 model.vocab_size, model.hidden, placement, std=model.init_std, grad_axes=tied_axes
@@ -122,7 +132,9 @@ class Stage(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(model, placement, i, core=core) for i in indices})
         if self.is_last:
             self.norm = NORMS[model.norm](model.hidden, model.norm_eps, placement, placement.token_axes)
-            if not (model.tie_embeddings and self.is_first):
+            if embedding is not None:
+                self.embed = embedding
+            elif not (model.tie_embeddings and self.is_first):
                 self.head = Head(model, placement, tied_axes)
         self.rotary: tuple[Tensor, Tensor] | None = None
         if model.position == "rope":

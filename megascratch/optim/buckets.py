@@ -28,6 +28,7 @@ class BucketKey:
 
     decay: bool
     grad_axes: tuple[str, ...]
+    tied: bool  # a second copy: where it is one depends on the pipeline rank alone, so tp ranks have equal buckets
     owned: bool  # whether this rank's copy counts, apart from replicas along dp and cp
 
 
@@ -76,7 +77,8 @@ class Bucket:
 
     def _accumulate_into(self, param: nn.Parameter, main_grad: Tensor) -> None:
         def add(p: Tensor) -> None:
-            assert p.grad is not None
+            if p.grad is None:  # the hook runs also when a backward pass put this gradient off
+                return
             main_grad.add_(p.grad)
             p.grad = None
 
@@ -121,7 +123,7 @@ def make_buckets(params: Iterable[nn.Parameter], mesh: Mesh, zero: int, max_nume
     groups: dict[BucketKey, list[list[nn.Parameter]]] = {}
     for param in params:
         spec = spec_of(param)
-        runs = groups.setdefault(BucketKey(spec.decay, spec.grad_axes, spec.is_owner(mesh)), [[]])
+        runs = groups.setdefault(BucketKey(spec.decay, spec.grad_axes, spec.tied, spec.is_owner(mesh)), [[]])
         if runs[-1] and sum(p.numel() for p in runs[-1]) + param.numel() > max_numel:
             runs.append([])
         runs[-1].append(param)

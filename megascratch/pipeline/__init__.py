@@ -1,23 +1,43 @@
-"""Pipeline schedules as data: lists of actions that are generated, completed, checked and run."""
+"""Pipeline schedules as data: lists of actions that are generated, completed, checked, simulated and run."""
 
-from megascratch.pipeline.action import Action, Kind, ScheduleError, rank_of
+from megascratch.pipeline.action import Action, Kind, ScheduleError
 from megascratch.pipeline.check import Report, check
+from megascratch.pipeline.configured import configured_routes, configured_schedule
+from megascratch.pipeline.costs import UNIT, Costs
 from megascratch.pipeline.passes import add_communication
 from megascratch.pipeline.run import Boundary, RunReport, StageFn, run
-from megascratch.pipeline.schedules import SCHEDULES, forward_only
+from megascratch.pipeline.schedule import Route, Schedule, looped, mirrored, parse_schedule, v_shaped
+from megascratch.pipeline.schedules import SCHEDULES, forward_only, make_schedule
+from megascratch.pipeline.simulate import Event, Timeline, critical_path, simulate
+from megascratch.pipeline.split import split_backward
 
 __all__ = [
     "SCHEDULES",
+    "UNIT",
     "Action",
     "Boundary",
+    "Costs",
+    "Event",
     "Kind",
     "Report",
+    "Route",
     "RunReport",
+    "Schedule",
     "ScheduleError",
     "StageFn",
+    "Timeline",
     "add_communication",
     "check",
+    "configured_routes",
+    "configured_schedule",
+    "critical_path",
     "forward_only",
-    "rank_of",
+    "looped",
+    "make_schedule",
+    "mirrored",
+    "parse_schedule",
     "run",
+    "simulate",
+    "split_backward",
+    "v_shaped",
 ]

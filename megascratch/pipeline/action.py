@@ -12,8 +12,6 @@ two ranks, and back:
 
     rank 0   0F0 0SF0             0RB0 0B0        2F0 is the forward of stage 2 on microbatch 0
     rank 1       1RF0 1F0 1B0 1SB0                1RF0 receives the input of stage 1
-
-With `pp` ranks, stage s lies on rank s % pp: a rank that holds several stages meets a microbatch once a round.
 """
 
 import re
@@ -79,9 +77,14 @@ class Action(NamedTuple):
         return cls(int(stage), Kind(kind), int(microbatch))
 
 
-def rank_of(stage: int, pp: int) -> int:
-    """Return the pipeline rank that holds a stage."""
-    return stage % pp
+def input_of(action: Action, n_stages: int) -> Action | None:
+    """Return the receive of what a compute action takes from a neighbouring stage, or None where it takes nothing."""
+    stage, kind, microbatch = action
+    if kind is Kind.F and stage > 0:
+        return Action(stage, Kind.RECV_F, microbatch)
+    if (kind is Kind.B or kind is Kind.I) and stage < n_stages - 1:
+        return Action(stage, Kind.RECV_B, microbatch)
+    return None
 
 
 def needs(action: Action, n_stages: int) -> list[Action]:
@@ -89,17 +92,11 @@ def needs(action: Action, n_stages: int) -> list[Action]:
 
     An input counts as received (RF, RB) also when the neighbouring stage lies on the same rank and hands it over.
     """
-    stage, microbatch = action.stage, action.microbatch
-    match action.kind:
-        case Kind.F:
-            return [Action(stage, Kind.RECV_F, microbatch)] if stage > 0 else []
-        case Kind.B | Kind.I:
-            forward = Action(stage, Kind.F, microbatch)
-            return [forward, Action(stage, Kind.RECV_B, microbatch)] if stage < n_stages - 1 else [forward]
-        case Kind.W:
-            return [Action(stage, Kind.I, microbatch)]
-        case _:
-            raise AssertionError(f"{action} computes nothing")
+    assert action.kind.is_compute, f"{action} computes nothing"
+    earlier = {Kind.B: Kind.F, Kind.I: Kind.F, Kind.W: Kind.I}.get(action.kind)
+    own = [Action(action.stage, earlier, action.microbatch)] if earlier else []
+    receive = input_of(action, n_stages)
+    return own if receive is None else [*own, receive]
 
 
 def delivery(action: Action, n_stages: int) -> tuple[Action, Action] | None:

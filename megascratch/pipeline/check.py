@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megascratch.errors import Problem
-from megascratch.pipeline.action import Action, Kind, ScheduleError, delivery, needs, partner, rank_of
+from megascratch.pipeline.action import Action, Kind, ScheduleError, delivery, needs, partner
+from megascratch.pipeline.schedule import Lists, Schedule
 
 _SHOWN = 8  # problems in one message; a dropped action of stage 0 alone would otherwise name every later stage
 
@@ -32,35 +33,26 @@ class Report:
     peak_in_flight: tuple[int, ...]
 
 
-def check(
-    schedule: Sequence[Sequence[Action]],
-    n_stages: int,
-    n_microbatches: int,
-    max_in_flight: int | None = None,
-    *,
-    backward: bool = True,
-) -> Report:
+def check(schedule: Schedule, max_in_flight: int | None = None, *, backward: bool = True) -> Report:
     """Check a schedule that `add_communication` has completed.
 
     Args:
-        schedule: one list a pipeline rank, communication included.
-        n_stages: in the whole model; stage s lies on rank s % len(schedule).
-        n_microbatches: in a step.
+        schedule: communication included.
         max_in_flight: most activations, in stages × microbatches, that a rank may hold; None for no bound.
         backward: False for a schedule of forwards alone.
 
     Raises: ScheduleError: with the reasons, if the schedule is wrong.
     """
     for find in (
-        _incomplete(schedule, n_stages, n_microbatches, backward),
-        _disordered(schedule, n_stages),
-        _deadlocked(schedule),
+        _incomplete(schedule, backward),
+        _disordered(schedule.actions, schedule.n_stages),
+        _deadlocked(schedule.actions),
     ):
         if problems := list(find):
             more = len(problems) - _SHOWN
             rest = [Problem(f"and {more} more", "of the same kind")] if more > 0 else []
             raise ScheduleError(problems[:_SHOWN] + rest, where="the pipeline schedule")
-    peaks = tuple(_peak_in_flight(actions) for actions in schedule)
+    peaks = tuple(peak_in_flight(actions) for actions in schedule.actions)
     if max_in_flight is not None and max(peaks) > max_in_flight:
         rank = peaks.index(max(peaks))
         rule = f"must hold at most {max_in_flight} activations at once, holds {peaks[rank]}"
@@ -68,50 +60,45 @@ def check(
     return Report(peaks)
 
 
-def _incomplete(
-    schedule: Sequence[Sequence[Action]], n_stages: int, n_microbatches: int, backward: bool
-) -> Iterator[Problem]:
+def _incomplete(schedule: Schedule, backward: bool) -> Iterator[Problem]:
     """Yield what is missing, doubled or out of place."""
-    pp = len(schedule)
-    expected = _expected(schedule, n_stages, n_microbatches, backward)
-    counts = [Counter(actions) for actions in schedule]
-    for action in expected:
-        count = counts[rank_of(action.stage, pp)][action]
+    pp = len(schedule.actions)
+    expected = _expected(schedule, backward)
+    counts = [Counter(actions) for actions in schedule.actions]
+    for action, home in expected.items():
+        count = counts[home][action]
         if count != 1:
             pair = "" if action.kind.is_compute else f"; it pairs with {partner(action)}"
-            rule = f"must stand on rank {rank_of(action.stage, pp)} exactly once, not {count} times{pair}"
+            rule = f"must stand on rank {home} exactly once, not {count} times{pair}"
             yield Problem(str(action), rule, "add it" if count == 0 else "drop the others")
     for rank, count_of in enumerate(counts):
         for action in count_of:
             if action not in expected:
-                rule = f"has no place among {n_stages} stages and {n_microbatches} microbatches on {pp} ranks"
-                yield Problem(f"rank {rank}: {action}", rule, "drop it")
-            elif rank_of(action.stage, pp) != rank:
-                yield Problem(f"rank {rank}: {action}", f"belongs on rank {rank_of(action.stage, pp)}", "move it there")
+                rule = f"has no place among {schedule.n_stages} stages and {schedule.n_microbatches} microbatches"
+                yield Problem(f"rank {rank}: {action}", f"{rule} on {pp} ranks", "drop it")
+            elif expected[action] != rank:
+                yield Problem(f"rank {rank}: {action}", f"belongs on rank {expected[action]}", "move it there")
 
 
-def _expected(
-    schedule: Sequence[Sequence[Action]], n_stages: int, n_microbatches: int, backward: bool
-) -> dict[Action, None]:
-    """Return every action that the step needs, in order: whole backwards, but for those the schedule splits."""
-    pp = len(schedule)
-    split = {(a.stage, a.microbatch) for actions in schedule for a in actions if a.kind in (Kind.I, Kind.W)}
-    expected: dict[Action, None] = {}
-    for stage in range(n_stages):
-        for microbatch in range(n_microbatches):
+def _expected(schedule: Schedule, backward: bool) -> dict[Action, int]:
+    """Return the rank of every action that the step needs: whole backwards, but for those the schedule splits."""
+    split = {(a.stage, a.microbatch) for actions in schedule.actions for a in actions if a.kind in (Kind.I, Kind.W)}
+    expected: dict[Action, int] = {}
+    for stage in range(schedule.n_stages):
+        for microbatch in range(schedule.n_microbatches):
             kinds = [Kind.F]
             if backward:
                 kinds += [Kind.I, Kind.W] if (stage, microbatch) in split else [Kind.B]
             for kind in kinds:
                 action = Action(stage, kind, microbatch)
-                expected[action] = None
-                transfer = delivery(action, n_stages)
-                if transfer is not None and rank_of(transfer[0].stage, pp) != rank_of(transfer[1].stage, pp):
-                    expected.update(dict.fromkeys(transfer))
+                expected[action] = home = schedule.rank_of(action)
+                transfer = delivery(action, schedule.n_stages)
+                if transfer is not None and (target := schedule.rank_of(transfer[1])) != home:
+                    expected.update(zip(transfer, (home, target)))
     return expected
 
 
-def _disordered(schedule: Sequence[Sequence[Action]], n_stages: int) -> Iterator[Problem]:
+def _disordered(schedule: Lists, n_stages: int) -> Iterator[Problem]:
     """Yield every action that stands before something of its own rank that it needs."""
     for rank, actions in enumerate(schedule):
         happened: set[Action] = set()  # on this rank: computed, received, handed over, or ready to be sent
@@ -126,7 +113,7 @@ def _disordered(schedule: Sequence[Sequence[Action]], n_stages: int) -> Iterator
                 happened.update(delivery(action, n_stages) or ())
 
 
-def _deadlocked(schedule: Sequence[Sequence[Action]]) -> Iterator[Problem]:
+def _deadlocked(schedule: Lists) -> Iterator[Problem]:
     """Run the lists with blocking transfers, and yield where ranks are left standing, if they are.
 
     A rank that stands at a transfer moves on only together with the rank that stands at its partner.
@@ -165,8 +152,8 @@ def _deadlocked(schedule: Sequence[Sequence[Action]]) -> Iterator[Problem]:
         yield Problem(f"rank {rank}: {action}", rule, "reorder the schedule")
 
 
-def _peak_in_flight(actions: Sequence[Action]) -> int:
-    """Return the most activations that a rank holds at once."""
+def peak_in_flight(actions: Sequence[Action]) -> int:
+    """Return the most activations that a rank holds at once, from F to B, or to W where the backward is split."""
     peak = held = 0
     for action in actions:
         if action.kind is Kind.F:

@@ -22,59 +22,60 @@ because it pairs them by order alone.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megascratch.errors import Problem
-from megascratch.pipeline.action import Action, ScheduleError, delivery, needs, rank_of
+from megascratch.pipeline.action import Action, ScheduleError, delivery, needs
+from megascratch.pipeline.schedule import Lists, Schedule
 
 
-def add_communication(schedule: Sequence[Sequence[Action]], n_stages: int) -> list[list[Action]]:
-    """Put the sends and receives that a schedule needs into its lists.
+def add_communication(schedule: Schedule) -> Schedule:
+    """Put the sends and receives that a schedule needs into its lists; compute actions keep their order.
 
-    Args:
-        schedule: compute actions, one list a pipeline rank.
-        n_stages: in the whole model; stage s lies on rank s % len(schedule).
-
-    Returns: one list a rank; the compute actions keep their order.
-
-    Raises: ScheduleError: if the lists hold communication already, or cannot be executed to their ends; it says what
-        each stuck rank waits for.
+    Raises: ScheduleError: if the lists hold communication already, or an action of another rank's stage, or cannot be
+        executed to their ends; it says what each stuck rank waits for.
     """
-    pp = len(schedule)
-    if given := [action for actions in schedule for action in actions if not action.kind.is_compute]:
+    actions, n_stages, pp = schedule.actions, schedule.n_stages, len(schedule.actions)
+    if given := [action for own in actions for action in own if not action.kind.is_compute]:
         raise ScheduleError(Problem(f"{given[0]}", "a schedule lists compute only", "leave sends and receives out"))
+    for rank, own in enumerate(actions):
+        if strays := [action for action in own if schedule.rank_of(action) != rank]:
+            rule = f"belongs on rank {schedule.rank_of(strays[0])}"
+            raise ScheduleError(Problem(f"rank {rank}: {strays[0]}", rule, "move it there"))
     lists: list[list[Action]] = [[] for _ in range(pp)]
     heads = [0] * pp
     happened: set[Action] = set()
-    while any(heads[rank] < len(schedule[rank]) for rank in range(pp)):
+    unfinished = [rank for rank in range(pp) if actions[rank]]
+    while unfinished:
         ready = [
-            (rank, schedule[rank][heads[rank]])
-            for rank in range(pp)
-            if heads[rank] < len(schedule[rank]) and happened.issuperset(needs(schedule[rank][heads[rank]], n_stages))
+            (rank, action)
+            for rank in unfinished
+            for action in [actions[rank][heads[rank]]]
+            if happened.issuperset(needs(action, n_stages))
         ]
         if not ready:
-            raise ScheduleError(_stuck(schedule, heads, happened, n_stages))
+            raise ScheduleError(_stuck(actions, heads, happened, n_stages))
         for rank, action in ready:
             lists[rank].append(action)
             heads[rank] += 1
-        for _, action in ready:
+        for rank, action in ready:
             happened.add(action)
             if (transfer := delivery(action, n_stages)) is not None:
                 send, receive = transfer
                 happened.add(receive)
-                if rank_of(send.stage, pp) != rank_of(receive.stage, pp):
-                    lists[rank_of(send.stage, pp)].append(send)
-                    lists[rank_of(receive.stage, pp)].append(receive)
-    return lists
+                if (target := schedule.rank_of(receive)) != rank:
+                    lists[rank].append(send)
+                    lists[target].append(receive)
+        unfinished = [rank for rank in unfinished if heads[rank] < len(actions[rank])]
+    return replace(schedule, actions=lists)
 
 
-def _stuck(
-    schedule: Sequence[Sequence[Action]], heads: Sequence[int], happened: set[Action], n_stages: int
-) -> list[Problem]:
+def _stuck(actions: Lists, heads: Sequence[int], happened: set[Action], n_stages: int) -> list[Problem]:
     """Say, for every rank that has not finished, which action it stands at and what that action lacks."""
     problems = []
-    for rank, actions in enumerate(schedule):
-        if heads[rank] < len(actions):
-            action = actions[heads[rank]]
+    for rank, own in enumerate(actions):
+        if heads[rank] < len(own):
+            action = own[heads[rank]]
             lacking = [str(need) for need in needs(action, n_stages) if need not in happened]
             problems.append(
                 Problem(f"rank {rank}: {action}", f"waits for ever for {' and '.join(lacking)}", "reorder the schedule")

@@ -4,7 +4,8 @@ What a rank keeps, and for how long:
 
     arrivals    an activation or gradient, from its receive until the forward or backward that uses it
     results     what a forward or backward leaves for the neighbouring stage, until its send
-    graphs      the autograd graph of a forward, and its input, until the backward: these are the in-flight activations
+    graphs      the autograd graph of a forward, and its input, until the backward: these are the in-flight activations,
+    owed        with the weight gradients that an I put off, until their W
     sending     transfers under way, a few at a time
 
 A forward's output is not kept with its graph: once sent, it is free unless the graph itself saved it. On one rank
@@ -14,7 +15,7 @@ Receives are started where they stand in the list and waited for just before the
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,8 +24,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megascratch.dist import comm
 from megascratch.dist.mesh import Axis
-from megascratch.errors import Problem
-from megascratch.pipeline.action import Action, Kind, ScheduleError, delivery, needs, partner, rank_of
+from megascratch.nn import WeightGradients
+from megascratch.pipeline.action import Action, Kind, delivery, input_of, partner
+from megascratch.pipeline.schedule import Schedule
 
 StageFn = Callable[[Tensor | None, int], Tensor]
 """A stage: (input activation or None on the first stage, microbatch) -> output activation, or on the last stage the
@@ -64,38 +66,31 @@ class RunReport:
 
 
 def run(
-    actions: Sequence[Action],
+    schedule: Schedule,
     stages: Mapping[int, StageFn],
     pp: Axis,
     boundary: Boundary,
     *,
-    n_stages: int,
     backward: bool = True,
+    weight_gradients: WeightGradients | None = None,
     on_event: Callable[[Action, bool], None] | None = None,
 ) -> RunReport:
     """Execute this rank's actions; gradients are left on the parameters.
 
     Args:
-        actions: this rank's list out of a checked schedule.
+        schedule: checked, communication included; its list for this rank is executed.
         stages: this rank's stages by their number.
         pp: pipeline axis; size 1 runs every stage here, without communication.
         boundary: shape, dtype and device of what passes between stages.
-        n_stages: in the whole model.
         backward: False runs forwards alone, without an autograd graph.
+        weight_gradients: where the stages' layers put weight gradients off; None if the schedule splits no backward.
         on_event: called with (action, True) when an action starts, its inputs being here, and with (action, False)
             when it ends. Times on a GPU need events on the stream: the host only queues the work.
-
-    Raises: ScheduleError: before anything runs, if the list splits the backward.
     """
-    for action in actions:
-        if action.kind in (Kind.I, Kind.W):
-            raise ScheduleError(
-                Problem(f"{action}", "splits the backward, which no stage here supports", "use B instead of I and W")
-            )
-    rank = _Rank(stages, pp, boundary, n_stages, backward)
+    rank = _Rank(schedule, stages, pp, boundary, backward, weight_gradients)
     executed = []
-    for action in actions:
-        rank.wait_for_inputs(action)
+    for action in schedule.actions[pp.rank]:
+        rank.wait_for_input(action)
         if on_event is not None:
             on_event(action, True)
         rank.execute(action)
@@ -110,23 +105,29 @@ def run(
 class _Rank:
     """State of one rank while it runs. Arrivals are filed under their receive, results under their send."""
 
+    schedule: Schedule
     stages: Mapping[int, StageFn]
     pp: Axis
     boundary: Boundary
-    n_stages: int
     backward: bool
+    weight_gradients: WeightGradients | None
     arrivals: dict[Action, Tensor] = field(default_factory=dict)
     results: dict[Action, Tensor] = field(default_factory=dict)
     graphs: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = field(default_factory=dict)
+    owed: dict[tuple[int, int], list[Callable[[], None]]] = field(default_factory=dict)
     receiving: dict[Action, comm.Work] = field(default_factory=dict)
     sending: deque[tuple[comm.Work, Tensor]] = field(default_factory=deque)
     peak_in_flight: int = 0
 
-    def wait_for_inputs(self, action: Action) -> None:
-        """Wait for the receives that a compute action uses."""
-        for need in needs(action, self.n_stages) if action.kind.is_compute else []:
-            if need in self.receiving:
-                self.receiving.pop(need).wait()
+    @property
+    def n_stages(self) -> int:
+        return self.schedule.n_stages
+
+    def wait_for_input(self, action: Action) -> None:
+        """Wait for the receive that a compute action uses."""
+        receive = input_of(action, self.n_stages)
+        if receive in self.receiving:
+            self.receiving.pop(receive).wait()
 
     def execute(self, action: Action) -> None:
         match action.kind:
@@ -134,6 +135,10 @@ class _Rank:
                 self.run_forward(action)
             case Kind.B:
                 self.run_backward(action)
+            case Kind.I:
+                self.run_input_backward(action)
+            case Kind.W:
+                self.run_weight_backward(action)
             case Kind.SEND_F | Kind.SEND_B:
                 self.send(action)
             case Kind.RECV_F | Kind.RECV_B:
@@ -141,28 +146,42 @@ class _Rank:
 
     def run_forward(self, action: Action) -> None:
         """Run a stage on its input, and keep the graph until the backward."""
-        x = self.take_input(action, Kind.RECV_F, at_the_end=action.stage == 0)
+        x = self.take_input(action)
         if x is not None:
             x.requires_grad_(self.backward)
         with torch.set_grad_enabled(self.backward):
             y = self.stages[action.stage](x, action.microbatch)
         if self.backward:
             self.graphs[action.stage, action.microbatch] = (x, get_gradient_edge(y))
-            self.peak_in_flight = max(self.peak_in_flight, len(self.graphs))
+            self.peak_in_flight = max(self.peak_in_flight, len(self.graphs) + len(self.owed))
         self.hand_over(action, y.detach())
 
     def run_backward(self, action: Action) -> None:
         """Differentiate a stage's output by its input and weights; the graph is freed."""
-        grad = self.take_input(action, Kind.RECV_B, at_the_end=action.stage == self.n_stages - 1)
+        grad = self.take_input(action)
         x, output = self.graphs.pop((action.stage, action.microbatch))
         torch.autograd.backward(output, grad)
         if x is not None:
             assert x.grad is not None, f"stage {action.stage} does not depend on its input"
             self.hand_over(action, x.grad)
 
-    def take_input(self, action: Action, kind: Kind, at_the_end: bool) -> Tensor | None:
+    def run_input_backward(self, action: Action) -> None:
+        """Differentiate a stage's output by its input; its layers put their weight gradients off."""
+        assert self.weight_gradients is not None, f"{action} splits the backward of stages that cannot"
+        with self.weight_gradients.collect() as owed:
+            self.run_backward(action)
+        self.owed[action.stage, action.microbatch] = owed
+
+    def run_weight_backward(self, action: Action) -> None:
+        """Compute the weight gradients that I put off, each freeing what it was computed from."""
+        owed = self.owed.pop((action.stage, action.microbatch))
+        while owed:
+            owed.pop(0)()
+
+    def take_input(self, action: Action) -> Tensor | None:
         """Return what the neighbouring stage left for an action; None at the end of the pipeline, where none is."""
-        return None if at_the_end else self.arrivals.pop(Action(action.stage, kind, action.microbatch))
+        receive = input_of(action, self.n_stages)
+        return None if receive is None else self.arrivals.pop(receive)
 
     def hand_over(self, action: Action, result: Tensor) -> None:
         """File a result under its send, or as an arrival if the stage that needs it lies on this rank."""
@@ -201,7 +220,7 @@ class _Rank:
             work.wait()
 
     def peer(self, action: Action) -> int:
-        return rank_of(action.stage, self.pp.size)
+        return self.schedule.rank_of(action)
 
     def tag(self, send: Action) -> int:
         """Return a number that no other send of the step has."""

@@ -64,7 +64,7 @@ TINY = "model.preset=tiny"
             "_pipeline",
             "parallel.pp=2 parallel.vp=2 parallel.schedule=gpipe",
             None,
-            r"schedule = gpipe +runs one chunk a rank, not vp = 2 +use interleaved, or vp = 1",
+            r"schedule = gpipe +runs 1 stage a rank, not vp = 2 +use interleaved, or vp = 1",
         ),
         (
             "_pipeline",
@@ -97,6 +97,25 @@ TINY = "model.preset=tiny"
             r"reset_attention_mask = true +needs data\.reset_position_ids",
         ),
         (
+            "_pipeline",
+            "parallel.pp=2 parallel.schedule=zb-v",
+            None,
+            r"schedule = zb-v +runs 2 stages a rank, not vp = 1 +set vp = 2",
+        ),
+        ("_pipeline", "parallel.pp=3 parallel.schedule=dualpipe", None, r"pp = 3 +must be even for dualpipe +use 4"),
+        (
+            "_pipeline",
+            "parallel.pp=2 parallel.schedule=gpipe parallel.schedule_file=a.txt",
+            None,
+            r"schedule = gpipe +goes without schedule_file +leave one of them out",
+        ),
+        (
+            "_pipeline",
+            "parallel.pp=2 parallel.layers_per_stage=[3,2]",
+            None,
+            r"layers_per_stage = \[3, 2\] +must be 2 numbers with the sum 4, only the first and last .* +use balanced",
+        ),
+        (
             "_world",
             "parallel.tp=2 parallel.pp=2",
             6,
@@ -122,9 +141,15 @@ TINY = "model.preset=tiny"
         ),
         (
             "_batch",
-            "parallel.pp=2 parallel.vp=2 train.global_batch=7",
+            "parallel.pp=2 parallel.schedule=dualpipe train.global_batch=7",
             None,
-            r"global_batch = 7 +gives 7 microbatches, which must divide by pp = 2 for the interleaved .* +use 6 or 8",
+            r"global_batch = 7 +gives 7 microbatches, half of which go each way in dualpipe +use 6 or 8",
+        ),
+        (
+            "_batch",
+            "parallel.pp=2 parallel.vp=2 parallel.schedule=dualpipe-v train.micro_batch=2 train.global_batch=6",
+            None,
+            r"global_batch = 6 +gives 3 microbatches, and dualpipe-v needs 4: twice pp +use 8 or more, or zb-v",
         ),
         (
             "_lengths",

@@ -36,6 +36,9 @@ PAIRS = [
     ("dp2-zero1-mb2", "dp2"),
     ("tp4-qwen", "pp2-dp2-zero1-gpipe"),
     ("tp2-no-sp", "tp2-pp2-vp2-no-sp"),
+    ("pp2-zb-v-tied", "pp4-zb-h1"),
+    ("pp2-dp2-zero1-dualpipe", "pp4-balanced"),
+    ("pp2-dp2-dualpipe-v", "pp2-dualpipe-tied"),
 ]
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megascratch.pipeline.action import Action, Kind, ScheduleError, delivery, needs, partner, rank_of
+from megascratch.pipeline.action import Action, Kind, ScheduleError, delivery, needs, partner
 
 numbers = st.integers(0, 10**9 - 1)
 actions = st.builds(Action, numbers, st.sampled_from(Kind), numbers)
@@ -57,7 +57,3 @@ def test_partner_is_mutual(text):
     action = Action.parse(text)
     assert partner(partner(action)) == action
     assert abs(partner(action).stage - action.stage) == 1
-
-
-def test_stages_go_round_the_ranks():
-    assert [rank_of(stage, 3) for stage in range(7)] == [0, 1, 2, 0, 1, 2, 0]

@@ -1,0 +1,69 @@
+"""The stages of this rank: which, of how many layers, and how their copies on other ranks are kept equal."""
+
+from dataclasses import replace
+
+from megascratch.config import Config
+from megascratch.dist.layout import spec_of
+from megascratch.dist.mesh import Mesh
+from megascratch.errors import LayoutError, Problem
+from megascratch.nn import Placement, Stage
+from megascratch.nn.balance import balanced_layers
+from megascratch.pipeline import Route
+
+
+def make_stages(
+    config: Config, mesh: Mesh, placement: Placement, routes: tuple[Route, ...], core: str
+) -> dict[int, Stage]:
+    """Make every stage that a route has on this rank, by its number, not yet initialised.
+
+    Args:
+        config: resolved, `model.vocab_size` included.
+        mesh: this rank's place.
+        placement: where the parameters lie.
+        routes: the rank of each stage; two where the model is there twice.
+        core: attention core.
+
+    Raises: LayoutError: if the embedding is tied and its two ends lie where no group joins them.
+    """
+    rank, n_stages = mesh.pp.rank, len(routes[0])
+    first_rank, last_rank = routes[0][0], routes[0][-1]
+    together = first_rank == last_rank or len(routes) == 2  # with two copies, each end's rank has both ends
+    if config.model.tie_embeddings and not together and (first_rank, last_rank) != (0, mesh.pp.size - 1):
+        rule = f"needs the first and last stage on ranks 0 and {mesh.pp.size - 1}, or on one rank"
+        raise LayoutError(Problem("model.tie_embeddings = true", rule, "reorder the lines of the schedule file"))
+    stages: dict[int, Stage] = {}
+    for index in sorted({stage for route in routes for stage, holder in enumerate(route) if holder == rank}):
+        shared = config.model.tie_embeddings and together and 0 < index == n_stages - 1
+        stages[index] = Stage(
+            config.model,
+            placement,
+            index,
+            n_stages,
+            core=core,
+            recompute=config.parallel.recompute,
+            layers_per_stage=layers_per_stage(config, n_stages),
+            tied_axes=() if together else ("ends",),
+            embedding=stages[0].embed if shared else None,
+        )
+    if len(routes) == 2:
+        for index, stage in stages.items():  # in order: the embedding that two stages share is of the first
+            _sum_with_mirror(stage, second_copy=routes[0][index] != rank)
+    return stages
+
+
+def layers_per_stage(config: Config, n_stages: int) -> tuple[int, ...]:
+    """Return how many layers each stage holds, or nothing where they are even."""
+    given = config.parallel.layers_per_stage
+    if given == "balanced":
+        return balanced_layers(config.model, config.data.seq_length, n_stages)
+    return tuple(given or ())
+
+
+def _sum_with_mirror(stage: Stage, second_copy: bool) -> None:
+    """Have the gradients of the model's two copies summed; the second is neither saved nor counted."""
+    for param in stage.parameters():
+        spec = spec_of(param)
+        if "mirror" in spec.grad_axes:
+            continue
+        tied = spec.tied or second_copy
+        param.spec = replace(spec, grad_axes=(*spec.grad_axes, "mirror"), tied=tied)  # type: ignore[attr-defined]

@@ -1,0 +1,45 @@
+"""`WeightGradients`: put the weight half of a backward pass off, to be done when nothing waits for it.
+
+A linear layer's backward is two products: the gradient of its input, which the layer before needs, and the gradient of
+its weight, which nobody needs before the optimizer. A zero-bubble schedule runs the first as I and the second as W:
+
+    with put_off.collect() as owed:      I: backward as usual, but the linear layers leave their second product here
+        y.backward()
+    for compute in owed:                 W: any time later
+        compute()
+
+Each entry keeps two tensors alive, the layer's input and the gradient of its output; the graph itself is freed by I.
+Weights of embeddings and norms, and biases, get their gradients in I: they are cheap, and a norm's comes out of the
+same kernel as its input's.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class WeightGradients:
+    """What the layers of one rank owe. It is handed to them by `Placement`; outside `collect` it takes nothing."""
+
+    def __init__(self) -> None:
+        self._owed: list[Callable[[], None]] | None = None
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether a backward pass should leave its weight gradients here."""
+        return self._owed is not None
+
+    def owe(self, compute: Callable[[], None]) -> None:
+        """Put one off."""
+        assert self._owed is not None
+        self._owed.append(compute)
+
+    @contextmanager
+    def collect(self) -> Iterator[list[Callable[[], None]]]:
+        """Collect, in the order of the backward pass, what it puts off."""
+        assert self._owed is None, "one backward pass at a time"
+        owed: list[Callable[[], None]] = []
+        self._owed = owed
+        try:
+            yield owed
+        finally:
+            self._owed = None
