@@ -1,15 +1,19 @@
 """The run directory: resolved configuration, one JSON object a step, TensorBoard events. Only rank 0 writes."""
 
+import fcntl
 import json
 import math
+import os
 import shutil
+import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from megascratch.config import Config, to_toml
+from megascratch.errors import ConfigError, Problem
 
 
 class RunDirectory:
@@ -18,6 +22,8 @@ class RunDirectory:
     Args:
         config: resolved.
         writes: whether this rank is the one that writes.
+
+    Raises: ConfigError: if another job writes into it.
     """
 
     def __init__(self, config: Config, writes: bool) -> None:
@@ -27,6 +33,7 @@ class RunDirectory:
         if not writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
         (self.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
         self.stop_file.unlink(missing_ok=True)  # it stopped an earlier run
         tokenizer = config.data.tokenizer
@@ -34,6 +41,26 @@ class RunDirectory:
             self._keep_tokenizer(Path(tokenizer))
         if config.log.tensorboard:
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+
+    def _take_lock(self) -> TextIO:
+        """Hold `lock` for as long as this process lives, so that no second job writes into the same directory.
+
+        Raises: ConfigError: if another job holds it, naming that job.
+        """
+        file = (self.path / "lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read(200).strip() or "another job"
+            problem = Problem(
+                f"log.dir = {self.path}", f"is in use by {holder}", "stop that job, or set another log.dir"
+            )
+            raise ConfigError(problem) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        return file
 
     @property
     def stop_file(self) -> Path:
@@ -56,9 +83,11 @@ class RunDirectory:
                     self._tensorboard.add_scalar(name, value, values["step"])
 
     def close(self) -> None:
-        """Flush what is buffered."""
+        """Flush what is buffered, and let another job have the directory."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self.writes:
+            self._lock.close()
 
     def _keep_tokenizer(self, source: Path) -> None:
         source = source / "tokenizer.json" if source.is_dir() else source

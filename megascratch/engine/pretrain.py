@@ -50,6 +50,7 @@ def _train(config: Config, mesh: Mesh) -> int:
     train = _batches(datasets, "train", config, mesh)
     assert train is not None
     train.require(config.train.steps * config.train.global_batch)
+    run = RunDirectory(config, writes=mesh.rank == 0)
     engine = Engine(config, mesh)
     consumed_samples = 0
     source = resume_path(config)
@@ -62,7 +63,7 @@ def _train(config: Config, mesh: Mesh) -> int:
         train,
         _batches(datasets, "valid", config, mesh),
         None if tokenizer is None else token_lengths(tokenizer, config.model.vocab_size or 0),
-        RunDirectory(config, writes=mesh.rank == 0),
+        run,
         console,
         consumed_samples,
     )

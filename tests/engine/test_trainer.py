@@ -17,8 +17,9 @@ from megascratch.config import Config, config_from_dict, load_config
 from megascratch.data.writer import IndexedDatasetWriter
 from megascratch.dist.testing import run_ranks
 from megascratch.engine import pretrain
+from megascratch.engine.metrics import RunDirectory
 from megascratch.engine.trainer import DivergedError
-from megascratch.errors import CheckpointError, DataError
+from megascratch.errors import CheckpointError, ConfigError, DataError
 
 VOCAB_SIZE = 64
 
@@ -144,6 +145,15 @@ def test_an_id_outside_the_vocabulary_is_told_before_training(corpus: Path, tmp_
 def test_a_checkpoint_that_is_not_there_is_told(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         pretrain(_config(corpus, tmp_path, checkpoint={"load": str(tmp_path / "nowhere")}), None)
+
+
+def test_a_second_job_in_the_same_directory_is_refused(corpus: Path, tmp_path: Path) -> None:
+    config = _config(corpus, tmp_path)
+    holder = RunDirectory(config, writes=True)
+    with pytest.raises(ConfigError, match=rf"run +is in use by process {os.getpid()} on .* +stop that job"):
+        pretrain(config, None)
+    holder.close()
+    assert pretrain(config, None) == 0
 
 
 def test_divergence_ends_the_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
