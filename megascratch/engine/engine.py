@@ -154,11 +154,13 @@ class Engine:
             sample_ids=microbatch.sample_ids,
             seed=self.config.train.seed,
         )
-        y = stage(x, microbatch.tokens, info)
+        y = stage.hidden(x, microbatch.tokens, info)
         if not stage.is_last:
             return y
         assert stage.model.vocab_size is not None
-        loss = objective(Outputs(y, stage.model.vocab_size, self.mesh.tp), microbatch)
+        sequence_parallel = stage.placement.sequence_parallel
+        outputs = Outputs(y, stage.head_weight, stage.model.vocab_size, self.mesh.tp, sequence_parallel)
+        loss = objective(outputs, microbatch)
         for name, value in {"": loss.total, "weight": loss.weight, **loss.metrics}.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
         return loss.total * grad_seed if grad_seed is not None else loss.total

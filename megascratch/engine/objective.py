@@ -5,36 +5,58 @@
 Only the engine divides, once, over all micro-batches and data-parallel ranks: a mean of means would weigh a short
 sequence's tokens more than a long one's.
 
-Legend: `s` sequence, `b` micro-batch, `v` vocabulary.
+Legend: `s` sequence, `b` micro-batch, `h` hidden, `v` vocabulary.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
 from megascratch.data.microbatch import Microbatch
+from megascratch.dist import comm
 from megascratch.dist.mesh import Axis
-from megascratch.nn import token_logprobs
+from megascratch.nn import linear_cross_entropy, linear_logprobs
+from megascratch.nn.linear import column_linear
+from megascratch.ops import acc_dtype
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the last stage computed for a micro-batch.
+    """What the last stage computed for a micro-batch. Only an objective that asks for the logits makes them exist.
 
     Attributes:
-        logits: this rank's columns, [s, b, v/tp].
+        hidden: the head's input, [s/tp, b, h] under sequence parallelism, else [s, b, h].
+        head: this rank's rows of the projection onto the vocabulary, [v/tp, h].
         vocab_size: logical v.
-        tp: axis that the columns are divided over.
+        tp: axis that the vocabulary is divided over.
+        sequence_parallel: whether `hidden` is divided along s.
     """
 
-    logits: Tensor
+    hidden: Tensor
+    head: Tensor
     vocab_size: int
     tp: Axis
+    sequence_parallel: bool
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """This rank's columns, [s, b, v/tp], padding included."""
+        return column_linear(self.hidden, self.head, self.tp, self.sequence_parallel)
 
     def logprobs(self, labels: Tensor) -> Tensor:
         """Return the log-probability of each label [b, s], as [b, s] in `acc_dtype`."""
-        return token_logprobs(self.logits, labels.t(), self.vocab_size, self.tp).t()
+        return linear_logprobs(self._whole(), self.head, labels.t(), self.vocab_size, self.tp).t()
+
+    def cross_entropy(self, labels: Tensor, weights: Tensor) -> Tensor:
+        """Return Σ −weights · log p(label), a scalar: `logprobs` for a loss whose weights [b, s] are known; cheaper."""
+        return linear_cross_entropy(self._whole(), self.head, labels.t(), weights.t(), self.vocab_size, self.tp)
+
+    def _whole(self) -> Tensor:
+        """The head's input on every rank of tp, [s, b, h]; gradients are summed over the axis on the way back."""
+        enter = comm.all_gather if self.sequence_parallel else comm.copy
+        return enter(self.hidden, self.tp)
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,5 @@ Objective = Callable[[Outputs, Microbatch], Loss]
 
 def next_token(outputs: Outputs, microbatch: Microbatch) -> Loss:
     """Cross-entropy of the next token, in nats, over the tokens that the loss mask keeps."""
-    logprobs = outputs.logprobs(microbatch.labels)
-    mask = microbatch.loss_mask.to(logprobs.dtype)
-    return Loss(total=-(logprobs * mask).sum(), weight=mask.sum())
+    mask = microbatch.loss_mask.to(acc_dtype(outputs.hidden))
+    return Loss(total=outputs.cross_entropy(microbatch.labels, mask), weight=mask.sum())

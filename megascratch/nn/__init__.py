@@ -1,7 +1,7 @@
 """The decoder's layers, each its own serial self on a tensor-parallel axis of size 1."""
 
 from megascratch.nn.attention import LayerCache, core_for
-from megascratch.nn.loss import token_logprobs
+from megascratch.nn.loss import linear_cross_entropy, linear_logprobs, token_logprobs
 from megascratch.nn.placement import DTYPES, Placement
 from megascratch.nn.sequence import SequenceInfo
 from megascratch.nn.transformer import Block, Stage, layer_range, parameter_specs
@@ -17,6 +17,8 @@ __all__ = [
     "WeightGradients",
     "core_for",
     "layer_range",
+    "linear_cross_entropy",
+    "linear_logprobs",
     "parameter_specs",
     "token_logprobs",
 ]

@@ -1,52 +1,173 @@
-"""Cross-entropy over logits that are divided along the vocabulary, never gathered.
+"""Cross-entropy over logits that are divided along the vocabulary, never gathered, and never whole in training.
 
-Legend: `s` sequence, `b` micro-batch, `v` vocabulary. Three small reductions replace the gather of [s, b, v]: the
-maximum, the sum of exponentials, and the label's logit, each [s, b] (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
+Legend: `s` sequence, `b` micro-batch, `c` tokens of a chunk, `h` hidden, `v` vocabulary; leading dimensions of any
+number are `...`. Three small reductions replace the gather of the logits: the maximum, the sum of exponentials, and the
+label's logit, one number a token each (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
+
+The logits are the largest tensor of a step: 32k tokens × 128k words are 8.6 GB in bf16, and their softmax in float32
+twice that. So the head's product and the loss go through the tokens together, a chunk at a time (`linear_*`):
+
+    chunk 0   x [c, h] ─ head ─ logits [c, v/tp] ─ log p(label) and its gradient ─ gradients of x and the head
+    chunk 1   …                 in the same place of memory                        … added to those of chunk 0
+
+The head's gradient sums over tokens, so each token's weight in the loss must be known when its chunk is at hand. Given
+beforehand (`linear_cross_entropy`), the forward pass computes the gradients too and backward only scales them. Known
+only from the incoming gradient (`linear_logprobs`), backward multiplies by the head once more.
+Source: Hsu et al. 2024, arXiv:2410.10989, section 3.3.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megascratch import ops
 from megascratch.dist import comm
 from megascratch.dist.mesh import Axis
 
+# Enough rows for a product at full speed, few enough that 128k words take half a gigabyte in float32.
+_CHUNK_TOKENS = 1024
+
+
+class _Shares(NamedTuple):
+    """Softmax over this rank's columns, from which the gradient of a label's log-probability follows.
+
+    Attributes:
+        exps: exp(logit − maximum) of the real columns, [..., up to v/tp] in `acc_dtype`.
+        total: their sum over all ranks, [...].
+        column: of the label on this rank, [...]; 0 where it lies elsewhere.
+        elsewhere: whether the label lies on another rank, [...].
+        n_columns: v/tp, padding included.
+    """
+
+    exps: Tensor
+    total: Tensor
+    column: Tensor
+    elsewhere: Tensor
+    n_columns: int
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Return the logits' gradient [..., v/tp], grad · (1[label] − p); `exps` may be overwritten by it."""
+        n_real = self.exps.shape[-1]
+        real = self.exps.mul_((-grad / self.total).unsqueeze(-1))
+        if n_real:
+            real.scatter_add_(-1, self.column.unsqueeze(-1), grad.masked_fill(self.elsewhere, 0.0).unsqueeze(-1))
+        return real if n_real == self.n_columns else F.pad(real, (0, self.n_columns - n_real))
+
+
+def _label_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> tuple[Tensor, _Shares]:
+    """Return log p(label) = logit[label] − log Σ exp(logit), [...], and what its gradient needs.
+
+    Args:
+        logits: this rank's columns, [..., v/tp] in `acc_dtype`, to be overwritten.
+        labels: [...] int64.
+        vocab_size: logical v.
+        tp: tensor-parallel axis.
+    """
+    n_columns = logits.shape[-1]
+    first = tp.rank * n_columns
+    n_real = min(max(vocab_size - first, 0), n_columns)  # the last ranks may hold padding columns
+    real = logits[..., :n_real]
+    own_peak = real.amax(-1) if n_real else real.new_full(labels.shape, -torch.inf)
+    peak = comm.max_over(own_peak, tp)
+    column = labels - first
+    elsewhere = (column < 0) | (column >= n_real)
+    column = column.masked_fill(elsewhere, 0)
+    if n_real:
+        picked = real.gather(-1, column.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
+    else:
+        picked = real.new_zeros(labels.shape)
+    exps = real.sub_(peak.unsqueeze(-1)).exp_()
+    total = comm.sum_over(exps.sum(-1), tp)
+    logprobs = comm.sum_over(picked, tp) - peak - total.log()
+    return logprobs, _Shares(exps, total, column, elsewhere, n_columns)
+
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log p(label) = logit[label] − log Σ exp(logit), and its gradient 1[label] − p, on each rank's own columns."""
-
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:
-        part = logits.shape[-1]
-        first = tp.rank * part
-        n_real = min(max(vocab_size - first, 0), part)  # the last ranks may hold padding columns
-        real = logits[..., :n_real].to(ops.acc_dtype(logits))
-        own_peak = real.amax(-1) if n_real else real.new_full(labels.shape, -torch.inf)
-        peak = comm.max_over(own_peak, tp)
-        exps = (real - peak.unsqueeze(-1)).exp_()
-        total = comm.sum_over(exps.sum(-1), tp)
-        column = labels - first
-        elsewhere = (column < 0) | (column >= n_real)
-        column = column.masked_fill(elsewhere, 0)
-        if n_real:
-            picked = real.gather(-1, column.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-        else:
-            picked = real.new_zeros(labels.shape)
-        ctx.save_for_backward(exps.div_(total.unsqueeze(-1)), column, elsewhere)
-        ctx.n_columns, ctx.dtype = part, logits.dtype
-        return comm.sum_over(picked, tp) - peak - total.log()
+        wide = logits.to(ops.acc_dtype(logits), copy=True)
+        logprobs, shares = _label_logprobs(wide, labels, vocab_size, tp)
+        ctx.save_for_backward(*shares[:4])
+        ctx.n_columns, ctx.dtype = shares.n_columns, logits.dtype
+        return logprobs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        probabilities, column, elsewhere = ctx.saved_tensors
-        grad_logits = probabilities.new_zeros((*probabilities.shape[:-1], ctx.n_columns))
-        real = grad_logits[..., : probabilities.shape[-1]]
-        torch.mul(probabilities, -grad.unsqueeze(-1), out=real)
-        if probabilities.shape[-1]:
-            real.scatter_add_(-1, column.unsqueeze(-1), grad.masked_fill(elsewhere, 0.0).unsqueeze(-1))
-        return grad_logits.to(ctx.dtype), None, None, None
+        exps, total, column, elsewhere = ctx.saved_tensors
+        shares = _Shares(exps.clone(), total, column, elsewhere, ctx.n_columns)
+        return shares.gradient(grad).to(ctx.dtype), None, None, None
+
+
+class _Chunks(NamedTuple):
+    """What going through the tokens gave: log-probabilities [t], gradients of x [t, h] and of the weight [v/tp, h]."""
+
+    logprobs: Tensor
+    grad_x: Tensor | None
+    grad_weight: Tensor | None
+
+
+def _go_through(x: Tensor, weight: Tensor, labels: Tensor, grad: Tensor | None, vocab_size: int, tp: Axis) -> _Chunks:
+    """Multiply x [t, h] by the head [v/tp, h] in chunks, and, given the log-probabilities' gradient [t], go back."""
+    dtype = ops.acc_dtype(x)
+    logprobs = x.new_empty(labels.shape, dtype=dtype)
+    grad_x = None if grad is None else torch.empty_like(x)
+    # Chunks of half precision would lose their sum's last bits with every addition.
+    grad_weight = None if grad is None else weight.new_zeros(weight.shape, dtype=dtype)
+    for start in range(0, len(x), _CHUNK_TOKENS):
+        chunk = slice(start, start + _CHUNK_TOKENS)
+        logits = F.linear(x[chunk], weight).to(dtype)
+        logprobs[chunk], shares = _label_logprobs(logits, labels[chunk], vocab_size, tp)
+        if grad is None or grad_x is None or grad_weight is None:
+            continue
+        grad_logits = shares.gradient(grad[chunk]).to(x.dtype)
+        torch.mm(grad_logits, weight, out=grad_x[chunk])
+        if dtype == x.dtype:
+            grad_weight.addmm_(grad_logits.t(), x[chunk])
+        else:
+            grad_weight += grad_logits.t() @ x[chunk]
+    return _Chunks(logprobs, grad_x, grad_weight)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Σ −w · log p(label); the gradients wait for the incoming one, a scalar, to be scaled by it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, vocab_size: int, tp: Axis
+    ) -> Tensor:
+        weights = weights.to(ops.acc_dtype(x))
+        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        logprobs, grad_x, grad_weight = _go_through(x, weight, labels, -weights if needed else None, vocab_size, tp)
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.dtype = weight.dtype
+        return -(logprobs * weights).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        # A product with a scalar tensor keeps the dtype of the other factor.
+        return grad_x * grad, (grad_weight * grad).to(ctx.dtype), None, None, None, None
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:
+        ctx.save_for_backward(x, weight, labels)
+        ctx.vocab_size, ctx.tp = vocab_size, tp
+        return _go_through(x, weight, labels, None, vocab_size, tp).logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, labels = ctx.saved_tensors
+        _, grad_x, grad_weight = _go_through(x, weight, labels, grad, ctx.vocab_size, ctx.tp)
+        assert grad_weight is not None
+        return grad_x, grad_weight.to(weight.dtype), None, None, None
 
 
 def token_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:
@@ -61,3 +182,30 @@ def token_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) ->
     Returns: [s, b] in `acc_dtype`, the same on every rank of tp.
     """
     return _TokenLogprobs.apply(logits, labels, vocab_size, tp)
+
+
+def linear_logprobs(x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:
+    """Return the log-probability of each label under the head's logits x · weightᵀ, without holding them.
+
+    Args:
+        x: the head's input, [s, b, h], the same on every rank of tp; its gradient is this rank's part of a sum.
+        weight: this rank's rows of the head, [v/tp, h].
+        labels, vocab_size, tp: as in `token_logprobs`.
+
+    Returns: [s, b] in `acc_dtype`, the same on every rank of tp.
+    """
+    return _LinearLogprobs.apply(x.flatten(0, 1), weight, labels.flatten(), vocab_size, tp).view(labels.shape)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, vocab_size: int, tp: Axis
+) -> Tensor:
+    """Return Σ −weights · log p(label), a scalar in `acc_dtype`: one product with the head less than `linear_logprobs`.
+
+    Args:
+        x, weight, labels, vocab_size, tp: as in `linear_logprobs`.
+        weights: of each label in the sum, [s, b]; they get no gradient.
+    """
+    if not torch.is_grad_enabled():  # a Function cannot tell from within: it would compute the gradients
+        return -(linear_logprobs(x, weight, labels, vocab_size, tp) * weights).sum()
+    return _LinearCrossEntropy.apply(x.flatten(0, 1), weight, labels.flatten(), weights.flatten(), vocab_size, tp)

@@ -149,7 +149,25 @@ class Stage(nn.Module):
         info: SequenceInfo,
         caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
-        """Run the stage on one micro-batch.
+        """Run the stage on one micro-batch: `hidden`, and on the last stage this rank's logits [s, b, v/tp] of it."""
+        x = self.hidden(x, tokens, info, caches)
+        if not self.is_last:
+            return x
+        return column_linear(x, self.head_weight, self.placement.tp, self.placement.sequence_parallel)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The last stage's projection onto the vocabulary, [v/tp, h]; the embedding's, where the two are tied."""
+        return self.head.weight if hasattr(self, "head") else self.embed.weight
+
+    def hidden(
+        self,
+        x: Tensor | None,
+        tokens: Tensor | None,
+        info: SequenceInfo,
+        caches: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """Run all of the stage but the head.
 
         Args:
             x: the previous stage's output, [s/tp or s, b, h]; None on the first stage.
@@ -157,7 +175,7 @@ class Stage(nn.Module):
             info: positions and samples.
             caches: one a layer, in order, for generation; None in training.
 
-        Returns: activations [s/tp or s, b, h], or on the last stage this rank's logits [s, b, v/tp].
+        Returns: activations [s/tp or s, b, h], normalised for the head on the last stage.
         """
         if self.is_first:
             assert tokens is not None
@@ -171,7 +189,7 @@ class Stage(nn.Module):
                 x = checkpoint(block, x, self.rotary, info, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, self.rotary, info)
-        return self._logits(x) if self.is_last else x
+        return self.norm(x) if self.is_last else x
 
     def _embed(self, tokens: Tensor, info: SequenceInfo) -> Tensor:
         x = self.embed(tokens)
@@ -180,10 +198,6 @@ class Stage(nn.Module):
             positions = own.unsqueeze(1) if info.positions is None else info.positions.t()[own - info.offset]
             x = x + self.position(positions)
         return self.embed_dropout(x, info)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        weight = self.head.weight if hasattr(self, "head") else self.embed.weight
-        return column_linear(self.norm(x), weight, self.placement.tp, self.placement.sequence_parallel)
 
 
 def parameter_specs(model: ModelConfig, tp: int = 1, sequence_parallel: bool = False) -> list[ParamSpec]:

@@ -1,14 +1,20 @@
 """Vocabulary-parallel cross-entropy against torch's, which sees the whole vocabulary."""
 
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from logical import to_local, to_logical
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megascratch.dist import comm
 from megascratch.dist.mesh import Mesh, MeshSpec
 from megascratch.dist.testing import distributed
-from megascratch.nn import token_logprobs
+from megascratch.nn import linear_cross_entropy, linear_logprobs, loss, token_logprobs
 from megascratch.nn.embedding import vocabulary_split
 
 S, B = 5, 3
@@ -72,3 +78,126 @@ def test_large_logits_do_not_overflow() -> None:
     logits = torch.tensor([[[1e4, -1e4, 0.0]]], requires_grad=True)
     logprobs = token_logprobs(logits, torch.tensor([[1]]), 3, Mesh.serial().tp)
     assert logprobs.item() == -2e4
+
+
+H = 7
+
+
+def _head_inputs(vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return hidden states [s, b, h] and a head [v, h]."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(S, B, H, dtype=torch.float64, generator=generator)
+    weight = torch.randn(vocab_size, H, dtype=torch.float64, generator=generator)
+    return x.to(dtype), weight.to(dtype)
+
+
+def _weighted_logprobs(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, v: int, mesh: Mesh) -> Tensor:
+    return -(linear_logprobs(x, weight, labels, v, mesh.tp) * weights).sum()
+
+
+def _cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, v: int, mesh: Mesh) -> Tensor:
+    return linear_cross_entropy(x, weight, labels, weights, v, mesh.tp)
+
+
+FUSED = {"logprobs": _weighted_logprobs, "cross_entropy": _cross_entropy}
+
+
+def _fused(function: Callable[..., Tensor], mesh: Mesh, vocab_size: int, dtype: torch.dtype) -> list[Tensor]:
+    """Return the weighted loss and its gradients of x [s, b, h] and of the head [v, h], times 3."""
+    x, whole = _head_inputs(vocab_size, dtype)
+    _, labels, weights = _inputs(vocab_size, dtype)
+    split = vocabulary_split(vocab_size, mesh.tp.size)
+    local = to_local(whole, split, mesh)
+    n_real = min(max(vocab_size - mesh.tp.rank * local.shape[0], 0), local.shape[0])
+    local[n_real:] = 1e4  # padding rows, which must change nothing
+    x.requires_grad_()
+    local.requires_grad_()
+    total = function(comm.copy(x, mesh.tp), local, labels, weights, vocab_size, mesh)
+    (3 * total).backward()
+    assert x.grad is not None and local.grad is not None
+    assert x.grad.dtype == local.grad.dtype == dtype
+    assert not local.grad[n_real:].any(), "a padding row has a gradient"
+    return [total.detach(), x.grad, to_logical(local.grad, (vocab_size, H), split, mesh)]
+
+
+def _whole_logits(vocab_size: int, dtype: torch.dtype) -> list[Tensor]:
+    x, weight = (t.double().requires_grad_() for t in _head_inputs(vocab_size, dtype))
+    _, labels, weights = _inputs(vocab_size, dtype)
+    losses = F.cross_entropy((x @ weight.t()).flatten(0, 1), labels.flatten(), reduction="none")
+    total = (losses * weights.flatten()).sum()
+    (3 * total).backward()
+    assert x.grad is not None and weight.grad is not None
+    return [total.detach(), x.grad, weight.grad]
+
+
+@pytest.mark.parametrize("function", FUSED.values(), ids=FUSED.keys())
+@pytest.mark.parametrize("chunk", [1, 4, S * B, 1024])
+def test_chunks_of_the_head_and_the_loss_equal_whole_logits(
+    function: Callable[..., Tensor], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "_CHUNK_TOKENS", chunk)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 6e-2)):
+        ours, expected = _fused(function, Mesh.serial(), 100, dtype), _whole_logits(100, dtype)
+        for got, want in zip(ours, expected, strict=True):
+            error = (got.double() - want).norm() / want.norm()
+            assert error < tolerance, f"{dtype}: {error:.1e}"
+
+
+@distributed(world=4)
+def test_chunks_on_four_ranks_equal_whole_logits() -> None:
+    mesh = Mesh.create(MeshSpec(tp=4), CPU)
+    for vocab_size in (256, 70, 3):  # whole parts; padding; ranks of padding alone
+        for function in FUSED.values():
+            ours = _fused(function, mesh, vocab_size, torch.float64)
+            torch.testing.assert_close(ours, _whole_logits(vocab_size, torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_without_gradients_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = _head_inputs(100, torch.float64)
+    _, labels, weights = _inputs(100, torch.float64)
+    with_gradients = linear_cross_entropy(x, weight.requires_grad_(), labels, weights, 100, Mesh.serial().tp)
+    monkeypatch.delattr(loss._Shares, "gradient")
+    with torch.no_grad():
+        without = linear_cross_entropy(x, weight, labels, weights, 100, Mesh.serial().tp)
+    assert without.item() == pytest.approx(with_gradients.item(), rel=1e-12)
+
+
+class _PeakBytes(TorchDispatchMode):
+    """The most bytes that were alive at once among the tensors made within the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self.storages:
+                self.storages.add(key)
+                self.alive += tensor.untyped_storage().nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(tensor.untyped_storage(), self._free, key, tensor.untyped_storage().nbytes())
+        return result
+
+    def _free(self, key: int, n_bytes: int) -> None:
+        self.storages.discard(key)
+        self.alive -= n_bytes
+
+
+@pytest.mark.parametrize("function", FUSED.values(), ids=FUSED.keys())
+def test_peak_memory_is_a_quarter_of_logits_then_loss(function: Callable[..., Tensor]) -> None:
+    """At the ratios of 32k tokens × 128k words: tokens = v/4, a chunk of 1/32 of them, and h small beside both."""
+    tokens, v, h = 8192, 2048, 64
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(tokens, 1, h, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(v, h, generator=generator).bfloat16().requires_grad_()
+    labels, weights = torch.randint(0, v, (tokens, 1), generator=generator), torch.ones(tokens, 1)
+    tp = Mesh.serial().tp
+    with _PeakBytes() as whole:
+        (-(token_logprobs(x @ weight.t(), labels, v, tp) * weights).sum()).backward()
+    x.grad = weight.grad = None
+    with _PeakBytes() as fused:
+        function(x, weight, labels, weights, v, Mesh.serial()).backward()
+    assert whole.peak > tokens * v * 6, "logits in bf16 and their softmax in fp32 at least"
+    assert fused.peak < whole.peak / 4, f"{fused.peak} of {whole.peak} bytes"
