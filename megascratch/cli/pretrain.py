@@ -48,11 +48,26 @@ def checked_inputs(config: "Config", where: str) -> "Config":
             problems += _led_by(error)
     else:
         problems.append(Problem("data.paths", "names no dataset", "give the prefixes that preprocess printed"))
+    problems += _schedule_problems(config)
     vocab_size, tokenizer_problems = _vocab_size(config)
     problems += tokenizer_problems
     if problems:
         raise ConfigError(problems, where)
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
+
+
+def _schedule_problems(config: "Config") -> list[Problem]:
+    """Return what is wrong with the schedule that the user wrote, if the configuration names one."""
+    from megascratch.pipeline import configured_schedule
+
+    if config.parallel.schedule_file is None:
+        return []
+    n_microbatches = config.train.global_batch // (config.train.micro_batch * (config.parallel.dp or 1))
+    try:
+        configured_schedule(config.parallel, n_microbatches)
+    except UserError as error:
+        return _led_by(error)
+    return []
 
 
 def _vocab_size(config: "Config") -> tuple[int | None, list[Problem]]:
