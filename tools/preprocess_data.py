@@ -9,15 +9,13 @@ refused. The work is done by megascratch.data.preprocess.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from megascratch.data.preprocess import preprocess
 from megascratch.errors import DataError, Problem, TokenizerError, UserError
 from megascratch.log import make_console
-from megascratch.tokenizer import END_OF_DOCUMENT, Tokenizer
-from megascratch.tokenizer.hugging_face import parse as parse_tokenizer
+from megascratch.tokenizer import Tokenizer, megatron_files
 
 HERE = "the flags of preprocess_data.py"
 
@@ -128,21 +126,7 @@ def open_gpt2(vocab_file: str | None, merge_file: str | None) -> Tokenizer:
     if not vocab_file or not merge_file:
         problem = Problem("GPT2BPETokenizer", "needs --vocab-file and --merge-file", "give vocab.json and merges.txt")
         raise TokenizerError(problem, HERE)
-    try:
-        ids = json.loads(Path(vocab_file).read_text(encoding="utf-8"))
-        lines = Path(merge_file).read_text(encoding="utf-8").split("\n")
-        end = {"id": ids[END_OF_DOCUMENT], "content": END_OF_DOCUMENT, "special": True}
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        model = {"type": "BPE", "vocab": ids, "merges": merges}
-        return Tokenizer(
-            parse_tokenizer({"model": model, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": [end]})
-        )
-    except OSError as error:
-        problem = Problem(str(error.filename), (error.strerror or "cannot be read").lower(), "check the path")
-        raise TokenizerError(problem, HERE) from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = Problem(vocab_file, f"is not GPT-2's vocab.json: {error!r}", f"or {merge_file} is not its merges.txt")
-        raise TokenizerError(problem, HERE) from error
+    return Tokenizer(megatron_files.read(Path(vocab_file), Path(merge_file)))
 
 
 def run(flags: argparse.Namespace) -> None:

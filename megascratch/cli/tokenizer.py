@@ -23,6 +23,8 @@ class Format(StrEnum):
 
     hf = "hf"
     tiktoken = "tiktoken"
+    megatron = "megatron"
+    sentencepiece = "sentencepiece"
 
 
 @app.command()
@@ -81,37 +83,40 @@ def decode(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="A tokenizer.json, a directory with one, or a .tiktoken file.")],
-    output: Annotated[Path, typer.Argument(help="hf: a .json file or a directory. tiktoken: a file.")],
-    to: Annotated[Format, typer.Option(help="hf: tokenizer.json. tiktoken: a file of ranks.")] = Format.hf,
-    pattern: Annotated[str | None, typer.Option(help="Pattern of a .tiktoken source, which does not name it.")] = None,
+    source: Annotated[
+        Path, typer.Argument(help="tokenizer.json, tokenizer.model, .tiktoken, vocab.json, or a directory with one.")
+    ],
+    output: Annotated[
+        Path, typer.Argument(help="hf: a .json file or a directory. megatron: a directory. Else a file.")
+    ],
+    to: Annotated[
+        Format,
+        typer.Option(
+            help="hf: tokenizer.json. tiktoken: a file of ranks. megatron: vocab.json and merges.txt. "
+            "sentencepiece: tokenizer.model."
+        ),
+    ] = Format.hf,
+    pattern: Annotated[
+        str | None, typer.Option(help="Pattern of a .tiktoken source, which does not name it; guessed if left out.")
+    ] = None,
     special_token: Annotated[
         list[str] | None, typer.Option(metavar="TEXT=ID", help="Special token of a .tiktoken source; repeatable.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a tokenizer in another format."""
-    file = output / "tokenizer.json" if to is Format.hf and output.suffix != ".json" else output
-    _require_free(file, overwrite)
+    from megascratch.tokenizer import formats
+
+    for file in formats.files_of(to, output):
+        _require_free(file, overwrite)
     opened = _open(source, pattern, special_token or [])
-    if to is Format.tiktoken:
-        opened.save_tiktoken(output)
-    else:
-        opened.save(output)
-    print(f"{file}: {opened.vocab_size:,} ids")
+    files = formats.write(opened, to, output)
+    print(f"{' and '.join(map(str, files))}: {opened.vocab_size:,} ids")
 
 
 def _open(file: Path, pattern: str | None = None, special_tokens: list[str] | None = None) -> "Tokenizer":
-    from megascratch.tokenizer import PATTERNS, Tokenizer
+    from megascratch.tokenizer import formats
 
-    if file.suffix != ".tiktoken":
-        if pattern or special_tokens:
-            rule = "belongs to a .tiktoken source: a tokenizer.json has its own"
-            raise TokenizerError(Problem("--pattern, --special-token", rule, "leave it out"), str(file))
-        return Tokenizer.from_file(file)
-    if pattern is None:
-        remedy = f"add --pattern, one of {', '.join(PATTERNS)}"
-        raise TokenizerError(Problem("pattern", "a .tiktoken file does not say it", remedy), str(file))
     ids: dict[str, int] = {}
     for assignment in special_tokens or []:
         content, _, id = assignment.rpartition("=")
@@ -119,7 +124,7 @@ def _open(file: Path, pattern: str | None = None, special_tokens: list[str] | No
             remedy = "for example '<|endoftext|>=100257'"
             raise TokenizerError(Problem(assignment, "must have the form TEXT=ID", remedy), "--special-token")
         ids[content] = int(id)
-    return Tokenizer.from_tiktoken(file, pattern, ids)
+    return formats.open_tokenizer(file, pattern, ids)
 
 
 def _require_free(file: Path, overwrite: bool) -> None:

@@ -35,7 +35,17 @@ def read(path: Path, pattern: str, special_tokens: Mapping[str, int]) -> Vocabul
 
     Raises: TokenizerError: if the file is missing or malformed, or an id is taken twice.
     """
-    ids = _read_ranks(path)
+    return vocabulary_of(read_ranks(path), pattern, special_tokens, path)
+
+
+def vocabulary_of(
+    ids: Mapping[bytes, int],
+    pattern: str,
+    special_tokens: Mapping[str, int],
+    path: Path,
+    end_of_document: str | None = None,
+) -> Vocabulary:
+    """Build the vocabulary of the ranks in a file; arguments and errors as for `read`."""
     tokens = [b""] * (max([*ids.values(), *special_tokens.values()], default=-1) + 1)
     for token, id in ids.items():
         tokens[id] = token
@@ -53,7 +63,7 @@ def read(path: Path, pattern: str, special_tokens: Mapping[str, int]) -> Vocabul
         added=added,
         pattern=pattern,
         whole_first=True,
-        end_of_document=usual_end_of_document(added),
+        end_of_document=end_of_document or usual_end_of_document(added),
     )
 
 
@@ -73,7 +83,8 @@ def render(vocabulary: Vocabulary) -> bytes:
     return b"".join(b"%s %d\n" % (base64.b64encode(token), id) for token, id in ids.items())
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Return the rank of each token in a file. Raises: TokenizerError: if the file is missing or malformed."""
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise TokenizerError(Problem(str(path), f"is over {_MAX_FILE_BYTES >> 20} MiB", "is this a rank file?"))

@@ -63,12 +63,28 @@ def test_export_to_tiktoken_and_back(run: Run, files: Files, tmp_path: Path) -> 
     assert run("tokenizer", "encode", "--tokenizer", folder, TEXT).out == ours
 
 
+def test_export_to_megatron_and_back(run: Run, files: Files, tmp_path: Path) -> None:
+    made, folder, back = tmp_path / "made", tmp_path / "folder", tmp_path / "back.json"
+    train = ["tokenizer", "train", "--vocab-size", "300", "--pattern", "gpt2", "--output", made, files.corpus]
+    assert run(*train).code == 0
+    exported = run("tokenizer", "export", made, folder, "--to", "megatron")
+    assert (exported.code, exported.out) == (0, f"{folder / 'vocab.json'} and {folder / 'merges.txt'}: 300 ids\n")
+    assert run("tokenizer", "export", folder, back).code == 0
+    ours = run("tokenizer", "encode", "--tokenizer", made, TEXT).out
+    assert run("tokenizer", "encode", "--tokenizer", back, TEXT).out == ours
+    (folder / "vocab.json").unlink()
+    again = run("tokenizer", "export", made, folder, "--to", "megatron")
+    assert again.code == 2 and "merges.txt  exists already  add --overwrite" in again.err
+    model = run("tokenizer", "export", made, tmp_path / "m", "--to", "sentencepiece")
+    assert model.code == 2 and "its merges run over bytes" in model.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ranks.tiktoken", "out"], "a .tiktoken file does not say it  add --pattern, one of gpt2"),
+        (["ranks.tiktoken", "out"], "ranks.tiktoken  cannot be read: No such file"),
         (["ranks.tiktoken", "out", "--pattern", "gpt2", "--special-token", "x"], "must have the form TEXT=ID"),
-        (["tokenizer.json", "out", "--pattern", "gpt2"], "belongs to a .tiktoken source"),
+        (["tokenizer.json", "out", "--pattern", "gpt2"], "belongs to a rank file (.tiktoken)"),
         (["tokenizer.json", "out"], "tokenizer.json"),
     ],
 )
