@@ -1,13 +1,15 @@
 // Python bindings of the BPE trainer and encoder: megascratch.tokenizer._bpe.
 //
-// Text crosses the border in bulk, as one UTF-8 buffer and the end offsets of its pre-tokens; the GIL is released for
-// all the work in between. Offsets are checked here once, so that a wrong caller gets an exception and not a bad read.
+// Text crosses the border in bulk, as one UTF-8 buffer and the end offsets of its documents or pre-tokens; the GIL is
+// released for all the work in between. Offsets are checked here once, so that a wrong caller gets an exception and not a
+// bad read.
 
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bpe_decode.h"
 #include "bpe_encode.h"
 #include "bpe_train.h"
 #include "sentencepiece.h"
@@ -32,26 +34,60 @@ void check_offsets(const Offsets& ends, int64_t last, bool strictly, const char*
     if (previous != last) throw std::invalid_argument(std::string(what) + " must reach the end exactly");
 }
 
-template <class T>
-py::array_t<T> to_numpy(std::vector<T>&& values) {
-    auto* owner = new std::vector<T>(std::move(values));
-    py::capsule free_owner(owner, [](void* p) { delete static_cast<std::vector<T>*>(p); });
-    return py::array_t<T>(py::ssize_t(owner->size()), owner->data(), free_owner);
+/// The bytes of any object with a contiguous buffer: bytes, memory maps, arrays.
+class Bytes {
+  public:
+    explicit Bytes(const py::buffer& buffer) {
+        if (PyObject_GetBuffer(buffer.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+    }
+    ~Bytes() { PyBuffer_Release(&view_); }
+    Bytes(const Bytes&) = delete;
+    Bytes& operator=(const Bytes&) = delete;
+
+    const char* data() const { return static_cast<const char*>(view_.buf); }
+    int64_t size() const { return int64_t(view_.len); }
+
+  private:
+    Py_buffer view_;
+};
+
+template <class Id>
+py::tuple to_numpy(Encoded<Id>&& encoded) {
+    py::array_t<Id> ids(0);
+    if (const size_t n_ids = encoded.ids.size()) {
+        Id* const data = encoded.ids.release();
+        ids = py::array_t<Id>(py::ssize_t(n_ids), data, py::capsule(data, [](void* p) { std::free(p); }));
+    }
+    return py::make_tuple(ids, py::array_t<int64_t>(py::ssize_t(encoded.ends.size()), encoded.ends.data()));
 }
 
-void add(PieceCounter& counter, std::string_view text, const Offsets& ends) {
-    check_offsets(ends, int64_t(text.size()), true, "ends");
-    const py::gil_scoped_release release;
-    counter.add(text.data(), ends.data(), size_t(ends.size()));
+py::array_t<int64_t> scan(const std::string& scanner, const py::buffer& text) {
+    const Bytes bytes(text);
+    std::vector<int64_t> ends;
+    with_scanner(scanner, [&](auto scan_next) {
+        const py::gil_scoped_release release;
+        const Text whole(bytes.data(), bytes.data() + bytes.size());
+        for (const uint8_t* p = whole.begin; p < whole.end; ends.push_back(p - whole.begin)) p = scan_next.next(whole, p);
+    });
+    return py::array_t<int64_t>(py::ssize_t(ends.size()), ends.data());
 }
 
-py::tuple train(const PieceCounter& counter, const std::string& byte_order, size_t n_tokens,
+void add(PieceCounter& counter, const std::string& scanner, const py::buffer& text, const Offsets& ends, size_t threads) {
+    const Bytes bytes(text);
+    check_offsets(ends, bytes.size(), false, "ends");
+    with_scanner(scanner, [&](auto scan_next) {
+        const py::gil_scoped_release release;
+        counter.add(scan_next, bytes.data(), ends.data(), size_t(ends.size()), std::max<size_t>(threads, 1));
+    });
+}
+
+py::tuple train(PieceCounter& counter, const std::string& byte_order, size_t n_tokens,
                 const std::function<void(size_t)>& progress) {
     if (byte_order.size() != 256) throw std::invalid_argument("byte_order must hold 256 bytes");
     Trained trained;
     {
         const py::gil_scoped_release release;
-        trained = Trainer(counter, byte_order).train(n_tokens, [&](size_t n) {
+        trained = Trainer(counter.counts(), byte_order).train(n_tokens, [&](size_t n) {
             const py::gil_scoped_acquire acquire;  // Ctrl-C arrives here, as the callback's exception
             progress(n);
         });
@@ -81,75 +117,69 @@ std::unique_ptr<Encoder> make_encoder(const std::vector<py::bytes>& tokens, cons
     return std::make_unique<Encoder>(views, pairs, rules, whole_first);
 }
 
-py::tuple encode(const Encoder& encoder, std::string_view text, const Offsets& ends, const Offsets& document_ends,
-                 size_t threads) {
-    check_offsets(ends, int64_t(text.size()), true, "ends");
-    check_offsets(document_ends, ends.size(), false, "document_ends");
-    std::vector<int32_t> ids;
-    std::vector<int64_t> id_ends;
-    {
+template <class Id>
+py::tuple encode_documents(const Encoder& encoder, const std::string& scanner, const py::buffer& text,
+                           const Offsets& ends, size_t threads) {
+    const Bytes bytes(text);
+    check_offsets(ends, bytes.size(), false, "ends");
+    return to_numpy(with_scanner(scanner, [&](auto scan_next) {
         const py::gil_scoped_release release;
-        ids = encoder.encode(text.data(), ends.data(), size_t(ends.size()), document_ends.data(),
-                             size_t(document_ends.size()), threads, id_ends);
-    }
-    return py::make_tuple(to_numpy(std::move(ids)), to_numpy(std::move(id_ends)));
+        return encoder.encode_documents<Id>(scan_next, bytes.data(), ends.data(), size_t(ends.size()),
+                                            std::max<size_t>(threads, 1));
+    }));
 }
 
-using megascratch::sentencepiece::CharacterEncoder;
-using megascratch::sentencepiece::Merging;
-
-std::unique_ptr<CharacterEncoder> make_character_encoder(const std::vector<py::bytes>& tokens, const Ids& merges,
-                                                         const std::vector<int32_t>& byte_ids,
-                                                         const std::vector<int32_t>& frozen, bool cut_spaces) {
-    if (merges.ndim() != 2 || merges.shape(1) != 4) throw std::invalid_argument("merges must be [m, 4]");
-    if (byte_ids.size() != 256) throw std::invalid_argument("byte_ids must hold 256 ids");
-    const std::vector<std::string_view> views(tokens.begin(), tokens.end());
-    const auto check = [&](int32_t id) {
-        if (id < 0 || size_t(id) >= views.size() || views[size_t(id)].empty())
-            throw std::invalid_argument("an id that is to be merged or kept whole has no text");
-    };
-    std::vector<uint64_t> pairs;
-    std::vector<Merging> rules;
-    const auto row = merges.unchecked<2>();
-    for (py::ssize_t i = 0; i < merges.shape(0); ++i) {
-        for (py::ssize_t column = 0; column < 3; ++column) check(row(i, column));
-        pairs.push_back(pair_key(row(i, 0), row(i, 1)));
-        rules.push_back({row(i, 3), row(i, 2)});
-    }
-    for (const int32_t id : frozen) check(id);
-    return std::make_unique<CharacterEncoder>(views, byte_ids, pairs, rules, frozen, cut_spaces);
-}
-
-py::tuple encode_characters(const CharacterEncoder& encoder, std::string_view text, const Offsets& ends,
-                            const Offsets& document_ends, size_t threads) {
-    check_offsets(ends, int64_t(text.size()), true, "ends");
+template <class Id>
+py::tuple encode_pieces(const Encoder& encoder, const py::buffer& text, const Offsets& ends,
+                        const Offsets& document_ends, size_t threads) {
+    const Bytes bytes(text);
+    check_offsets(ends, bytes.size(), true, "ends");
     check_offsets(document_ends, ends.size(), false, "document_ends");
-    std::vector<int32_t> ids;
-    std::vector<int64_t> id_ends;
+    Encoded<Id> encoded;
     {
         const py::gil_scoped_release release;
-        ids = encoder.encode(text.data(), ends.data(), document_ends.data(), size_t(document_ends.size()), threads,
-                             id_ends);
+        encoded = encoder.encode_pieces<Id>(bytes.data(), ends.data(), document_ends.data(),
+                                            size_t(document_ends.size()), std::max<size_t>(threads, 1));
     }
-    return py::make_tuple(to_numpy(std::move(ids)), to_numpy(std::move(id_ends)));
+    return to_numpy(std::move(encoded));
+}
+
+std::unique_ptr<Decoder> make_decoder(const std::vector<py::bytes>& tokens) {
+    return std::make_unique<Decoder>(std::vector<std::string_view>(tokens.begin(), tokens.end()));
+}
+
+template <class Id>
+py::bytes decode(const Decoder& decoder, const py::array_t<Id, py::array::c_style>& ids) {
+    const int64_t length = decoder.length(ids.data(), size_t(ids.size()));
+    if (length < 0) throw py::index_error(std::to_string(ids.data()[-1 - length]));
+    py::bytes bytes(nullptr, size_t(length));
+    decoder.decode(ids.data(), size_t(ids.size()), PyBytes_AS_STRING(bytes.ptr()));
+    return bytes;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_bpe, m) {
-    m.doc() = "Byte-level BPE: trainer and encoder.";
+    m.doc() = "Byte-level BPE: scanners, trainer, encoder and decoder.";
+    m.attr("UNICODE_VERSION") = kUnicodeVersion;
+    m.def("scan", &scan, py::arg("scanner"), py::arg("text"));
+    m.def("character_classes", [] { return py::bytes(reinterpret_cast<const char*>(class_table()), 0x110000); });
     py::class_<PieceCounter>(m, "PieceCounter", "Counts distinct pre-tokens and trains on the counts.")
         .def(py::init<>())
-        .def("add", &add, py::arg("text"), py::arg("ends"))
-        .def_property_readonly("n_pieces", &PieceCounter::n_pieces)
-        .def_property_readonly("n_distinct", [](const PieceCounter& c) { return c.pieces().size(); })
+        .def("add", &add, py::arg("scanner"), py::arg("text"), py::arg("ends"), py::arg("threads"))
+        .def_property_readonly("n_distinct", [](PieceCounter& c) { return c.counts().size(); })
         .def("train", &train, py::arg("byte_order"), py::arg("n_tokens"), py::arg("progress"));
-    py::class_<Encoder>(m, "Encoder", "Encodes pre-tokens by ranked merges.")
+    const auto text = py::arg("text"), ends = py::arg("ends"), threads = py::arg("threads");
+    py::class_<Encoder>(m, "Encoder", "Encodes documents, or pre-tokens, by ranked merges.")
         .def(py::init(&make_encoder), py::arg("tokens"), py::arg("merges"), py::arg("whole_first"))
-        .def("encode", &encode, py::arg("text"), py::arg("ends"), py::arg("document_ends"), py::arg("threads"));
-    py::class_<CharacterEncoder>(m, "CharacterEncoder", "Encodes text as SentencePiece's BPE with byte fallback does.")
-        .def(py::init(&make_character_encoder), py::arg("tokens"), py::arg("merges"), py::arg("byte_ids"),
-             py::arg("frozen"), py::arg("cut_spaces"))
-        .def("encode", &encode_characters, py::arg("text"), py::arg("ends"), py::arg("document_ends"),
-             py::arg("threads"));
+        .def_property_readonly("linear", &Encoder::linear)
+        .def("encode_documents", &encode_documents<uint32_t>, py::arg("scanner"), text, ends, threads)
+        .def("encode_documents_16", &encode_documents<uint16_t>, py::arg("scanner"), text, ends, threads)
+        .def("encode", &encode_pieces<uint32_t>, text, ends, py::arg("document_ends"), threads);
+    py::class_<Decoder>(m, "Decoder", "Decodes ids to bytes.")
+        .def(py::init(&make_decoder), py::arg("tokens"))
+        .def("decode", &decode<uint16_t>, py::arg("ids").noconvert())
+        .def("decode", &decode<uint32_t>, py::arg("ids").noconvert())
+        .def("decode", &decode<int32_t>, py::arg("ids").noconvert())
+        .def("decode", &decode<int64_t>, py::arg("ids"));
 }

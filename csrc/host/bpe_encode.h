@@ -1,269 +1,212 @@
-// The BPE encoder: within each pre-token, join the adjacent pair of the best rank until no pair has one.
+// The BPE encoder: text or pre-tokens to ids, over threads.
 //
-//   merges, best rank first   0 (l,o)→lo   1 (lo,w)→low   2 (e,r)→er
-//   "lower"   l o w e r  →  lo w e r  →  low e r  →  low er
-//
-// Equal ranks go to the leftmost pair. Short pre-tokens (nearly all) are scanned for the best pair at each step; long
-// ones go through a heap, so that a megabyte of one letter costs n log n and not n². A direct-mapped cache of
-// recent pre-tokens answers most of the text without any merging: it has a fixed size, so memory is bounded.
+//   scanner       cuts 32 pre-tokens ahead and asks the cache line of each into the processor's cache
+//   cache         has nearly all of them, with their ids
+//   vocabulary    has some of the others as a whole
+//   merging       does the rest: by longest matches for a trained vocabulary, else by the book
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <memory>
 #include <mutex>
-#include <queue>
+#include <new>
 #include <stdexcept>
 #include <string_view>
-#include <thread>
 #include <vector>
 
-#include "flat_table.h"
+#include "bpe_backtrack.h"
+#include "bpe_cache.h"
+#include "bpe_merge.h"
+#include "scan_ahead.h"
 
 namespace megascratch::bpe {
 
-/// How a pair merges: into which id, and before which other pairs (smaller ranks first).
-struct Rule {
-    int32_t rank = INT32_MAX;
-    int32_t id = -1;
-};
-
-/// What one thread needs to itself: a cache of encoded pre-tokens, and scratch for the merging.
-class Workspace {
+/// Ids that grow without being cleared first; uint16 or uint32, as the file or model wants them.
+template <class Id>
+class IdBuffer {
   public:
-    Workspace() : entries_(kEntries) {}
-
-    static bool cacheable(std::string_view piece) { return piece.size() <= kKeyBytes; }
-
-    /// Append the ids of a cached piece; false when it is not in the cache.
-    bool lookup(std::string_view piece, uint64_t hash, std::vector<int32_t>& out) const {
-        const Entry& entry = entries_[hash % kEntries];
-        if (entry.length != piece.size() || std::memcmp(entry.key, piece.data(), piece.size()) != 0) return false;
-        out.insert(out.end(), entry.ids, entry.ids + entry.n_ids);
-        return true;
-    }
-
-    void remember(std::string_view piece, uint64_t hash, const int32_t* ids, size_t n_ids) {
-        if (n_ids > kIds) return;
-        Entry& entry = entries_[hash % kEntries];
-        entry.length = uint8_t(piece.size());
-        entry.n_ids = uint8_t(n_ids);
-        std::memcpy(entry.key, piece.data(), piece.size());
-        std::copy(ids, ids + n_ids, entry.ids);
-    }
-
-    struct Part {
-        int32_t id;
-        uint32_t previous, next;
-    };
-    struct Candidate {
-        Rule rule;
-        uint32_t at;
-        int32_t left, right;
-
-        bool operator<(const Candidate& other) const {  // std::priority_queue puts the largest first
-            return rule.rank != other.rule.rank ? rule.rank > other.rule.rank : at > other.at;
+    /// Make room for `more` ids and return where they go.
+    Id* reserve(size_t more) {
+        if (size_ + more > capacity_) {
+            capacity_ = std::max(size_ + more, capacity_ + capacity_ / 2);
+            void* grown = std::realloc(data_.get(), capacity_ * sizeof(Id));
+            if (!grown) throw std::bad_alloc();
+            data_.release();
+            data_.reset(static_cast<Id*>(grown));
         }
-    };
-    std::vector<Part> parts;
+        return data_.get() + size_;
+    }
+    void advance(size_t n) { size_ += n; }
+    size_t size() const { return size_; }
+    const Id* data() const { return data_.get(); }
+    Id* release() { return data_.release(); }
 
   private:
-    static constexpr size_t kEntries = 1 << 16, kKeyBytes = 22, kIds = 10;
-    struct alignas(64) Entry {  // one cache line; 4 MiB in all
-        uint8_t length = 0, n_ids = 0;
-        char key[kKeyBytes];
-        int32_t ids[kIds];
+    struct Free {
+        void operator()(void* p) const { std::free(p); }
     };
-    static_assert(sizeof(Entry) == 64);
+    std::unique_ptr<Id[], Free> data_;
+    size_t size_ = 0, capacity_ = 0;
+};
 
-    std::vector<Entry> entries_;
+/// The ids of some documents end to end, and the number of ids up to each document's end.
+template <class Id>
+struct Encoded {
+    IdBuffer<Id> ids;
+    std::vector<int64_t> ends;
 };
 
 class Encoder {
   public:
     /// Args:
     ///   tokens: the bytes of each id; every single byte must be among them. Empty where an id has no bytes.
-    ///   rules: rules[i] belongs to the pair lefts[i], rights[i]; a later rule for the same pair replaces an earlier one.
+    ///   pairs, rules: rules[i] belongs to pairs[i]; a later rule for the same pair replaces an earlier one.
     ///   whole_first: a pre-token that is a token as a whole is taken as that, whatever the rules would make of it.
     Encoder(const std::vector<std::string_view>& tokens, const std::vector<uint64_t>& pairs,
-            const std::vector<Rule>& rules, bool whole_first)
-        : rules_(pairs.size()), whole_first_(whole_first) {
-        std::fill(std::begin(id_of_byte_), std::end(id_of_byte_), -1);
+            const std::vector<Rule>& rules, bool whole_first) {
+        if (tokens.size() > kMaxIds) throw std::invalid_argument("too many tokens");
+        int32_t id_of_byte[256];
+        std::fill(std::begin(id_of_byte), std::end(id_of_byte), -1);
         for (size_t id = 0; id < tokens.size(); ++id)
-            if (tokens[id].size() == 1) id_of_byte_[uint8_t(tokens[id][0])] = int32_t(id);
-        if (std::count(std::begin(id_of_byte_), std::end(id_of_byte_), -1) != 0)
+            if (tokens[id].size() == 1) id_of_byte[uint8_t(tokens[id][0])] = int32_t(id);
+        if (std::count(std::begin(id_of_byte), std::end(id_of_byte), -1) != 0)
             throw std::invalid_argument("the tokens lack some of the 256 single bytes");
-        for (size_t i = 0; i < pairs.size(); ++i) rules_[pairs[i]] = rules[i];
+        backtracker_ = Backtracker::make(tokens, id_of_byte, pairs, rules);
+        std::vector<bool> merges_find(tokens.size());
+        if (backtracker_)
+            merges_find = backtracker_->reachable(tokens.size());
+        else
+            merger_ = std::make_unique<Merger>(id_of_byte, pairs, rules);
         if (whole_first)
             for (size_t id = 0; id < tokens.size(); ++id) {
-                if (tokens[id].empty()) continue;
-                if (whole_.insert(tokens[id]) == whole_ids_.size()) whole_ids_.push_back(int32_t(id));
+                if (tokens[id].empty() || merges_find[id]) continue;
+                if (whole_.insert(tokens[id]) == whole_ids_.size()) whole_ids_.push_back(uint32_t(id));
             }
     }
 
-    /// Encode pieces, shared out over threads; piece i is text[ends[i-1], ends[i]).
+    /// Whether encoding takes linear time; false for rules that no training yields.
+    bool linear() const { return backtracker_ != nullptr; }
+
+    /// Encode documents; document i is text[ends[i-1], ends[i]).
+    template <class Id, class Scanner>
+    Encoded<Id> encode_documents(Scanner, const char* text, const int64_t* ends, size_t n_documents,
+                                 size_t n_threads) const {
+        const std::vector<Share> shares = share_out(text, ends, n_documents, n_threads);
+        const char* const readable_end = text + (n_documents == 0 ? 0 : ends[n_documents - 1]);
+        return run<Id>(shares.size(), n_threads, [&](size_t share, Output<Id>& output) {
+            for_each_stretch(shares[share], ends, [&](int64_t begin, int64_t end, bool whole) {
+                const Text stretch(text + begin, text + end);
+                encode_stretch([&](const uint8_t* p) { return Scanner::next(stretch, p); }, stretch, readable_end, output);
+                if (whole) output.end_document();
+            });
+        });
+    }
+
+    /// Encode pieces that were cut before; piece i is text[ends[i-1], ends[i]).
     ///
     /// Args: document_ends: for each document, the number of pieces up to its end.
-    /// Returns the ids of all documents end to end, and in id_ends the number of ids up to each document's end.
-    std::vector<int32_t> encode(const char* text, const int64_t* ends, size_t n_pieces, const int64_t* document_ends,
-                                size_t n_documents, size_t n_threads, std::vector<int64_t>& id_ends) const {
-        id_ends.assign(n_documents, 0);
-        const size_t n_runs = std::max<size_t>(1, std::min(n_threads, n_pieces / kPiecesPerThread));
-        std::vector<Run> runs(n_runs);
-        for (size_t r = 0; r < n_runs; ++r) {
-            Run& run = runs[r];
-            run.first = n_pieces * r / n_runs;
-            run.last = n_pieces * (r + 1) / n_runs;
-            // A document belongs to the run in which its last piece lies; the first run takes leading empty ones.
-            const auto document_after = [&](size_t piece) {
-                return size_t(std::upper_bound(document_ends, document_ends + n_documents, int64_t(piece)) - document_ends);
-            };
-            run.first_document = r == 0 ? 0 : document_after(run.first);
-            run.last_document = r + 1 == n_runs ? n_documents : document_after(run.last);
-        }
-        const auto work = [&](Run& run) {
-            try {
-                encode_run(text, ends, document_ends, run, id_ends.data());
-            } catch (...) {
-                run.failure = std::current_exception();
+    template <class Id>
+    Encoded<Id> encode_pieces(const char* text, const int64_t* ends, const int64_t* document_ends, size_t n_documents,
+                              size_t n_threads) const {
+        const auto pieces_until = [&](size_t document) { return document == 0 ? int64_t(0) : document_ends[document - 1]; };
+        const auto offset = [&](int64_t piece) { return text + (piece == 0 ? int64_t(0) : ends[piece - 1]); };
+        const size_t n_shares = std::min(n_documents, n_threads == 1 ? 1 : n_threads * 4);
+        return run<Id>(n_shares, n_threads, [&](size_t share, Output<Id>& output) {
+            const size_t last = n_documents * (share + 1) / n_shares;
+            for (size_t document = n_documents * share / n_shares; document < last; ++document) {
+                int64_t piece = pieces_until(document);
+                const Text stretch(offset(piece), offset(pieces_until(document + 1)));
+                const auto next = [&](const uint8_t*) { return reinterpret_cast<const uint8_t*>(text + ends[piece++]); };
+                encode_stretch(next, stretch, offset(pieces_until(n_documents)), output);
+                output.end_document();
             }
-        };
-        std::vector<std::thread> threads;
-        for (size_t r = 1; r < n_runs; ++r) threads.emplace_back(work, std::ref(runs[r]));
-        work(runs[0]);
-        for (std::thread& thread : threads) thread.join();
-        return gather(runs, id_ends);
+        });
     }
 
   private:
-    static constexpr size_t kPiecesPerThread = 4096;  // below this a thread costs more than it brings
-    static constexpr size_t kScanLimit = 48;          // bytes; up to here rescanning beats a heap
-    static constexpr uint32_t kNone = UINT32_MAX;
+    static constexpr size_t kMaxIds = size_t(1) << 24;  // the cache packs a count beside an id
 
-    struct Run {
-        size_t first, last, first_document, last_document;
-        std::vector<int32_t> ids;
-        std::exception_ptr failure;
+    /// What one thread needs to itself.
+    struct Workspace {
+        PieceCache cache;
+        BacktrackScratch scratch;
+        std::vector<uint32_t> ids;
     };
 
-    void encode_run(const char* text, const int64_t* ends, const int64_t* document_ends, Run& run,
-                    int64_t* id_ends) const {
-        std::unique_ptr<Workspace> space = borrow();
-        run.ids.reserve((run.last - run.first) * 2);
-        size_t document = run.first_document;
-        const auto close_documents = [&](size_t piece) {
-            while (document < run.last_document && document_ends[document] == int64_t(piece))
-                id_ends[document++] = int64_t(run.ids.size());
-        };
-        close_documents(run.first);
-        int64_t start = run.first == 0 ? 0 : ends[run.first - 1];
-        for (size_t i = run.first; i < run.last; start = ends[i++]) {
-            encode_piece({text + start, size_t(ends[i] - start)}, *space, run.ids);
-            close_documents(i + 1);
+    template <class Id>
+    struct Output {
+        Encoded<Id> made;
+        Workspace* space = nullptr;
+
+        void end_document() { made.ends.push_back(int64_t(made.ids.size())); }
+    };
+
+    template <class Id, class Work>
+    Encoded<Id> run(size_t n_shares, size_t n_threads, const Work& work) const {
+        std::vector<Output<Id>> outputs(n_shares);
+        work_off(n_shares, n_threads, [&](size_t share, size_t) {
+            std::unique_ptr<Workspace> space = borrow();
+            outputs[share].space = space.get();
+            work(share, outputs[share]);
+            give_back(std::move(space));
+        });
+        if (n_shares == 0) return {};
+        if (n_shares == 1) return std::move(outputs[0].made);
+        size_t n_ids = 0;
+        for (const Output<Id>& output : outputs) n_ids += output.made.ids.size();
+        Encoded<Id> all;
+        all.ids.reserve(n_ids);
+        for (Output<Id>& output : outputs) {
+            const Encoded<Id> part = std::move(output.made);
+            for (int64_t end : part.ends) all.ends.push_back(int64_t(all.ids.size()) + end);
+            if (part.ids.size() == 0) continue;
+            std::memcpy(all.ids.reserve(part.ids.size()), part.ids.data(), part.ids.size() * sizeof(Id));
+            all.ids.advance(part.ids.size());
         }
-        give_back(std::move(space));
+        return all;
     }
 
-    static std::vector<int32_t> gather(std::vector<Run>& runs, std::vector<int64_t>& id_ends) {
-        for (const Run& run : runs)
-            if (run.failure) std::rethrow_exception(run.failure);
-        std::vector<int32_t> ids = std::move(runs[0].ids);
-        for (size_t r = 1; r < runs.size(); ++r) {
-            for (size_t d = runs[r].first_document; d < runs[r].last_document; ++d) id_ends[d] += int64_t(ids.size());
-            ids.insert(ids.end(), runs[r].ids.begin(), runs[r].ids.end());
-        }
-        return ids;
-    }
-
-    void encode_piece(std::string_view piece, Workspace& space, std::vector<int32_t>& out) const {
-        if (piece.size() == 1) {
-            out.push_back(id_of_byte_[uint8_t(piece[0])]);
-            return;
-        }
-        if (!Workspace::cacheable(piece)) {
-            merge(piece, space, out);
-            return;
-        }
-        const uint64_t hash = hash_bytes(piece);
-        if (space.lookup(piece, hash, out)) return;
-        const size_t before = out.size();
-        merge(piece, space, out);
-        space.remember(piece, hash, out.data() + before, out.size() - before);
-    }
-
-    void merge(std::string_view piece, Workspace& space, std::vector<int32_t>& out) const {
-        if (whole_first_) {
-            const uint32_t found = whole_.find(piece);
-            if (found != StringTable::kAbsent) {
-                out.push_back(whole_ids_[found]);
-                return;
+    template <class Id, class Next>
+    void encode_stretch(Next&& next, const Text& text, const char* readable_end, Output<Id>& output) const {
+        const PieceCache& cache = output.space->cache;
+        IdBuffer<Id>& ids = output.made.ids;
+        const auto touch = [&](const ScannedPiece& piece) { cache.touch(piece); };
+        scan_ahead(next, text, reinterpret_cast<const uint8_t*>(readable_end), touch, [&](const ScannedPiece& piece) {
+            if (piece.has_key()) {
+                if (const PieceCache::Entry* const entry = cache.find(piece)) {
+                    Id* const out = ids.reserve(PieceCache::kMaxIds);  // all four are written, however many there are
+                    out[0] = Id(entry->first());
+                    for (size_t i = 1; i < PieceCache::kMaxIds; ++i) out[i] = Id(entry->ids[i]);
+                    return ids.advance(entry->n_ids());
+                }
             }
-        }
-        if (piece.size() <= kScanLimit)
-            merge_by_scan(piece, out);
+            if (const PieceCache::LongEntry* const entry = cache.find_long(piece)) {
+                std::copy_n(entry->ids, entry->n_ids, ids.reserve(entry->n_ids));
+                return ids.advance(entry->n_ids);
+            }
+            encode_new(piece, *output.space, ids);
+        });
+    }
+
+    template <class Id>
+    void encode_new(const ScannedPiece& piece, Workspace& space, IdBuffer<Id>& out) const {
+        constexpr size_t kKeep = 1 << 16;
+        std::vector<uint32_t>& ids = space.ids;
+        ids.clear();
+        const uint32_t whole = whole_ids_.empty() ? StringTable::kAbsent : whole_.find(piece.view());
+        if (whole != StringTable::kAbsent)
+            ids.push_back(whole_ids_[whole]);
+        else if (backtracker_)
+            backtracker_->encode(piece.view(), space.scratch, ids);
         else
-            merge_by_heap(piece, space.parts, out);
-    }
-
-    Rule rule(int32_t left, int32_t right) const {
-        const Rule* found = rules_.find(pair_key(left, right));
-        return found ? *found : Rule{};
-    }
-
-    void merge_by_scan(std::string_view piece, std::vector<int32_t>& out) const {
-        int32_t ids[kScanLimit];
-        Rule rules[kScanLimit];  // rules[i] joins ids[i] and ids[i + 1]
-        size_t n = piece.size();
-        for (size_t i = 0; i < n; ++i) ids[i] = id_of_byte_[uint8_t(piece[i])];
-        for (size_t i = 0; i + 1 < n; ++i) rules[i] = rule(ids[i], ids[i + 1]);
-        while (n > 1) {
-            size_t best = 0;
-            for (size_t i = 1; i + 1 < n; ++i)
-                if (rules[i].rank < rules[best].rank) best = i;
-            if (rules[best].id < 0) break;
-            ids[best] = rules[best].id;
-            --n;
-            std::copy(ids + best + 2, ids + n + 1, ids + best + 1);
-            std::copy(rules + best + 1, rules + n, rules + best);
-            if (best + 1 < n) rules[best] = rule(ids[best], ids[best + 1]);
-            if (best > 0) rules[best - 1] = rule(ids[best - 1], ids[best]);
-        }
-        out.insert(out.end(), ids, ids + n);
-    }
-
-    void merge_by_heap(std::string_view piece, std::vector<Workspace::Part>& parts, std::vector<int32_t>& out) const {
-        if (piece.size() >= kNone) throw std::length_error("a pre-token of 4 GiB or more");
-        const uint32_t n = uint32_t(piece.size());
-        std::priority_queue<Workspace::Candidate> queue;
-        const auto offer = [&](uint32_t at) {
-            if (at == kNone || parts[at].next == kNone) return;
-            const int32_t left = parts[at].id, right = parts[parts[at].next].id;
-            const Rule found = rule(left, right);
-            if (found.id >= 0) queue.push({found, at, left, right});
-        };
-        parts.resize(n);
-        for (uint32_t i = 0; i < n; ++i)
-            parts[i] = {id_of_byte_[uint8_t(piece[i])], i == 0 ? kNone : i - 1, i + 1 == n ? kNone : i + 1};
-        for (uint32_t i = 0; i < n; ++i) offer(i);
-        while (!queue.empty()) {
-            const Workspace::Candidate best = queue.top();
-            queue.pop();
-            Workspace::Part& left = parts[best.at];
-            // An entry is stale when either side has been merged away since; a swallowed part has id -1.
-            if (left.id != best.left || left.next == kNone || parts[left.next].id != best.right) continue;
-            Workspace::Part& right = parts[left.next];
-            left.id = best.rule.id;
-            right.id = -1;
-            left.next = right.next;
-            if (left.next != kNone) parts[left.next].previous = best.at;
-            offer(left.previous);
-            offer(best.at);
-        }
-        for (uint32_t at = 0; at != kNone; at = parts[at].next) out.push_back(parts[at].id);
-        if (parts.capacity() > (1 << 20)) std::vector<Workspace::Part>().swap(parts);  // do not keep a giant's scratch
+            merger_->encode(piece.view(), ids);
+        space.cache.remember(piece, ids.data(), ids.size());
+        std::copy(ids.begin(), ids.end(), out.reserve(ids.size()));
+        out.advance(ids.size());
+        if (ids.capacity() > kKeep) std::vector<uint32_t>().swap(ids);  // do not keep a giant's ids
     }
 
     std::unique_ptr<Workspace> borrow() const {
@@ -279,11 +222,10 @@ class Encoder {
         idle_.push_back(std::move(space));
     }
 
-    int32_t id_of_byte_[256];
-    PairTable<Rule> rules_;
-    bool whole_first_;
-    StringTable whole_;
-    std::vector<int32_t> whole_ids_;
+    std::unique_ptr<Backtracker> backtracker_;  // or, for rules that it cannot take,
+    std::unique_ptr<Merger> merger_;
+    StringTable whole_;  // tokens taken as a whole that merging might not yield
+    std::vector<uint32_t> whole_ids_;
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Workspace>> idle_;  // at most as many as have ever run at once
 };

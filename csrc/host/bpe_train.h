@@ -23,6 +23,7 @@
 #include <string>
 #include <vector>
 
+#include "bpe_count.h"
 #include "flat_table.h"
 
 namespace megascratch::bpe {
@@ -36,46 +37,22 @@ struct Trained {
     std::vector<Merge> merges;        // in the order in which they were learnt
 };
 
-/// Distinct pre-tokens of a corpus and how often each occurs. Memory grows with the distinct ones only.
-class PieceCounter {
-  public:
-    /// Count pieces: piece i is text[ends[i-1], ends[i]), with ends[-1] = 0.
-    void add(const char* text, const int64_t* ends, size_t n_pieces) {
-        int64_t start = 0;
-        for (size_t i = 0; i < n_pieces; start = ends[i++]) {
-            const uint32_t index = pieces_.insert({text + start, size_t(ends[i] - start)});
-            if (index == counts_.size()) counts_.push_back(0);
-            ++counts_[index];
-        }
-        n_pieces_ += int64_t(n_pieces);
-    }
-
-    int64_t n_pieces() const { return n_pieces_; }
-    const StringTable& pieces() const { return pieces_; }
-    const std::vector<int64_t>& counts() const { return counts_; }
-
-  private:
-    StringTable pieces_;
-    std::vector<int64_t> counts_;
-    int64_t n_pieces_ = 0;
-};
-
 class Trainer {
   public:
     /// Args: byte_order: the 256 byte values in the order of their ids.
-    Trainer(const PieceCounter& counter, const std::string& byte_order) : counts_(counter.counts()) {
+    Trainer(const PieceTable& pieces, const std::string& byte_order) {
         int32_t id_of_byte[256];
         for (int32_t id = 0; id < 256; ++id) {
             id_of_byte[uint8_t(byte_order[size_t(id)])] = id;
             tokens_.push_back(byte_order.substr(size_t(id), 1));
         }
-        const StringTable& pieces = counter.pieces();
         words_.reserve(pieces.size());
-        for (size_t word = 0; word < pieces.size(); ++word) {
-            const size_t start = symbols_.size();
-            for (char byte : pieces[word]) symbols_.push_back(id_of_byte[uint8_t(byte)]);
-            words_.push_back({start, symbols_.size() - start});
-        }
+        counts_.reserve(pieces.size());
+        pieces.for_each([&](std::string_view piece, int64_t count) {
+            words_.push_back({symbols_.size(), piece.size()});
+            counts_.push_back(count);
+            for (char byte : piece) symbols_.push_back(id_of_byte[uint8_t(byte)]);
+        });
     }
 
     /// Merge until there are n_tokens tokens or no pair is left. Call once: it uses up the counts.
@@ -191,7 +168,7 @@ class Trainer {
         fresh_.clear();
     }
 
-    const std::vector<int64_t>& counts_;
+    std::vector<int64_t> counts_;
     std::vector<std::string> tokens_;
     std::vector<int32_t> symbols_;
     std::vector<Word> words_;

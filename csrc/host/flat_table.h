@@ -94,6 +94,55 @@ class PairTable {
     size_t size_ = 0;
 };
 
+/// A map from pairs of small ids to a small id, 8 bytes an entry. Most questions are about pairs that are not there, and
+/// most of those are answered by a filter of a few bits an entry, which stays in the processor's nearest cache.
+class PackedPairs {
+  public:
+    static constexpr uint32_t kMaxIds = 1 << 21;
+    static constexpr uint32_t kAbsent = UINT32_MAX;
+
+    explicit PackedPairs(size_t expected) {
+        while ((size_t(1) << log_) < 2 * expected) ++log_;
+        slots_.assign(size_t(1) << log_, kFree);
+        filter_.assign(slots_.size() >> 3, 0);
+    }
+
+    uint32_t find(uint32_t left, uint32_t right) const {
+        const uint64_t hash = hash_of(left, right);
+        if (!(filter_[filter_word(hash)] >> (hash & 63) & 1)) return kAbsent;
+        const uint64_t slot = slots_[probe(key(left, right), hash)];
+        return slot == kFree ? kAbsent : uint32_t(slot & (kMaxIds - 1));
+    }
+
+    void insert(uint32_t left, uint32_t right, uint32_t value) {
+        const uint64_t hash = hash_of(left, right);
+        slots_[probe(key(left, right), hash)] = key(left, right) << 21 | value;
+        filter_[filter_word(hash)] |= uint64_t(1) << (hash & 63);
+    }
+
+  private:
+    static constexpr uint64_t kFree = ~0ULL;
+
+    static uint64_t key(uint32_t left, uint32_t right) { return uint64_t(left) << 21 | right; }
+
+    static uint64_t hash_of(uint32_t left, uint32_t right) {
+        const uint64_t product = key(left, right) * 0x9e3779b97f4a7c15ULL;
+        return product ^ product >> 32;
+    }
+
+    size_t filter_word(uint64_t hash) const { return hash >> (64 - log_ + 3); }
+
+    size_t probe(uint64_t key, uint64_t hash) const {
+        const size_t mask = slots_.size() - 1;
+        size_t at = hash >> (64 - log_);
+        while (slots_[at] != kFree && slots_[at] >> 21 != key) at = (at + 1) & mask;
+        return at;
+    }
+
+    unsigned log_ = 4;
+    std::vector<uint64_t> slots_, filter_;
+};
+
 /// Distinct byte strings, numbered in order of first appearance; the bytes lie end to end in one arena.
 class StringTable {
   public:

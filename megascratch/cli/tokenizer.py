@@ -32,10 +32,13 @@ def train(
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="JSON Lines (.jsonl), or plain text.")],
     vocab_size: Annotated[int, typer.Option(help="Ids in all: 256 bytes, merges and special tokens.")],
     output: Annotated[Path, typer.Option(help="A .json file, or a directory for tokenizer.json.")],
-    pattern: Annotated[str, typer.Option(help="Pre-tokenisation: gpt2, cl100k, o200k or llama3.")] = "cl100k",
+    pattern: Annotated[str, typer.Option(help="Pre-tokenisation: gpt2, cl100k, o200k, llama3 or qwen2.")] = "cl100k",
     json_key: Annotated[str, typer.Option(help="Key that holds the text in JSON Lines.")] = "text",
     special_token: Annotated[
         list[str] | None, typer.Option(help="Instead of <|endoftext|>; repeatable. The first ends a document.")
+    ] = None,
+    limit_bytes: Annotated[
+        int | None, typer.Option(help="Train on about this much of the text, taken evenly from all of it.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -46,7 +49,15 @@ def train(
     from megascratch.tokenizer import train as run
 
     special_tokens = special_token or [END_OF_DOCUMENT]
-    trained = run(inputs, vocab_size, pattern, special_tokens, json_key=json_key, console=make_console())
+    trained = run(
+        inputs,
+        vocab_size,
+        pattern,
+        special_tokens,
+        json_key=json_key,
+        limit_bytes=limit_bytes,
+        console=make_console(),
+    )
     print(f"{trained.save(output)}: {trained.vocab_size:,} ids, {len(special_tokens)} of them special")
 
 

@@ -3,14 +3,14 @@ r"""Pre-tokenisation: cut text into pieces that no token may cross.
     gpt2     "don't pay 12345 ␣␣now"  →  don  't  ␣pay  ␣12345  ␣␣  ␣now
     cl100k                            →  don  't  ␣pay  ␣  123  45  ␣␣  ␣now
 
-A piece list is handed over in bulk: the UTF-8 bytes of the text and the byte offset at which each piece ends. Whoever
-encodes or counts reads those two and never sees a Python string per piece.
+The patterns named here have scanners in C++ (csrc/host/scanner.h); any other goes through the `regex` package, some
+twenty times slower. A piece list is handed over in bulk: the UTF-8 bytes of the text and the byte offset at which each
+piece ends. Whoever encodes or counts reads those two and never sees a Python string per piece.
 """
 
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from operator import methodcaller
 from types import MappingProxyType
 
 import numpy as np
@@ -18,26 +18,36 @@ import regex
 from numpy.typing import NDArray
 
 from megascratch.errors import Problem, TokenizerError
+from megascratch.tokenizer import _bpe
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_CL100K = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+# In tiktoken's cl100k, spaces at the end of the text are one piece, line ends or not: `\s++$`. Here that is written so
+# that it means the same in `regex`, `tokenizers` and tiktoken.
+_CL100K = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS}|\s+(?![\s\S])|{_SPACES}"
+_LLAMA3 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS}|{_SPACES}"
+_QWEN2 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_SYMBOLS}|{_SPACES}"
 
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"  # letters that may stand in the capitalised part of a word, with marks
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?"
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
 
+# The name of a pattern is the name of its scanner.
 PATTERNS: Mapping[str, str] = MappingProxyType(
     {
         "gpt2": _GPT2,  # Radford et al. 2019
         "cl100k": _CL100K,  # GPT-4
         "o200k": _O200K,  # GPT-4o: case-aware words, contractions kept with them
-        "llama3": _CL100K,  # Llama 3 took over GPT-4's
+        "llama3": _LLAMA3,  # GPT-4's, but for spaces at the end of the text
+        "qwen2": _QWEN2,  # Qwen 2, 2.5 and 3: digits one by one
     }
 )
 
@@ -75,13 +85,13 @@ class Splitter:
     """
 
     def __init__(self, pattern: str) -> None:
+        self.scanner = next((name for name, known in PATTERNS.items() if known == pattern), None)
         try:
             self._compiled = regex.compile(pattern)
         except regex.error as error:
             raise TokenizerError(
                 Problem(f"pattern {_shortened(pattern)}", f"is not a regular expression that we can read: {error}")
             ) from None
-        self._matches_everything = pattern in PATTERNS.values()
 
     def split(self, text: str) -> Pieces:
         """Cut a text.
@@ -90,13 +100,14 @@ class Splitter:
         out as that byte; this is how arbitrary bytes are split.
         """
         utf8 = text.encode("utf-8", "surrogateescape")
-        ends = self._character_ends(text)
+        if self.scanner is not None:
+            return Pieces(utf8, _bpe.scan(self.scanner, utf8))
+        ends = self.match_ends(text)
         return Pieces(utf8, ends if len(utf8) == len(text) else _byte_ends(text, ends))
 
-    def _character_ends(self, text: str) -> NDArray[np.int64]:
+    def match_ends(self, text: str) -> NDArray[np.int64]:
+        """Return the character offset at which each piece ends, as `regex` has it."""
         matches = self._compiled.finditer(text, concurrent=False)  # giving up the GIL for each match costs a third
-        if self._matches_everything:
-            return np.fromiter(map(methodcaller("end"), matches), np.int64)
         spans = np.fromiter((offset for match in matches for offset in match.span()), np.int64)
         ends = np.unique(np.append(spans, len(text)))
         return ends[ends > 0]
@@ -111,6 +122,8 @@ def finder(contents: Collection[str]) -> regex.Pattern[str] | None:
 
 def well_formed(text: str) -> str:
     """Replace lone surrogates by U+FFFD: a JSON file may hold them, UTF-8 cannot."""
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:

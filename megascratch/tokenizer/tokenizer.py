@@ -12,7 +12,8 @@ puts in front and leaves there (`prefix_space`), and SentencePiece's ▁, which 
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +44,7 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self._splitter, self._encoder = _model(vocabulary)
+        self._scanning = _scanning(self._splitter, self._encoder)
         self._normalize = normalizer(vocabulary.normalizer)
         self._surroundings = hugging_face_steps.read_surroundings(vocabulary.post_processor)
         self._id_of_added = {token.content: token.id for token in vocabulary.added}
@@ -51,6 +53,7 @@ class Tokenizer:
             self._bytes[token.id] = token.content.encode()
         if vocabulary.characters is not None:
             self._bytes = [token.replace(SPACE.encode(), b" ") for token in self._bytes]
+        self._decoder = _bpe.Decoder(self._bytes)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Vocabulary]]:
         # Workers of a spawned pool get the vocabulary and build their own tables.
@@ -120,7 +123,8 @@ class Tokenizer:
 
     def token_bytes(self, id: int) -> bytes:
         """Return the bytes that an id decodes to. Raises: TokenizerError: for an id outside the vocabulary."""
-        self._check_ids([id])
+        if not 0 <= id < self.vocab_size:
+            raise self._unknown(id)
         return self._bytes[id]
 
     def byte_lengths(self) -> Ids:
@@ -173,27 +177,50 @@ class Tokenizer:
         """Encode many texts; options and errors are those of `encode`.
 
         Args:
-            threads: threads that merge; the GIL is free meanwhile.
+            threads: threads that encode; the GIL is free meanwhile.
 
         Returns: int32 [tokens] for each text.
         """
-        if threads < 1:
-            raise TokenizerError(Problem(f"threads = {threads}", "must be at least 1"))
+        _check_threads(threads)
         find = self._finder(allowed_special, disallowed_special)
         encoded: list[Ids] = []
         for batch in _batches(texts):
             stretches = [find(well_formed(text)) for text in batch]
-            pieces = [
-                self._split(part, at_start=n == 0)
-                for parts in stretches
-                for n, part in enumerate(parts)
-                if isinstance(part, str)
-            ]
-            encoded += _regroup(stretches, self._merge(pieces, threads))
+            flat = [(part, n == 0) for parts in stretches for n, part in enumerate(parts) if isinstance(part, str)]
+            encoded += _regroup(stretches, self._encode_stretches(flat, threads))
         if add_special_tokens and any(self._surroundings):
             before, after = (np.array(ids, np.int32) for ids in self._surroundings)
             encoded = [np.concatenate([before, ids, after]) for ids in encoded]
         return encoded
+
+    def encode_documents(
+        self, text: bytes | memoryview | NDArray[np.uint8], ends: NDArray[np.int64], threads: int = 1
+    ) -> tuple[NDArray[np.uint32] | NDArray[np.uint16], NDArray[np.int64]]:
+        """Encode many documents that lie end to end in one buffer of UTF-8: the shortest way from bytes to ids.
+
+        Args:
+            text: bytes, or a contiguous view of some, such as of a memory map.
+            ends: byte offset at which each document ends, int64 [documents]; the last is the size of the text.
+            threads: threads that encode, on shares of the text; the GIL is free meanwhile.
+
+        Returns: (ids, ends): the ids of all documents end to end, uint16 where all ids of the vocabulary fit and uint32
+            otherwise; and how many there are up to the end of each document, int64 [documents]. A document's ids are
+            those of `encode`; bytes that are not UTF-8 are encoded as what they are.
+
+        Raises: TokenizerError: if there is no thread. ValueError: if the ends decrease, or do not reach the text's end.
+        """
+        _check_threads(threads)
+        narrow = self.vocab_size <= 1 << 16
+        if self._scanning and not self.vocabulary.normalizer and all(token.special for token in self.vocabulary.added):
+            scanner, encoder = self._scanning
+            encode = encoder.encode_documents_16 if narrow else encoder.encode_documents
+            return encode(scanner, text, ends, threads)
+        data = text if isinstance(text, bytes) else text.tobytes()
+        starts = [0, *ends.tolist()]
+        documents = (data[begin:end].decode("utf-8", "replace") for begin, end in pairwise(starts))
+        encoded = self.encode_batch(documents, threads)
+        ids = np.concatenate([np.empty(0, np.int32), *encoded])
+        return ids.astype(np.uint16) if narrow else ids.view(np.uint32), _ends(encoded)
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Encode bytes that need not be UTF-8; those that are get the ids that `encode` gives.
@@ -203,7 +230,8 @@ class Tokenizer:
         text = data.decode("utf-8", "surrogateescape")
         if self.vocabulary.characters is not None:
             text = self._normalize(text)
-        return self._merge([self._split(text, at_start=True)], threads=1)[0].tolist()
+        [ids] = self._encode_stretches([(text, True)], threads=1)
+        return ids.tolist()
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Decode to text; bytes that are not UTF-8 become U+FFFD.
@@ -220,18 +248,34 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Decode to the exact bytes. Raises: TokenizerError: for an id outside the vocabulary."""
-        ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-        self._check_ids(ids)
-        data = b"".join(map(self._bytes.__getitem__, ids))
+        try:
+            data = self._decoder.decode(ids if isinstance(ids, np.ndarray) else np.fromiter(ids, np.int64))
+        except IndexError as error:
+            raise self._unknown(str(error)) from None
         characters = self.vocabulary.characters
         return data.removeprefix(b" ") if characters is not None and characters.strip_first else data
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
-            wrong = next(id for id in ids if not 0 <= id < self.vocab_size)
-            raise TokenizerError(
-                Problem(f"token id {wrong}", f"must be from 0 to {self.vocab_size - 1}", "is this the right tokenizer?")
-            )
+    def _unknown(self, id: object) -> TokenizerError:
+        rule = f"must be from 0 to {self.vocab_size - 1}"
+        return TokenizerError(Problem(f"token id {id}", rule, "is this the right tokenizer?"))
+
+    def _encode_stretches(self, stretches: Sequence[tuple[str, bool]], threads: int) -> list[Ids]:
+        """Encode normalised stretches of text, each with whether a text begins with it → int32 [tokens] each."""
+        if not stretches:
+            return []
+        ids: NDArray[np.uint32] | Ids
+        if self._scanning:
+            scanner, encoder = self._scanning
+            utf8 = [text.encode("utf-8", "surrogateescape") for text, _ in stretches]
+            ids, id_ends = encoder.encode_documents(scanner, b"".join(utf8), _ends(utf8), threads)
+        else:
+            pieces = [self._split(text, at_start) for text, at_start in stretches]
+            offsets = [0, *_ends([one.utf8 for one in pieces])[:-1]]
+            ends = np.concatenate([one.ends + offset for one, offset in zip(pieces, offsets)])
+            document_ends = _ends([one.ends for one in pieces])
+            utf8 = [one.utf8 for one in pieces]
+            ids, id_ends = self._encoder.encode(b"".join(utf8), ends, document_ends, threads)
+        return np.split(ids.view(np.int32), id_ends[:-1])
 
     def _split(self, text: str, at_start: bool) -> Pieces:
         """Cut a normalised stretch of text; `at_start` says that a text begins with it."""
@@ -239,16 +283,6 @@ class Tokenizer:
         if characters is not None and characters.spaces is not None:
             text = with_spaces(text, characters.spaces, at_start)
         return self._splitter.split(text)
-
-    def _merge(self, pieces: Sequence[Pieces], threads: int) -> list[Ids]:
-        """Encode split texts in one call, [pieces] each → int32 [tokens] each."""
-        if not pieces:
-            return []
-        starts = np.cumsum([0, *(len(one.utf8) for one in pieces)])
-        ends = np.concatenate([one.ends + start for one, start in zip(pieces, starts)])
-        document_ends = np.cumsum([len(one.ends) for one in pieces])
-        ids, id_ends = self._encoder.encode(b"".join(one.utf8 for one in pieces), ends, document_ends, threads)
-        return np.split(ids, id_ends[:-1])
 
     def _finder(self, allowed: Specials, disallowed: Specials) -> Callable[[str], list[str | AddedToken]]:
         """Return a function that cuts a text at the added tokens to recognise, and refuses those disallowed."""
@@ -286,6 +320,25 @@ def _model(
         steps = vocabulary.cuts, vocabulary.prefix_space, vocabulary.pattern, vocabulary.byte_cuts
         return PreTokenizer(*steps), encoder
     return Splitter(vocabulary.pattern), encoder
+
+
+def _scanning(
+    splitter: Splitter | PreTokenizer | CharacterPreTokenizer, encoder: _bpe.Encoder | _sentencepiece.CharacterEncoder
+) -> tuple[str, _bpe.Encoder] | None:
+    """Return the scanner and encoder that go over whole documents at once; None where Python has to cut them."""
+    if isinstance(splitter, Splitter) and splitter.scanner is not None and isinstance(encoder, _bpe.Encoder):
+        return splitter.scanner, encoder
+    return None
+
+
+def _check_threads(threads: int) -> None:
+    if threads < 1:
+        raise TokenizerError(Problem(f"threads = {threads}", "must be at least 1"))
+
+
+def _ends(parts: Sequence[Sized]) -> NDArray[np.int64]:
+    """Where each part ends when they lie end to end."""
+    return np.cumsum([len(part) for part in parts], dtype=np.int64)
 
 
 def _chosen(names: Specials, special: set[str]) -> set[str]:

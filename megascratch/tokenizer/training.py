@@ -8,8 +8,9 @@ Special tokens that stand in the text are cut out before counting: they separate
 """
 
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -20,12 +21,13 @@ from megascratch.errors import Problem, TokenizerError
 from megascratch.log import make_console, progress
 from megascratch.tokenizer import _bpe
 from megascratch.tokenizer.alphabet import BYTE_OF_CHARACTER, BYTES_IN_ID_ORDER
-from megascratch.tokenizer.corpus import check_readable, texts_of
-from megascratch.tokenizer.patterns import PATTERNS, Splitter, finder, pattern_named, well_formed
+from megascratch.tokenizer.corpus import check_readable, sample_evenly, texts_of
+from megascratch.tokenizer.patterns import PATTERNS, pattern_named, well_formed
 from megascratch.tokenizer.tokenizer import Tokenizer
 from megascratch.tokenizer.vocabulary import END_OF_DOCUMENT, MAX_IDS, AddedToken, Vocabulary, usual_end_of_document
 
 DEFAULT_PATTERN = "cl100k"
+_BATCH_BYTES = 1 << 23
 
 
 def train(
@@ -35,6 +37,7 @@ def train(
     special_tokens: Sequence[str] = (END_OF_DOCUMENT,),
     *,
     json_key: str = "text",
+    limit_bytes: int | None = None,
     console: Console | None = None,
 ) -> Tokenizer:
     """Train on files, which may be larger than memory: only distinct pre-tokens are kept.
@@ -46,6 +49,7 @@ def train(
         special_tokens: contents of the special tokens, in the order of their ids. One of the usual names ends a
             document, otherwise the first.
         json_key: the key that holds the text in a JSONL file.
+        limit_bytes: train on about this much of the files, documents taken evenly from all of them.
         console: where to show progress.
 
     Returns: the tokenizer; `save` writes it.
@@ -55,12 +59,15 @@ def train(
     """
     files = [Path(path) for path in paths]
     problems = [] if files else [Problem("no input files", "are given", "name at least one file")]
+    if limit_bytes is not None and limit_bytes < 1:
+        problems.append(Problem(f"limit_bytes = {limit_bytes}", "must be at least 1", "leave it out to use all text"))
     _check(vocab_size, pattern, special_tokens, [*problems, *check_readable(files)])
     console = console or make_console()
     total_bytes = sum(file.stat().st_size for file in files)
+    share = 1.0 if limit_bytes is None or limit_bytes >= total_bytes else limit_bytes / total_bytes
     with progress(console, "counting pre-tokens", total_bytes, "B") as advance:
-        texts = chain.from_iterable(texts_of(file, json_key, advance) for file in files)
-        counter = _count(texts, pattern, special_tokens)
+        texts = chain.from_iterable(texts_of(file, json_key, advance, sampled=share < 1) for file in files)
+        counter = _count(sample_evenly(texts, share), pattern, special_tokens)
     return _learn(counter, vocab_size, pattern, special_tokens, console)
 
 
@@ -74,7 +81,7 @@ def train_from_texts(
 ) -> Tokenizer:
     """Train on texts, taken one at a time; arguments and errors are those of `train`."""
     _check(vocab_size, pattern, special_tokens, [])
-    counter = _count(texts, pattern, special_tokens)
+    counter = _count((well_formed(text).encode() for text in texts), pattern, special_tokens)
     return _learn(counter, vocab_size, pattern, special_tokens, console or make_console())
 
 
@@ -102,19 +109,37 @@ def _check(vocab_size: int, pattern: str, special_tokens: Sequence[str], problem
         raise TokenizerError(found, where="tokenizer training")
 
 
-def _count(texts: Iterable[str], pattern: str, special_tokens: Sequence[str]) -> _bpe.PieceCounter:
+def _count(texts: Iterable[bytes], pattern: str, special_tokens: Sequence[str]) -> _bpe.PieceCounter:
     counter = _bpe.PieceCounter()
-    splitter = Splitter(PATTERNS[pattern])
-    border = finder(special_tokens)
-    for text in texts:
-        for part in border.split(text)[::2] if border else [text]:  # text, special token, text, ...
-            pieces = splitter.split(part)
-            counter.add(pieces.utf8, pieces.ends)
-    if counter.n_pieces == 0:
+    threads = os.cpu_count() or 1
+    special = [content.encode() for content in special_tokens]
+    border = re.compile(b"|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+    for batch in _batches(texts):
+        parts: list[bytes] = []
+        for text in batch:
+            # Searching for each token alone runs at memory speed; the expression does not, and is seldom needed.
+            parts += border.split(text) if any(content in text for content in special) else [text]
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        counter.add(pattern, parts[0] if len(parts) == 1 else b"".join(parts), ends, threads)
+    if counter.n_distinct == 0:
         raise TokenizerError(
             Problem("the input", "holds no text", "is the JSON key right, and are the files not empty?")
         )
     return counter
+
+
+def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Put short texts together, so that threads have something to share."""
+    batch: list[bytes] = []
+    n_bytes = 0
+    for text in texts:
+        batch.append(text)
+        n_bytes += len(text)
+        if n_bytes >= _BATCH_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
+        yield batch
 
 
 def _learn(

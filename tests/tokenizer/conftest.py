@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megascratch.log import make_console
-from megascratch.tokenizer import Tokenizer, train_from_texts
+from megascratch.tokenizer import PATTERNS, Tokenizer, train_from_texts
 
 _SCRIPTS = {  # first and last code point, with a separator that the script's text is written with
     "latin": (0x41, 0x24F, " "),
@@ -75,7 +75,7 @@ def _trained(texts: list[str], pattern: str) -> Tokenizer:
 def tokenizers_by_pattern(source_texts: list[str], mixed_text: str) -> dict[str, Tokenizer]:
     """A vocabulary of 3000 for each pattern, learnt from source and from other scripts."""
     texts = [*source_texts[:20], mixed_text[:300_000]]
-    return {pattern: _trained(texts, pattern) for pattern in ("gpt2", "cl100k", "o200k", "llama3")}
+    return {pattern: _trained(texts, pattern) for pattern in PATTERNS}
 
 
 @pytest.fixture(scope="session")

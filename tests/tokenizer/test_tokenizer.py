@@ -19,6 +19,10 @@ from megascratch.tokenizer import PATTERNS, StreamDecoder, Tokenizer
 from megascratch.tokenizer.hugging_face import render
 
 SHARED_TEXTS = sorted(Path("../shared/data").glob("*.txt"))
+LLAMA3 = (  # as Llama 3's own code gives it to tiktoken
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TIKTOKEN_CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
@@ -39,7 +43,8 @@ TIKTOKEN_PATTERNS = {
     "gpt2": openai_public.r50k_pat_str,
     "cl100k": TIKTOKEN_CL100K,
     "o200k": TIKTOKEN_O200K,
-    "llama3": TIKTOKEN_CL100K,
+    "llama3": LLAMA3,
+    "qwen2": LLAMA3.replace("{1,3}", ""),
 }
 
 

@@ -1,0 +1,163 @@
+// Walking over text by pre-tokens: sharing it out over threads, and looking some pre-tokens ahead.
+//
+// Whoever looks pre-tokens up in a large table waits for memory at each one. `scan_ahead` cuts 32 of them first and lets
+// the caller ask for the memory of each; by the time the first is looked up, it has come.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "flat_table.h"
+#include "scanner.h"
+
+namespace megascratch::bpe {
+
+/// A pre-token of 1 to 15 bytes as a number: two words, with the length in the last byte. 0, 0 is no piece.
+struct PieceKey {
+    static constexpr size_t kMaxBytes = 15;
+    uint64_t low = 0, high = 0;
+
+    PieceKey() = default;
+    /// Args: readable_end: where reading must stop, at or after the end of the piece.
+    PieceKey(const uint8_t* piece, size_t length, const uint8_t* readable_end) {
+        if (readable_end - piece >= 16) {
+            std::memcpy(&low, piece, 8);
+            std::memcpy(&high, piece + 8, 8);
+            const unsigned bits = unsigned(length) * 8;  // of the 128, those that are the piece's
+            low &= bits >= 64 ? ~0ULL : (1ULL << bits) - 1;
+            high &= bits <= 64 ? 0 : (1ULL << (bits - 64)) - 1;
+        } else {
+            std::memcpy(&low, piece, std::min<size_t>(length, 8));
+            if (length > 8) std::memcpy(&high, piece + 8, length - 8);
+        }
+        high |= uint64_t(length) << 56;
+    }
+
+    bool operator==(const PieceKey& other) const { return low == other.low && high == other.high; }
+    size_t length() const { return size_t(high >> 56); }
+    uint64_t hash() const { return mix(low ^ high * 0x9e3779b97f4a7c15ULL); }
+};
+
+/// A pre-token on its way; its key is empty where it is longer than a key can hold.
+struct ScannedPiece {
+    const uint8_t* at;
+    size_t length;
+    PieceKey key;
+    uint64_t hash;  // of the key, or of the first 56 bytes
+
+    bool has_key() const { return key.high != 0; }
+    std::string_view view() const { return {reinterpret_cast<const char*>(at), length}; }
+};
+
+/// Cut one text by next(p), which returns the end of the piece that begins at p.
+///
+/// Args:
+///   readable_end: where reading must stop, at or after the end of the text.
+///   touch(piece): ask for the memory that use(piece) will need.
+template <class Next, class Touch, class Use>
+void scan_ahead(Next&& next, const Text& text, const uint8_t* readable_end, Touch&& touch, Use&& use) {
+    constexpr size_t kAhead = 32;
+    ScannedPiece pieces[kAhead];
+    for (const uint8_t* p = text.begin; p < text.end;) {
+        size_t n = 0;
+        for (; n < kAhead && p < text.end; ++n) {
+            const uint8_t* const end = next(p);
+            ScannedPiece& piece = pieces[n];
+            piece.at = p;
+            piece.length = size_t(end - p);
+            if (piece.length <= PieceKey::kMaxBytes) {
+                piece.key = PieceKey(p, piece.length, readable_end);
+                piece.hash = piece.key.hash();
+            } else {
+                piece.key = {};
+                piece.hash = hash_bytes({piece.view().data(), std::min<size_t>(piece.length, 56)});
+            }
+            touch(piece);
+            p = end;
+        }
+        for (size_t i = 0; i < n; ++i) use(pieces[i]);
+    }
+}
+
+/// What one thread does at a time: bytes [begin, end) of the text, in which the documents [first, last) end.
+struct Share {
+    int64_t begin, end;
+    size_t first, last;
+};
+
+/// Share out documents, of which document i is text[ends[i-1], ends[i]). A long one is cut where no piece of any pattern
+/// can lie: between a letter or digit and the line feed after it.
+inline std::vector<Share> share_out(const char* text, const int64_t* ends, size_t n_documents, size_t n_threads) {
+    constexpr int64_t kSharesPerThread = 4;   // so that a thread with the easier text takes more of it
+    constexpr int64_t kShareBytes = 1 << 16;  // below this a thread costs more than it brings
+    const auto border_after = [text](int64_t at, int64_t end) {
+        for (; at < end; ++at) {
+            const uint8_t before = at > 0 ? uint8_t(text[at - 1]) : 0;
+            const bool ascii_letter_or_digit = uint8_t((before | 0x20) - 'a') < 26 || uint8_t(before - '0') < 10;
+            if (text[at] == '\n' && ascii_letter_or_digit) break;
+        }
+        return at;
+    };
+    const int64_t size = n_documents == 0 ? 0 : ends[n_documents - 1];
+    const int64_t most = n_threads == 1 ? 1 : int64_t(n_threads) * kSharesPerThread;
+    const int64_t n_shares = std::max<int64_t>(1, std::min(most, size / kShareBytes));
+    std::vector<Share> shares;
+    int64_t begin = 0;
+    size_t first = 0;
+    for (int64_t s = 1; s < n_shares; ++s) {
+        const int64_t wanted = std::max(begin, size / n_shares * s);
+        size_t last = size_t(std::upper_bound(ends + first, ends + n_documents, wanted) - ends);
+        if (last == n_documents) break;
+        const int64_t document_begin = last == 0 ? 0 : ends[last - 1];
+        const bool near = document_begin >= begin && wanted - document_begin < kShareBytes;
+        const int64_t end = near ? document_begin : border_after(wanted, ends[last]);
+        if (end == ends[last]) ++last;
+        shares.push_back({begin, end, first, last});
+        begin = end;
+        first = last;
+    }
+    shares.push_back({begin, size, first, n_documents});
+    return shares;
+}
+
+/// Call visit(begin, end, whole) for each stretch of a share that lies in one document, with offsets into the text;
+/// `whole` says that the document ends with it.
+template <class Visit>
+void for_each_stretch(const Share& share, const int64_t* ends, Visit&& visit) {
+    int64_t at = share.begin;
+    for (size_t document = share.first; document < share.last; ++document) {
+        visit(at, ends[document], true);
+        at = ends[document];
+    }
+    if (at < share.end) visit(at, share.end, false);
+}
+
+/// Call work(share, thread) for every share, each thread taking the next one that is left.
+template <class Work>
+void work_off(size_t n_shares, size_t n_threads, const Work& work) {
+    std::vector<std::exception_ptr> failures(std::max<size_t>(1, std::min(n_threads, n_shares)));
+    std::atomic<size_t> taken{0};
+    const auto take = [&](size_t thread) {
+        try {
+            for (size_t share; (share = taken++) < n_shares;) work(share, thread);
+        } catch (...) {
+            failures[thread] = std::current_exception();
+        }
+    };
+    std::vector<std::thread> threads;
+    for (size_t t = 1; t < failures.size(); ++t) threads.emplace_back(take, t);
+    take(0);
+    for (std::thread& thread : threads) thread.join();
+    for (const std::exception_ptr& failure : failures)
+        if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace megascratch::bpe
