@@ -118,7 +118,7 @@ class BuildNative(build_ext):
         levels = cpu_levels()
         objects = [ninja.compile(CSRC / "cpu/registration.cpp", [*cxx, *stable], "cpu")]
         for level, flags in levels.items():
-            command = [*cxx, "-fopenmp-simd", f"-DMEGASCRATCH_LEVEL={level}", *flags]
+            command = [*cxx, "-fopenmp-simd", "-fno-math-errno", f"-DMEGASCRATCH_LEVEL={level}", *flags]
             objects += [ninja.compile(source, command, f"cpu_{level}") for source in kernels("cpu", "cpp")]
         ninja.link("libmegascratch_cpu.so", objects, [gxx], libraries)
 

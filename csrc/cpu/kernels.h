@@ -22,6 +22,13 @@ namespace megascratch {
     static void norm_add_parts(const NormBackwardArguments& arguments, int64_t begin, int64_t end);                    \
     /* Rows are tokens. */                                                                                             \
     static void activation(const ActivationArguments& arguments, int64_t begin, int64_t end);                          \
+    /* Rows are tokens. */                                                                                             \
+    static void logit_statistics(const LogitStatisticsArguments& arguments, int64_t begin, int64_t end);               \
+    static void logit_gradient(const LogitGradientArguments& arguments, int64_t begin, int64_t end);                   \
+    /* Rows are parameters. */                                                                                         \
+    static void adamw(const AdamWArguments& arguments, int64_t begin, int64_t end);                                    \
+    /* Rows are parts of x. */                                                                                         \
+    static void squared_norm(const SquaredNormArguments& arguments, int64_t begin, int64_t end);                       \
   };                                                                                                                   \
   }
 

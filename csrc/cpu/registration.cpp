@@ -3,11 +3,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <vector>
 
 #include "kernels.h"
 #include "operators/activation.h"
+#include "operators/logits.h"
 #include "operators/norm.h"
+#include "operators/optimizer.h"
 #include "operators/rope.h"
 #include "operators/scaled_softmax.h"
 
@@ -69,6 +72,29 @@ struct Cpu {
     torch::stable::parallel_for(
         0, a.rows, grain_rows(a.f), [&](int64_t begin, int64_t end) { Kernels::activation(a, begin, end); });
   }
+
+  static void run(const LogitStatisticsArguments& a, const Tensor&) {
+    torch::stable::parallel_for(
+        0, a.rows, grain_rows(a.n_real), [&](int64_t begin, int64_t end) { Kernels::logit_statistics(a, begin, end); });
+  }
+
+  static void run(const LogitGradientArguments& a, const Tensor&) {
+    torch::stable::parallel_for(
+        0, a.rows, grain_rows(a.columns), [&](int64_t begin, int64_t end) { Kernels::logit_gradient(a, begin, end); });
+  }
+
+  static void run(const AdamWArguments& a, const Tensor&) {
+    torch::stable::parallel_for(
+        0, a.n, grain_elements, [&](int64_t begin, int64_t end) { Kernels::adamw(a, begin, end); });
+  }
+
+  static int64_t squared_norm_parts(int64_t n) { return (n + grain_elements - 1) / grain_elements; }
+
+  static void run(const SquaredNormArguments& a, const Tensor&) {
+    torch::stable::parallel_for(
+        0, a.parts, 1, [&](int64_t begin, int64_t end) { Kernels::squared_norm(a, begin, end); });
+    *a.out = std::accumulate(a.partial, a.partial + a.parts, 0.0);
+  }
 };
 
 template <typename Kernels>
@@ -77,6 +103,8 @@ void add_to(Library& library) {
   SoftmaxOperators<Cpu<Kernels>>::add_to(library);
   NormOperators<Cpu<Kernels>>::add_to(library);
   ActivationOperators<Cpu<Kernels>>::add_to(library);
+  LogitOperators<Cpu<Kernels>>::add_to(library);
+  OptimizerOperators<Cpu<Kernels>>::add_to(library);
 }
 
 #ifdef __x86_64__

@@ -45,12 +45,14 @@ __device__ __forceinline__ void backward_columns(const ActivationArguments& a, i
   if (a.gated) write<V, wide>(dgate + a.f, up);
 }
 
-template <typename T, int V, typename F>
+template <typename T, int V, typename F, bool is_backward>
 __global__ void __launch_bounds__(256) activation_kernel(ActivationArguments a) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < a.rows; row += step) {
+    // Unrolled, the narrow kernels would spill registers on sm_100.
+#pragma unroll 1
     for (int64_t j = static_cast<int64_t>(threadIdx.x) * V; j < a.f; j += blockDim.x * V) {
-      if (a.grad) {
+      if constexpr (is_backward) {
         backward_columns<T, V, F>(a, row, j);
       } else {
         forward_columns<T, V, F>(a, row, j);
@@ -65,7 +67,11 @@ int launch(const ActivationArguments& a, void* stream) {
   while (threads < 256 && threads < a.f / V) threads *= 2;
   const dim3 block(threads, 256 / threads);
   const unsigned grid = grid_size((a.rows + block.y - 1) / block.y);
-  MEGASCRATCH_LAUNCH(grid, block, stream, (activation_kernel<T, V, F>), a);
+  if (a.grad) {
+    MEGASCRATCH_LAUNCH(grid, block, stream, (activation_kernel<T, V, F, true>), a);
+  } else {
+    MEGASCRATCH_LAUNCH(grid, block, stream, (activation_kernel<T, V, F, false>), a);
+  }
   return launch_status();
 }
 

@@ -10,6 +10,10 @@ int megascratch_cuda_rope(const megascratch::RopeArguments* arguments, void* str
 int megascratch_cuda_scaled_softmax(const megascratch::SoftmaxArguments* arguments, void* stream);
 int megascratch_cuda_scaled_softmax_backward(const megascratch::SoftmaxBackwardArguments* arguments, void* stream);
 int megascratch_cuda_activation(const megascratch::ActivationArguments* arguments, void* stream);
+int megascratch_cuda_adamw(const megascratch::AdamWArguments* arguments, void* stream);
+int megascratch_cuda_logit_gradient(const megascratch::LogitGradientArguments* arguments, void* stream);
+int megascratch_cuda_logit_statistics(const megascratch::LogitStatisticsArguments* arguments, void* stream);
 int megascratch_cuda_norm(const megascratch::NormArguments* arguments, void* stream);
 int megascratch_cuda_norm_backward(const megascratch::NormBackwardArguments* arguments, void* stream);
+int megascratch_cuda_squared_norm(const megascratch::SquaredNormArguments* arguments, void* stream);
 }

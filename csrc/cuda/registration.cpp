@@ -5,7 +5,9 @@
 
 #include "launchers.h"
 #include "operators/activation.h"
+#include "operators/logits.h"
 #include "operators/norm.h"
+#include "operators/optimizer.h"
 #include "operators/rope.h"
 #include "operators/scaled_softmax.h"
 
@@ -44,6 +46,12 @@ struct Cuda {
     launch(megascratch_cuda_scaled_softmax_backward, a, on);
   }
   static void run(const ActivationArguments& a, const Tensor& on) { launch(megascratch_cuda_activation, a, on); }
+  static void run(const AdamWArguments& a, const Tensor& on) { launch(megascratch_cuda_adamw, a, on); }
+  static void run(const LogitGradientArguments& a, const Tensor& on) { launch(megascratch_cuda_logit_gradient, a, on); }
+  static void run(const LogitStatisticsArguments& a, const Tensor& on) {
+    launch(megascratch_cuda_logit_statistics, a, on);
+  }
+  static void run(const SquaredNormArguments& a, const Tensor& on) { launch(megascratch_cuda_squared_norm, a, on); }
   static void run(const NormArguments& a, const Tensor& on) { launch(megascratch_cuda_norm, a, on); }
   static void run(const NormBackwardArguments& a, const Tensor& on) { launch(megascratch_cuda_norm_backward, a, on); }
 
@@ -52,6 +60,9 @@ struct Cuda {
   static int64_t norm_parts(const NormBackwardArguments& a) {
     return std::min(a.rows, std::clamp<int64_t>(a.rows / 16, 132, a.h <= 1024 ? 4224 : 528));
   }
+
+  // A block's sum each: 4 blocks on each of 132 processors.
+  static int64_t squared_norm_parts(int64_t n) { return std::clamp<int64_t>(n / 16384, 1, 528); }
 };
 
 void add_to(Library& library) {
@@ -59,6 +70,8 @@ void add_to(Library& library) {
   SoftmaxOperators<Cuda>::add_to(library);
   NormOperators<Cuda>::add_to(library);
   ActivationOperators<Cuda>::add_to(library);
+  LogitOperators<Cuda>::add_to(library);
+  OptimizerOperators<Cuda>::add_to(library);
 }
 
 }  // namespace

@@ -106,4 +106,42 @@ struct ActivationArguments {
   DType dtype;
 };
 
+// A rank's columns of the logits, [rows, columns], of which the first n_real are words: first, first + 1, …
+struct LogitStatisticsArguments {
+  const void* logits;
+  const int64_t* labels;       // [rows], of the whole vocabulary
+  void *peak, *total, *picked;  // [rows], in the accumulation type: maximum, Σ exp(logit − maximum), the label's logit
+  int64_t rows, stride, first, n_real;
+  DType dtype;
+};
+
+struct LogitGradientArguments {
+  const void* grad;       // [rows], of the label's log-probability, in the accumulation type
+  const void* logits;     // [rows, columns]
+  const int64_t* labels;  // [rows]
+  const void* log_total;  // [rows], log Σ exp(logit) over the whole vocabulary
+  void* grad_logits;      // [rows, columns]; may be the logits themselves
+  int64_t rows, columns, stride, stride_out, first, n_real;
+  DType dtype;
+};
+
+// Everything that the step has of n parameters; the formula stands in megascratch/ops/adamw.py.
+struct AdamWArguments {
+  void *value, *exp_avg, *exp_avg_sq;  // [n]
+  const void* grad;                    // [n]
+  void* model;                         // [n] in model_dtype, or null: the new values, rounded
+  int64_t n;
+  double grad_factor, keep, beta1, beta2, step_size, root_factor, eps;
+  DType dtype, model_dtype;
+};
+
+// Σ x² in double precision, by parts whose sums are added up at the end.
+struct SquaredNormArguments {
+  const void* x;     // [n]
+  double* partial;   // [parts]
+  double* out;       // one number
+  int64_t n, parts;
+  DType dtype;
+};
+
 }  // namespace megascratch

@@ -3,25 +3,15 @@
 #pragma once
 
 #include "arguments.h"
-#include "numeric.h"
-#ifndef __CUDACC__
 #include "exponential.h"
-#endif
+#include "numeric.h"
 
 namespace megascratch {
 namespace {
 
 #ifdef __CUDACC__
-__device__ __forceinline__ float decay(float x) { return expf(x); }
-// Not inlined: copies of the double-precision polynomials and their constants would spill registers.
-__device__ __noinline__ double decay(double x) { return exp(x); }
 __device__ __noinline__ double upper_tail(double z, double) { return erfc(z); }
 #else
-// exp(x) for x ≤ 0.
-template <typename A>
-inline __attribute__((always_inline)) A decay(A x) {
-  return exponential<A>(x);
-}
 inline double upper_tail(double z, double) { return __builtin_erfc(z); }
 #endif
 
@@ -48,7 +38,7 @@ struct ValueAndSlope {
 // 1 / (1 + exp(−x)), by an exponential that cannot overflow.
 template <typename A>
 MEGASCRATCH_DEVICE A logistic(A x) {
-  const A z = decay(x < 0 ? x : -x), r = 1 / (1 + z);
+  const A z = exponential(x < 0 ? x : -x), r = 1 / (1 + z);
   return x < 0 ? z * r : r;
 }
 
@@ -64,7 +54,7 @@ struct Gelu {
   template <typename A>
   static MEGASCRATCH_DEVICE ValueAndSlope<A> at(A x) {
     constexpr A root_half = static_cast<A>(0.70710678118654752440), density = static_cast<A>(0.39894228040143267794);
-    const A z = (x < 0 ? -x : x) * root_half, gauss = decay(-z * z), tail = upper_tail(z, gauss) / 2;
+    const A z = (x < 0 ? -x : x) * root_half, gauss = exponential(-z * z), tail = upper_tail(z, gauss) / 2;
     const A cdf = x < 0 ? tail : 1 - tail;
     return {x * cdf, cdf + x * density * gauss};
   }

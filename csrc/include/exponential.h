@@ -1,4 +1,4 @@
-// exp(x) for x ≤ 0 without a library call, so that a loop of it vectorises.
+// exp(x) for x ≤ 0 without a library call, so that a loop of it vectorises; on a GPU the native one.
 //
 // x = k ln 2 + r with |r| ≤ ln 2 / 2; exp(r) by its Taylor polynomial; times 2ᵏ written straight into the exponent.
 // Worked example: exp(−1): k = −1, r = −1 + 0.6931 = −0.3069, exp(r) = 0.7358, times 2⁻¹ = 0.3679.
@@ -12,6 +12,15 @@
 
 namespace megascratch {
 namespace {
+
+#ifdef __CUDACC__
+
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
+
+// Not inlined: copies of the double-precision polynomial and its constants would spill registers.
+__device__ __noinline__ double exponential(double x) { return exp(x); }
+
+#else
 
 struct ExponentialFloat {
   using Bits = int32_t;
@@ -70,6 +79,8 @@ MEGASCRATCH_DEVICE T exponential(T x) {
   const T in_range = x < E::smallest ? T(0) : value;
   return x != x ? x : in_range;
 }
+
+#endif
 
 }  // namespace
 }  // namespace megascratch

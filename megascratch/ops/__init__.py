@@ -8,7 +8,11 @@ import torch
 
 from megascratch.ops.activation import OPERATORS as activation_operators
 from megascratch.ops.activation import geglu, geglu_tanh, gelu, gelu_tanh, relu_squared, swiglu
+from megascratch.ops.adamw import OPERATORS as optimizer_operators
+from megascratch.ops.adamw import adamw, squared_norm
 from megascratch.ops.backend import Backend, load
+from megascratch.ops.logits import OPERATORS as logit_operators
+from megascratch.ops.logits import logit_gradient, logit_statistics
 from megascratch.ops.norm import OPERATORS as norm_operators
 from megascratch.ops.norm import add_rms_norm, layer_norm, rms_norm
 from megascratch.ops.registry import NAMESPACE, acc_dtype, define
@@ -21,6 +25,7 @@ __all__ = [
     "OPERATORS",
     "Backend",
     "acc_dtype",
+    "adamw",
     "add_rms_norm",
     "available",
     "backends",
@@ -29,14 +34,19 @@ __all__ = [
     "gelu",
     "gelu_tanh",
     "layer_norm",
+    "logit_gradient",
+    "logit_statistics",
     "relu_squared",
     "rms_norm",
     "rope",
     "scaled_softmax",
+    "squared_norm",
     "swiglu",
 ]
 
-OPERATORS = rope_operators + softmax_operators + norm_operators + activation_operators
+OPERATORS = (
+    rope_operators + softmax_operators + norm_operators + activation_operators + logit_operators + optimizer_operators
+)
 
 # torch unregisters a namespace when its Library object dies; this one lives as long as the process.
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")

@@ -1,0 +1,73 @@
+// The AdamW update and the sum of squares on the CPU, one pass over flat tensors.
+
+#include "dispatch.h"
+#include "kernels.h"
+
+namespace megascratch::MEGASCRATCH_LEVEL {
+namespace {
+
+float square_root(float x) { return __builtin_sqrtf(x); }
+double square_root(double x) { return __builtin_sqrt(x); }
+
+// M is the element type of the model's values, which the new values are rounded to; void for none.
+template <typename A, typename M>
+void adamw_run(const AdamWArguments& a, M* __restrict model, int64_t begin, int64_t end) {
+  A* __restrict value = static_cast<A*>(a.value);
+  A* __restrict exp_avg = static_cast<A*>(a.exp_avg);
+  A* __restrict exp_avg_sq = static_cast<A*>(a.exp_avg_sq);
+  const A* __restrict grad = static_cast<const A*>(a.grad);
+  const A grad_factor = static_cast<A>(a.grad_factor), keep = static_cast<A>(a.keep), eps = static_cast<A>(a.eps);
+  const A new1 = static_cast<A>(1 - a.beta1), beta2 = static_cast<A>(a.beta2), new2 = static_cast<A>(1 - a.beta2);
+  const A step_size = static_cast<A>(a.step_size), root_factor = static_cast<A>(a.root_factor);
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) {
+    const A g = grad[i] * grad_factor;
+    exp_avg[i] += new1 * (g - exp_avg[i]);
+    exp_avg_sq[i] = beta2 * exp_avg_sq[i] + new2 * g * g;
+    value[i] = keep * value[i] - step_size * exp_avg[i] / (square_root(exp_avg_sq[i]) * root_factor + eps);
+    if constexpr (!__is_same(M, void)) model[i] = store<M>(value[i]);
+  }
+}
+
+// Two sums in float would lose small squares beside large ones: blocks are summed in T's accumulation type, then double.
+constexpr int64_t block_elements = 1024;
+
+template <typename T>
+void squares(const SquaredNormArguments& a, int64_t begin, int64_t end) {
+  const T* x = static_cast<const T*>(a.x);
+  for (int64_t part = begin; part < end; ++part) {
+    const int64_t last = (part + 1) * a.n / a.parts;
+    double total = 0;
+    for (int64_t start = part * a.n / a.parts; start < last; start += block_elements) {
+      const int64_t n = last - start < block_elements ? last - start : block_elements;
+      Acc<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < n; ++i) sum += load(x[start + i]) * load(x[start + i]);
+      total += static_cast<double>(sum);
+    }
+    a.partial[part] = total;
+  }
+}
+
+}  // namespace
+
+void Kernels::adamw(const AdamWArguments& a, int64_t begin, int64_t end) {
+  if (a.dtype == DType::Double) {
+    a.model ? adamw_run<double, double>(a, static_cast<double*>(a.model), begin, end)
+            : adamw_run<double, void>(a, nullptr, begin, end);
+  } else if (!a.model) {
+    adamw_run<float, void>(a, nullptr, begin, end);
+  } else if (a.model_dtype == DType::Float) {
+    adamw_run<float, float>(a, static_cast<float*>(a.model), begin, end);
+  } else if (a.model_dtype == DType::Half) {
+    adamw_run<float, Half>(a, static_cast<Half*>(a.model), begin, end);
+  } else {
+    adamw_run<float, BFloat16>(a, static_cast<BFloat16*>(a.model), begin, end);
+  }
+}
+
+void Kernels::squared_norm(const SquaredNormArguments& a, int64_t begin, int64_t end) {
+  for_dtype(a.dtype, [&](auto zero) { squares<decltype(zero)>(a, begin, end); });
+}
+
+}  // namespace megascratch::MEGASCRATCH_LEVEL

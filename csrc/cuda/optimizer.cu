@@ -1,0 +1,117 @@
+// The AdamW update and the sum of squares on the GPU, one pass over flat tensors.
+//
+// A thread takes 8 parameters at a time: 128-bit accesses for float32 values as for 16-bit model values, where
+// everything is aligned; one at a time otherwise, and for the last few.
+
+#include "dispatch.h"
+#include "launchers.h"
+#include "reduce.h"
+
+namespace megascratch {
+namespace {
+
+constexpr int run_length = 8;
+constexpr unsigned threads = 256;
+
+__device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
+__device__ __forceinline__ double square_root(double x) { return sqrt(x); }
+
+// M is the element type of the model's values.
+template <typename A, typename M, int V>
+__device__ __forceinline__ void adamw_run(const AdamWArguments& a, int64_t i) {
+  constexpr bool wide = V > 1;
+  A value[V], grad[V], exp_avg[V], exp_avg_sq[V];
+  read<V, wide>(static_cast<const A*>(a.value) + i, value);
+  read<V, wide>(static_cast<const A*>(a.grad) + i, grad);
+  read<V, wide>(static_cast<const A*>(a.exp_avg) + i, exp_avg);
+  read<V, wide>(static_cast<const A*>(a.exp_avg_sq) + i, exp_avg_sq);
+  const A new1 = static_cast<A>(1 - a.beta1), beta2 = static_cast<A>(a.beta2), new2 = static_cast<A>(1 - a.beta2);
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const A g = grad[j] * static_cast<A>(a.grad_factor);
+    exp_avg[j] += new1 * (g - exp_avg[j]);
+    exp_avg_sq[j] = beta2 * exp_avg_sq[j] + new2 * g * g;
+    const A root = square_root(exp_avg_sq[j]) * static_cast<A>(a.root_factor) + static_cast<A>(a.eps);
+    value[j] = static_cast<A>(a.keep) * value[j] - static_cast<A>(a.step_size) * exp_avg[j] / root;
+  }
+  write<V, wide>(static_cast<A*>(a.value) + i, value);
+  write<V, wide>(static_cast<A*>(a.exp_avg) + i, exp_avg);
+  write<V, wide>(static_cast<A*>(a.exp_avg_sq) + i, exp_avg_sq);
+  if (a.model) write<V, wide>(static_cast<M*>(a.model) + i, value);
+}
+
+template <typename A, typename M>
+__global__ void __launch_bounds__(threads) adamw_kernel(AdamWArguments a, bool wide) {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t n_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t n_wide = wide ? a.n / run_length * run_length : 0;
+  for (int64_t i = thread * run_length; i < n_wide; i += n_threads * run_length) adamw_run<A, M, run_length>(a, i);
+  for (int64_t i = n_wide + thread; i < a.n; i += n_threads) adamw_run<A, M, 1>(a, i);
+}
+
+template <typename A, typename M>
+int launch_adamw(const AdamWArguments& a, void* stream) {
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(a.value) | reinterpret_cast<uintptr_t>(a.grad) |
+                              reinterpret_cast<uintptr_t>(a.exp_avg) | reinterpret_cast<uintptr_t>(a.exp_avg_sq) |
+                              reinterpret_cast<uintptr_t>(a.model);
+  const unsigned grid = grid_size((a.n + threads * run_length - 1) / (threads * run_length));
+  MEGASCRATCH_LAUNCH(grid, threads, stream, (adamw_kernel<A, M>), a, addresses % 16 == 0);
+  return launch_status();
+}
+
+template <typename T>
+__global__ void __launch_bounds__(threads) squares_kernel(SquaredNormArguments a) {
+  const T* x = static_cast<const T*>(a.x);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  constexpr int v = packet_size<T>;
+  const int64_t n_wide = reinterpret_cast<uintptr_t>(x) % 16 == 0 ? a.n / v : 0;
+  double sum = 0;
+  // Unrolled further, the loops would spill registers on sm_100.
+#pragma unroll 1
+  for (int64_t p = first; p < n_wide; p += step) {
+    Acc<T> packet[v], part = 0;
+    read<v, true>(x + p * v, packet);
+#pragma unroll
+    for (Acc<T> value : packet) part += value * value;
+    sum += static_cast<double>(part);
+  }
+#pragma unroll 1
+  for (int64_t i = n_wide * v + first; i < a.n; i += step) {
+    const Acc<T> value = load(x[i]);
+    sum += static_cast<double>(value * value);
+  }
+  sum = reduce_team(sum, Sum{});
+  if (threadIdx.x == 0) a.partial[blockIdx.x] = sum;
+}
+
+__global__ void __launch_bounds__(threads) add_partial_kernel(SquaredNormArguments a) {
+  double sum = 0;
+  for (int64_t part = threadIdx.x; part < a.parts; part += blockDim.x) sum += a.partial[part];
+  sum = reduce_team(sum, Sum{});
+  if (threadIdx.x == 0) *a.out = sum;
+}
+
+}  // namespace
+}  // namespace megascratch
+
+extern "C" int megascratch_cuda_adamw(const megascratch::AdamWArguments* arguments, void* stream) {
+  using namespace megascratch;
+  const AdamWArguments& a = *arguments;
+  if (a.dtype == DType::Double) return launch_adamw<double, double>(a, stream);
+  switch (a.model_dtype) {
+    case DType::Half: return launch_adamw<float, Half>(a, stream);
+    case DType::BFloat16: return launch_adamw<float, BFloat16>(a, stream);
+    default: return launch_adamw<float, float>(a, stream);
+  }
+}
+
+extern "C" int megascratch_cuda_squared_norm(const megascratch::SquaredNormArguments* arguments, void* stream) {
+  using namespace megascratch;
+  const SquaredNormArguments& a = *arguments;
+  return for_dtype(a.dtype, [&](auto zero) {
+    MEGASCRATCH_LAUNCH(grid_size(a.parts), threads, stream, squares_kernel<decltype(zero)>, a);
+    MEGASCRATCH_LAUNCH(1, threads, stream, add_partial_kernel, a);
+    return launch_status();
+  });
+}

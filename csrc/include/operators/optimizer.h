@@ -1,0 +1,52 @@
+// What an optimizer step does to flat tensors: the AdamW update, in place, and the sum of squares.
+
+#pragma once
+
+#include "torch_glue.h"
+
+namespace megascratch {
+
+template <typename Backend>
+struct OptimizerOperators {
+  static void adamw(
+      Tensor value, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, std::optional<Tensor> model, double grad_factor,
+      double keep, double beta1, double beta2, double step_size, double root_factor, double eps) {
+    const DType dtype = dtype_of(value);
+    STD_TORCH_CHECK(dtype == DType::Float || dtype == DType::Double, "adamw: value must be float32 or float64");
+    for (const Tensor* t : {&value, &grad, &exp_avg, &exp_avg_sq}) {
+      check_same_shape(value, *t, "adamw: value, grad, exp_avg and exp_avg_sq");
+      STD_TORCH_CHECK(t->is_contiguous(), "adamw: tensors must be contiguous");
+    }
+    AdamWArguments a{};
+    a.value = value.mutable_data_ptr(), a.grad = grad.const_data_ptr();
+    a.exp_avg = exp_avg.mutable_data_ptr(), a.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
+    if (model) {
+      STD_TORCH_CHECK(model->numel() == value.numel() && model->is_contiguous(), "adamw: model must be like value");
+      a.model = model->mutable_data_ptr(), a.model_dtype = dtype_of(*model);
+      STD_TORCH_CHECK((dtype == DType::Double) == (a.model_dtype == DType::Double), "adamw: model is too wide or narrow");
+    }
+    a.n = value.numel();
+    a.grad_factor = grad_factor, a.keep = keep, a.beta1 = beta1, a.beta2 = beta2;
+    a.step_size = step_size, a.root_factor = root_factor, a.eps = eps, a.dtype = dtype;
+    if (a.n > 0) Backend::run(a, value);
+  }
+
+  static Tensor squared_norm(Tensor x) {
+    x = torch::stable::contiguous(x);
+    Tensor out = torch::stable::new_empty(x, {}, ScalarType::Double);
+    SquaredNormArguments a{};
+    a.x = x.const_data_ptr(), a.n = x.numel(), a.dtype = dtype_of(x), a.out = out.template mutable_data_ptr<double>();
+    a.parts = Backend::squared_norm_parts(a.n);
+    Tensor partial = torch::stable::new_empty(x, {a.parts}, ScalarType::Double);
+    a.partial = partial.template mutable_data_ptr<double>();
+    Backend::run(a, x);
+    return out;
+  }
+
+  static void add_to(Library& library) {
+    library.impl("adamw", TORCH_BOX(&adamw));
+    library.impl("squared_norm", TORCH_BOX(&squared_norm));
+  }
+};
+
+}  // namespace megascratch

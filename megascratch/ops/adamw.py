@@ -1,0 +1,98 @@
+"""What an optimizer step does to flat tensors, one pass each: the AdamW update, and the sum of squares.
+
+With g = factor · grad, at step t:
+
+    m ← β₁ m + (1 − β₁) g              value ← (1 − lr · decay) value − lr / (1 − β₁ᵗ) · m / (√(v / (1 − β₂ᵗ)) + ε)
+    v ← β₂ v + (1 − β₂) g²             model ← value, rounded
+
+Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megascratch.ops.registry import Operator
+
+
+def adamw(
+    value: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_factor: float = 1.0,
+    model: Tensor | None = None,
+) -> None:
+    """Update value, exp_avg and exp_avg_sq in place, and write the new value into model.
+
+    Args:
+        value: [n] contiguous, float32 or float64.
+        grad, exp_avg, exp_avg_sq: like value. The gradient is not changed.
+        step: number of this update, from 1.
+        lr, beta1, beta2, eps, weight_decay: as in the formula.
+        grad_factor: multiplies the gradient as it is read.
+        model: [n] contiguous; in half precision or value's dtype; may be None.
+    """
+    step_size, root_factor = lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
+    keep = 1.0 - lr * weight_decay
+    torch.ops.megascratch.adamw(
+        value, grad, exp_avg, exp_avg_sq, model, grad_factor, keep, beta1, beta2, step_size, root_factor, eps
+    )
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """Return Σ x², a float64 scalar on x's device; the order of summation does not depend on the number of threads."""
+    return torch.ops.megascratch.squared_norm(x)
+
+
+def _adamw_reference(
+    value: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    model: Tensor | None,
+    grad_factor: float,
+    keep: float,
+    beta1: float,
+    beta2: float,
+    step_size: float,
+    root_factor: float,
+    eps: float,
+) -> None:
+    scaled = grad * grad_factor
+    exp_avg.lerp_(scaled, 1.0 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(scaled, scaled, value=1.0 - beta2)
+    value.mul_(keep).addcdiv_(exp_avg, exp_avg_sq.sqrt().mul_(root_factor).add_(eps), value=-step_size)
+    if model is not None:
+        model.copy_(value)
+
+
+def _adamw_fake(value: Tensor, *_: object) -> None:
+    return None
+
+
+def _squared_norm_reference(x: Tensor) -> Tensor:
+    return x.double().square().sum()
+
+
+def _squared_norm_fake(x: Tensor) -> Tensor:
+    return x.new_empty((), dtype=torch.float64)
+
+
+OPERATORS = (
+    Operator(
+        "adamw(Tensor(a!) value, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? model, "
+        "float grad_factor, float keep, float beta1, float beta2, float step_size, float root_factor, float eps) -> ()",
+        _adamw_reference,
+        _adamw_fake,
+    ),
+    Operator("squared_norm(Tensor x) -> Tensor", _squared_norm_reference, _squared_norm_fake),
+)

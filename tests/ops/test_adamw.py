@@ -1,0 +1,84 @@
+"""The AdamW update against torch's optimizer, and the sum of squares, on every backend."""
+
+import pytest
+import torch
+
+from megascratch import ops
+
+SIZES = (0, 1, 7, 64, 3001, 40000)
+SETTINGS = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "lr": 0.01, "weight_decay": 0.3}
+
+
+def arguments(step: int) -> tuple[float, ...]:
+    """keep, beta1, beta2, step_size, root_factor, eps, as `ops.adamw` makes them."""
+    beta1, beta2, lr = SETTINGS["beta1"], SETTINGS["beta2"], SETTINGS["lr"]
+    keep = 1 - lr * SETTINGS["weight_decay"]
+    return keep, beta1, beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, SETTINGS["eps"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_every_backend_updates_as_torch_does(backend, n, dtype):
+    theirs = torch.nn.Parameter(torch.randn(n, dtype=torch.float64))
+    value = theirs.detach().to(dtype).to(backend.device)
+    betas = (SETTINGS["beta1"], SETTINGS["beta2"])
+    reference = torch.optim.AdamW(
+        [theirs], lr=SETTINGS["lr"], betas=betas, eps=SETTINGS["eps"], weight_decay=SETTINGS["weight_decay"]
+    )
+    state = [torch.zeros_like(value), torch.zeros_like(value)]
+    for step in (1, 2, 3):
+        grad = torch.randn(n, dtype=torch.float64)
+        theirs.grad = grad * 0.5
+        reference.step()
+        backend.ops.adamw(value, grad.to(dtype).to(backend.device), *state, None, 0.5, *arguments(step))
+        rtol, atol = (1e-13, 1e-14) if dtype == torch.float64 else (2e-6, 1e-6)
+        torch.testing.assert_close(value.cpu().double(), theirs.detach(), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_model_gets_the_rounded_value(backend, dtype, shift):
+    """Also from a run that starts off the 16-byte grid, as ZeRO's may."""
+    value, grad, exp_avg, exp_avg_sq = (torch.rand(1000 + shift, device=backend.device)[shift:] for _ in range(4))
+    model = torch.zeros(1000 + shift, dtype=dtype, device=backend.device)[shift:]
+    before = value.clone()
+    backend.ops.adamw(value, grad, exp_avg, exp_avg_sq, model, 1.0, *arguments(1))
+    assert not torch.equal(value, before)
+    assert torch.equal(model, value.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_squared_norm(backend, dtype):
+    for n in SIZES:
+        x = torch.randn(n + 1).to(dtype)
+        for part in (x[:n], x[1:]):
+            for _ in backend.schedules(2):
+                found = backend.ops.squared_norm(part.to(backend.device))
+                assert found.dtype == torch.float64
+                expected = part.double().square().sum()
+                torch.testing.assert_close(
+                    found.cpu(), expected, rtol=1e-12 if dtype == torch.float64 else 3e-6, atol=0
+                )
+
+
+def test_infinite_and_missing_numbers_show(backend):
+    for bad in (torch.inf, torch.nan):
+        x = torch.ones(5000, device=backend.device)
+        x[3] = bad
+        assert not backend.ops.squared_norm(x).isfinite()
+
+
+def test_the_norm_does_not_depend_on_threads():
+    x = torch.randn(200_001)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(ops.squared_norm(x).item())
+    assert found[0] == found[1]
+
+
+def test_opcheck(backend):
+    value, grad, exp_avg, exp_avg_sq = (torch.rand(9, device=backend.device) for _ in range(4))
+    model = torch.zeros(9, dtype=torch.bfloat16, device=backend.device)
+    torch.library.opcheck(backend.ops.adamw.default, (value, grad, exp_avg, exp_avg_sq, model, 1.0, *arguments(1)))
+    torch.library.opcheck(backend.ops.squared_norm.default, (value,))
