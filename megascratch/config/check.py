@@ -79,10 +79,6 @@ def _tensor_parallel(config: Config, _: int | None) -> Iterator[Problem]:
             f"must divide by parallel.tp = {tp} under sequence parallelism",
             f"use {_multiples_near(config.data.seq_length, tp)}",
         )
-    if config.parallel.sequence_parallel and tp == 1:
-        yield Problem(
-            "parallel.sequence_parallel = true", "needs parallel.tp > 1", "leave it out: it is on whenever tp > 1"
-        )
 
 
 # Schedules that run with one number of stages a rank alone.

@@ -34,7 +34,8 @@ DType = Literal["fp64", "fp32", "bf16", "fp16"]
 class Section(BaseModel):
     """Base of all sections: frozen, and unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # A shell writes data.split=100 where TOML would quote it.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class RopeScaling(Section):
@@ -94,7 +95,7 @@ class ParallelConfig(Section):
     schedule: ScheduleName | None = None  # 1f1b, or interleaved when vp > 1
     schedule_file: str | None = None  # text instead of a name: one line a rank, 0F0 1F0 …
     layers_per_stage: list[Whole] | Literal["balanced"] | None = None  # even when left out; balanced weighs the head
-    sequence_parallel: bool | None = None  # on when tp > 1
+    sequence_parallel: bool | None = None  # on when tp > 1; without effect on tp = 1
     zero: Literal[0, 1] = 0
     recompute: Literal["none", "full"] = "none"
 

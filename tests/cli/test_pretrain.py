@@ -144,6 +144,16 @@ def test_flipped_byte_is_one_message(run: Run, trained: Path, tmp_path: Path) ->
         assert file.name in finished.err
 
 
+def test_missing_piece_is_one_message(run: Run, trained: Path, tmp_path: Path) -> None:
+    run("convert", trained / "run/checkpoints", tmp_path / "holed", "--weights-only")
+    file = next((tmp_path / "holed").glob("*.safetensors"))
+    file.unlink()
+    finished = run("generate", "--prompt", "x", tmp_path / "holed")
+    assert (finished.code, finished.out) == (2, "")
+    assert "Traceback" not in finished.err
+    assert file.name in finished.err
+
+
 def test_stop_file_saves_and_exits_with_75_and_the_same_command_resumes(recipe: Path) -> None:
     folder = recipe.parent
     many = [recipe, "train.steps=100000", "eval.every=0"]

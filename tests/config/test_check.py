@@ -48,12 +48,6 @@ TINY = "model.preset=tiny"
             r"seq_length = 1023 +must divide by parallel\.tp = 2 under sequence parallelism +use 1022 or 1024",
         ),
         (
-            "_tensor_parallel",
-            "parallel.sequence_parallel=true",
-            None,
-            r"sequence_parallel = true +needs parallel\.tp > 1 +leave it out",
-        ),
-        (
             "_pipeline",
             "parallel.pp=4 parallel.vp=2",
             None,

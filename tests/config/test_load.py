@@ -86,6 +86,7 @@ def test_chunks_make_the_schedule_interleaved() -> None:
 def test_sequence_parallel_can_be_switched_off_and_needs_no_switch_on_one_rank() -> None:
     assert load("parallel.tp=2", "parallel.sequence_parallel=false").parallel.sequence_parallel is False
     assert load().parallel.sequence_parallel is False
+    assert load("parallel.sequence_parallel=true").parallel.sequence_parallel is False, "as resolved on another layout"
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -204,3 +205,14 @@ def test_a_section_must_be_a_table(tmp_path: Path) -> None:
 def test_configuration_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load().train.steps = 3  # type: ignore[misc]
+
+
+def test_a_resolved_recipe_runs_on_another_layout(tmp_path: Path) -> None:
+    """`config.toml` of a run is a recipe: resuming on another layout must not mean editing it."""
+    saved = tmp_path / "config.toml"
+    saved.write_text(to_toml(load("parallel.tp=2")))
+    assert load_config(saved, ["parallel.tp=1", "parallel.pp=2"]).parallel.sequence_parallel is False
+
+
+def test_a_number_may_stand_for_a_word() -> None:
+    assert load("data.split=100").data.split == "100"
