@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from megascratch import __version__
-from megascratch.cli import config, convert, evaluate, generate, inspect, merge, preprocess, pretrain, tokenizer
+from megascratch.cli import config, convert, evaluate, generate, inspect, merge, plan, preprocess, pretrain, tokenizer
 from megascratch.errors import MegascratchError
 
 
@@ -48,6 +48,7 @@ app.command("convert")(convert.convert)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("plan")(plan.plan)
 app.command("config")(config.config)
 
 

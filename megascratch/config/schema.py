@@ -163,6 +163,7 @@ class LogConfig(Section):
     dir: str = "runs/default"
     every: Count = 1
     tensorboard: bool = True
+    pipeline_step: Whole = 0  # step whose pipeline is timed, action by action, into pipeline_step_<n>.json; 0 for none
 
 
 class EvalConfig(Section):

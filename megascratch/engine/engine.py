@@ -7,7 +7,7 @@ A micro-batch's loss is a sum. It is differentiated as it is (times a constant t
 and everything is divided once by the weight of the whole global batch: no layout can weigh a token differently.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -24,7 +24,7 @@ from megascratch.engine.stages import make_stages
 from megascratch.nn import DTYPES, Placement, SequenceInfo, Stage, WeightGradients, core_for
 from megascratch.nn.context import token_index
 from megascratch.optim import LossScale, Optimizer, learning_rate
-from megascratch.pipeline import Boundary, configured_routes, configured_schedule, run
+from megascratch.pipeline import Action, Boundary, configured_routes, configured_schedule, run
 
 
 @dataclass(frozen=True)
@@ -87,21 +87,32 @@ class Engine:
         self.loss_scale = LossScale.of(config.optim, train.dtype)
         self.step = 0  # training steps done, skipped ones included
         self.boundary = Boundary(self._boundary_shape(), placement.dtype, mesh.device)
-        self._schedule = cache(partial(configured_schedule, parallel))
+        self.schedule = cache(partial(configured_schedule, parallel))  # by number of micro-batches
 
     def parameters(self) -> list[nn.Parameter]:
         """Return this rank's parameters, each once, in the order of its stages."""
         return list(dict.fromkeys(param for stage in self.stages.values() for param in stage.parameters()))
 
-    def train_step(self, microbatches: Sequence[Microbatch], objective: Objective) -> StepReport:
-        """Run one step: forward and backward of this rank's micro-batches, then the update."""
+    def train_step(
+        self,
+        microbatches: Sequence[Microbatch],
+        objective: Objective,
+        on_event: Callable[[Action, bool], None] | None = None,
+    ) -> StepReport:
+        """Run one step: forward and backward of this rank's micro-batches, then the update.
+
+        Args:
+            microbatches: of this data-parallel rank.
+            objective: to minimise.
+            on_event: called before and after every action of the pipeline; see `pipeline.run`.
+        """
         for stage in self.stages.values():
             stage.train()
         self.optimizer.zero_grads()
         # Sums over a global batch overflow 16 bits where means would not; the exact weight is known only at the end.
         nominal = float(self.config.train.global_batch * self.config.data.seq_length)
         scale = self.loss_scale.value
-        totals = self._run(microbatches, objective, grad_seed=scale / nominal)
+        totals = self._run(microbatches, objective, scale / nominal, on_event)
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
         result = self.optimizer.step(lr, grad_scale=nominal / (scale * totals.weight))
         self.loss_scale.update(overflow=result.skipped)
@@ -115,7 +126,13 @@ class Engine:
             stage.eval()
         return self._run(microbatches, objective, grad_seed=None)
 
-    def _run(self, microbatches: Sequence[Microbatch], objective: Objective, grad_seed: float | None) -> Totals:
+    def _run(
+        self,
+        microbatches: Sequence[Microbatch],
+        objective: Objective,
+        grad_seed: float | None,
+        on_event: Callable[[Action, bool], None] | None = None,
+    ) -> Totals:
         """Drive the pipeline over the micro-batches; `grad_seed` is the gradient of the loss, or None without one."""
         sums: dict[str, Tensor] = {}
         moved = [self._own_tokens(microbatch.to(self.mesh.device)) for microbatch in microbatches]
@@ -125,12 +142,13 @@ class Engine:
         }
         backward = grad_seed is not None
         run(
-            self._schedule(len(moved), backward=backward),
+            self.schedule(len(moved), backward=backward),
             functions,
             self.mesh.pp,
             self.boundary,
             backward=backward,
             weight_gradients=self.weight_gradients,
+            on_event=on_event,
         )
         return self._reduce(sums)
 

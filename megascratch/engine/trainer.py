@@ -25,6 +25,7 @@ from megascratch.engine.objective import Objective
 from megascratch.engine.state import save_engine
 from megascratch.errors import EXIT_DONE, EXIT_STOPPED, MegascratchError
 from megascratch.log import progress
+from megascratch.pipeline import Recorder, times_text
 
 _MOST_SKIPPED_IN_A_ROW = 50  # fp16 loss scaling needs 16 halvings from its start at the most; more is divergence
 
@@ -113,8 +114,11 @@ class Trainer:
     def _step(self, microbatches: list[Any]) -> dict[str, Any]:
         """Run one step and return the values to log."""
         start = time.perf_counter()
-        report = self.engine.train_step(microbatches, self.objective)
+        recorder = Recorder(self.mesh.device) if self.engine.step + 1 == self.config.log.pipeline_step else None
+        report = self.engine.train_step(microbatches, self.objective, on_event=recorder)
         step_s = time.perf_counter() - start
+        if recorder is not None:
+            self._keep_times(recorder, len(microbatches))
         self.consumed_samples += self.config.train.global_batch
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if report.skipped else 0
         if self._skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
@@ -123,6 +127,14 @@ class Trainer:
                 f" {self.engine.step}: lower optim.lr, or resume from an earlier checkpoint"
             )
         return self._values(report, step_s)
+
+    def _keep_times(self, recorder: Recorder, n_microbatches: int) -> None:
+        """Write what the pipeline of rank 0 did, for `megascratch plan --times`."""
+        timeline = recorder.gather(self.mesh.pp)
+        if self.run_directory.writes:
+            file = self.run_directory.path / f"pipeline_step_{self.engine.step}.json"
+            file.write_text(times_text(timeline, self.engine.schedule(n_microbatches, backward=True)), encoding="utf-8")
+            self.console.print(f"wrote {file}: see it with megascratch plan --times {file} --out pipeline.svg")
 
     def _values(self, report: StepReport, step_s: float) -> dict[str, Any]:
         train, seq_length = self.config.train, self.config.data.seq_length

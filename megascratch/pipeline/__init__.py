@@ -5,6 +5,7 @@ from megascratch.pipeline.check import Report, check
 from megascratch.pipeline.configured import configured_routes, configured_schedule
 from megascratch.pipeline.costs import UNIT, Costs
 from megascratch.pipeline.passes import add_communication
+from megascratch.pipeline.record import Recorder, times_text
 from megascratch.pipeline.run import Boundary, RunReport, StageFn, run
 from megascratch.pipeline.schedule import Route, Schedule, looped, mirrored, parse_schedule, v_shaped
 from megascratch.pipeline.schedules import SCHEDULES, forward_only, make_schedule
@@ -19,6 +20,7 @@ __all__ = [
     "Costs",
     "Event",
     "Kind",
+    "Recorder",
     "Report",
     "Route",
     "RunReport",
@@ -39,5 +41,6 @@ __all__ = [
     "run",
     "simulate",
     "split_backward",
+    "times_text",
     "v_shaped",
 ]

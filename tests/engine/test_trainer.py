@@ -20,6 +20,8 @@ from megascratch.engine import pretrain
 from megascratch.engine.metrics import RunDirectory
 from megascratch.engine.trainer import DivergedError
 from megascratch.errors import CheckpointError, ConfigError, DataError
+from megascratch.pipeline import Kind, configured_schedule, simulate
+from megascratch.plan import measured_costs, read_times
 
 VOCAB_SIZE = 64
 
@@ -128,6 +130,21 @@ def test_validation_loss_is_the_same_on_every_layout(corpus: Path, tmp_path: Pat
     spread = _config(corpus, tmp_path / "spread", train={"dtype": "fp64"}, parallel=parallel)
     run_ranks(4, _pretrain_on_ranks, spread)
     assert _records(spread)[-1]["valid_loss"] == pytest.approx(_records(serial)[-1]["valid_loss"], rel=1e-9)
+
+
+def test_a_recorded_step_can_be_drawn_beside_the_simulated_one(corpus: Path, tmp_path: Path) -> None:
+    parallel = {"pp": 2, "dp": 1, "schedule": "zb-h1"}
+    config = _config(corpus, tmp_path, train={"steps": 2}, parallel=parallel, log={"pipeline_step": 2})
+    run_ranks(2, _pretrain_on_ranks, config)
+    timeline, schedule = read_times(tmp_path / "run/pipeline_step_2.json")
+    assert [list(own) for own in schedule.actions] == configured_schedule(config.parallel, 4).actions
+    assert [len(own) for own in timeline.computes()] == [12, 12]
+    ends = {event.action: event.end for own in timeline.computes() for event in own}
+    for own in timeline.computes():
+        for event in own:
+            producer = event.action._replace(stage=0) if event.action.kind is Kind.F else event.action._replace(stage=1)
+            assert event.start >= ends[producer] or event.action == producer or event.action.kind is Kind.W
+    assert simulate(schedule, measured_costs(timeline, 2)).makespan <= 1.2 * timeline.makespan
 
 
 def test_too_little_data_is_told_before_training(corpus: Path, tmp_path: Path) -> None:
