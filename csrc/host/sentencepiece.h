@@ -73,6 +73,10 @@ class CharacterEncoder {
         for (size_t id = 0; id < tokens.size(); ++id)
             if (!tokens[id].empty() && read_character(tokens[id]).n_bytes == tokens[id].size())
                 characters_[read_character(tokens[id]).code] = int32_t(id);
+        for (uint32_t code = 0; code < 0x80; ++code) {
+            const int32_t* id = characters_.find(code);
+            ascii_ids_[code] = id != nullptr ? *id : byte_ids[code];
+        }
         for (size_t i = 0; i < pairs.size(); ++i) {
             rules_[pairs[i]] = rules[i];
             note_neighbours(tokens[size_t(rules[i].id)]);
@@ -132,7 +136,7 @@ class CharacterEncoder {
   private:
     static constexpr int64_t kBytesPerThread = 1 << 15;  // below this a thread costs more than it brings
     static constexpr size_t kLongWord = 64;              // bytes; from here on a word is cut between any two characters
-    static constexpr uint32_t kNone = UINT32_MAX;
+    static constexpr uint32_t kNone = UINT32_MAX, kRare = 0x81;
 
     struct Run {
         size_t first, last;
@@ -166,12 +170,19 @@ class CharacterEncoder {
         std::vector<Candidate> heap;
     };
 
+    /// Which of the frequent characters a character is: ASCII or ▁. kRare for any other.
+    static uint32_t frequent(uint32_t code) { return code < 0x80 ? code : code == kSpace ? 0x80 : kRare; }
+
     void note_neighbours(std::string_view token) {
         for (uint32_t previous = kNone; !token.empty();) {
-            const Character next = read_character(token);
-            if (previous != kNone) neighbours_[uint64_t(previous) << 32 | next.code] = true;
-            previous = next.code;
-            token.remove_prefix(next.n_bytes);
+            const uint32_t next = read_character(token).code;
+            if (previous != kNone) {
+                neighbours_[uint64_t(previous) << 32 | next] = true;
+                if (frequent(previous) != kRare && frequent(next) != kRare)
+                    frequent_neighbours_[frequent(previous)][frequent(next)] = true;
+            }
+            previous = next;
+            token.remove_prefix(read_character(token).n_bytes);
         }
     }
 
@@ -201,19 +212,23 @@ class CharacterEncoder {
                 continue;
             }
             const Character next = read_character(text.substr(at));
-            const bool worth_it = next.code == kSpace || at - start >= kLongWord;
-            if (at > start && worth_it && may_cut(previous, next.code)) close_word(at);
+            if (at > start && may_cut(previous, next.code, at - start >= kLongWord)) close_word(at);
             previous = next.code;
             at += next.n_bytes;
         }
         close_word(text.size());
     }
 
-    bool may_cut(uint32_t previous, uint32_t next) const {
-        return (cut_spaces_ && next == kSpace) || neighbours_.find(uint64_t(previous) << 32 | next) == nullptr;
+    /// Whether no merge crosses the border between two characters; for rare ones it is looked up in a long word only.
+    bool may_cut(uint32_t previous, uint32_t next, bool in_long_word) const {
+        if (cut_spaces_ && next == kSpace) return true;
+        const uint32_t left = frequent(previous), right = frequent(next);
+        if (left != kRare && right != kRare) return !frequent_neighbours_[left][right];
+        return (in_long_word || next == kSpace) && neighbours_.find(uint64_t(previous) << 32 | next) == nullptr;
     }
 
     void encode_word(std::string_view word, Workspace& space, std::vector<int32_t>& out) const {
+        if (word.size() == 1 && uint8_t(word[0]) < 0x80) return out.push_back(ascii_ids_[uint8_t(word[0])]);
         if (word.size() > Workspace::kKeyBytes) return merge(word, space, out);
         Workspace::Entry& entry = space.entries[hash_bytes(word) % Workspace::kEntries];
         if (entry.n_bytes == word.size() && std::memcmp(entry.key, word.data(), word.size()) == 0) {
@@ -309,6 +324,8 @@ class CharacterEncoder {
 
     PairTable<int32_t> characters_;  // id by code
     PairTable<bool> neighbours_;     // previous and next code of two characters that stand side by side in some token
+    bool frequent_neighbours_[kRare][kRare] = {};  // the same for the frequent characters, in the first cache
+    int32_t ascii_ids_[0x80];
     PairTable<Merging> rules_;
     std::vector<int32_t> byte_ids_;
     bool cut_spaces_;
