@@ -1,9 +1,11 @@
 """Encoding and decoding: the ids of `tokenizers` and `tiktoken`, exact round trips, special tokens, long runs."""
 
+import itertools
 import json
 import pickle
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from megascratch.errors import TokenizerError
-from megascratch.tokenizer import PATTERNS, StreamDecoder, Tokenizer
+from megascratch.log import make_console
+from megascratch.tokenizer import PATTERNS, AddedToken, StreamDecoder, Tokenizer, _bpe, train_from_texts
 from megascratch.tokenizer.hugging_face import render
 
 SHARED_TEXTS = sorted(Path("../shared/data").glob("*.txt"))
@@ -87,6 +90,24 @@ def test_ids_are_those_of_tiktoken(
     )
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_spaces_at_the_end_are_cut_as_tiktoken_cuts_them(
+    pattern: str, tokenizers_by_pattern: dict[str, Tokenizer], tmp_path: Path
+) -> None:
+    tokenizer = tokenizers_by_pattern[pattern]
+    tokenizer.save_tiktoken(tmp_path / "ranks.tiktoken")
+    oracle = tiktoken.Encoding(
+        "ours",
+        pat_str=TIKTOKEN_PATTERNS[pattern],
+        mergeable_ranks=tiktoken.load.load_tiktoken_bpe(str(tmp_path / "ranks.tiktoken")),
+        special_tokens=tokenizer.special_tokens,
+    )
+    for spaces in itertools.product(" \n\t\r\u3000", repeat=4):
+        for text in ("a" + "".join(spaces), "".join(spaces) + "<|endoftext|>" + "".join(spaces)):
+            expected = oracle.encode(text, allowed_special="all")
+            assert_same_ids(tokenizer.encode(text, allowed_special="all"), expected, tokenizer)
+
+
 @pytest.mark.skipif(not SHARED_TEXTS, reason="no ../shared/data")
 @pytest.mark.parametrize("path", SHARED_TEXTS, ids=lambda path: path.name)
 def test_ids_of_prose_are_those_of_tokenizers(path: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -124,6 +145,67 @@ def test_a_batch_is_its_texts_one_by_one(tokenizer: Tokenizer, source_texts: lis
     assert tokenizer.encode_batch(["", ""])[1].tolist() == []
 
 
+def test_documents_in_one_buffer(tokenizer: Tokenizer, source_texts: list[str], mixed_text: str) -> None:
+    texts = ["", *source_texts, "", "é", "<|endoftext|>", mixed_text * 2, "  \n ", ""]
+    utf8 = [text.encode() for text in texts]
+    ends = np.cumsum([len(data) for data in utf8])
+    expected = [tokenizer.encode(text) for text in texts]
+    wide = Tokenizer(replace(tokenizer.vocabulary, tokens=[*tokenizer.vocabulary.tokens, *[b""] * (1 << 16)]))
+    for made, dtype in ((tokenizer, np.uint16), (wide, np.uint32)):
+        for threads in (1, 3):  # three share out the long text too
+            ids, id_ends = made.encode_documents(memoryview(b"".join(utf8)), ends, threads)
+            assert ids.dtype == dtype
+            assert [part.tolist() for part in np.split(ids, id_ends[:-1])] == expected
+    assert [array.tolist() for array in tokenizer.encode_documents(b"", np.array([], np.int64))] == [[], []]
+    for wrong in ([2, 1, 3], [1, 2], [4]):
+        with pytest.raises(ValueError, match="ends must"):
+            tokenizer.encode_documents(b"abc", np.array(wrong))
+
+
+def test_documents_that_python_has_to_cut(tokenizer: Tokenizer) -> None:
+    """A normaliser, a token that is always found, a pattern without a scanner: the ids are those of `encode`."""
+    texts = ["e\u0301cole self.assertEqual", "", "a1 22 self.assertTrue"]
+    utf8 = [text.encode() for text in texts]
+    plain = tokenizer.vocabulary
+    found = AddedToken(tokenizer.vocab_size, "self.assert", special=False)
+    for vocabulary in (
+        replace(plain, normalizer=("NFC",)),
+        replace(plain, tokens=[*plain.tokens, b""], added=(*plain.added, found)),
+        replace(plain, pattern=r"\w+|\W+"),
+    ):
+        other = Tokenizer(vocabulary)
+        ids, id_ends = other.encode_documents(b"".join(utf8), np.cumsum([len(data) for data in utf8]), threads=2)
+        expected = [other.encode(text) for text in texts]
+        assert [part.tolist() for part in np.split(ids, id_ends[:-1])] == expected
+        assert expected != [tokenizer.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_longest_matches_taken_back_are_what_merging_yields(seed: int) -> None:
+    """Few letters make vocabularies in which the longest match is often wrong."""
+    rng = random.Random(seed)
+    letters = ["a", "ab", "aab", "abc"][seed % 4]
+    draw = [" ".join("".join(rng.choices(letters, k=rng.randint(1, 30))) for _ in range(80)) for _ in range(6)]
+    trained = train_from_texts(draw[:5], 256 + 20 + seed, "gpt2", (), console=make_console(rank=1))
+    encoder = _bpe.Encoder(trained.vocabulary.tokens, trained.vocabulary.merges, whole_first=False)
+    assert encoder.linear
+    oracle = tokenizers.Tokenizer.from_str(json.dumps(render(trained.vocabulary)))
+    words = ["".join(rng.choices(letters, k=length)) for length in range(1, 120)]
+    for text in (*words, draw[5]):
+        assert_same_ids(trained.encode(text), oracle.encode(text).ids, trained)
+
+
+def test_rules_that_no_training_yields_are_merged_by_the_book(tokenizer: Tokenizer, mixed_text: str) -> None:
+    merges = tokenizer.vocabulary.merges.copy()
+    merges[:, 3] = merges[::-1, 3]  # the last merge goes first
+    backwards = replace(tokenizer.vocabulary, merges=merges[::-1])
+    assert not _bpe.Encoder(backwards.tokens, backwards.merges, whole_first=False).linear
+    oracle = tokenizers.Tokenizer.from_str(json.dumps(render(backwards)))
+    text = mixed_text[:100_000]
+    ids = Tokenizer(backwards).encode(text, allowed_special="all")
+    assert_same_ids(ids, oracle.encode(text).ids, tokenizer)
+
+
 def test_at_least_one_thread(tokenizer: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match=r"threads = 0\s+must be at least 1"):
         tokenizer.encode_batch(["a"], threads=0)
@@ -138,7 +220,7 @@ def test_a_megabyte_without_a_break_takes_bounded_work(
     text = letters * (1_000_000 // len(letters))
     start = time.process_time()
     ids = tokenizers_by_pattern[pattern].encode(text)
-    assert time.process_time() - start < 20  # takes about 0.5 s; 10^12 steps would take minutes
+    assert time.process_time() - start < 5  # takes about 0.02 s; 10^12 steps would take minutes
     assert tokenizers_by_pattern[pattern].decode(ids) == text
 
 

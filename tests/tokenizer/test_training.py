@@ -13,7 +13,7 @@ from megascratch.errors import TokenizerError
 from megascratch.log import make_console
 from megascratch.tokenizer import PATTERNS, Tokenizer, _bpe, train, train_from_texts
 from megascratch.tokenizer.alphabet import BYTES_IN_ID_ORDER
-from megascratch.tokenizer.corpus import plain_texts
+from megascratch.tokenizer.corpus import plain_texts, sample_evenly
 from megascratch.tokenizer.hugging_face import render
 
 QUIET = make_console(rank=1)
@@ -97,6 +97,22 @@ def test_plain_files_need_not_be_utf8(tmp_path: Path) -> None:
     assert train([path], 256 + 1 + 1, console=QUIET).token_bytes(256) == b"\xe9\xe8"
 
 
+def test_a_limit_takes_texts_evenly(tmp_path: Path) -> None:
+    texts = [b"%04d" % n * (1 + n % 7) for n in range(7000)]
+    total = sum(map(len, texts))
+    taken = list(sample_evenly(texts, 0.1))
+    assert total * 0.095 < sum(map(len, taken)) <= total * 0.1
+    for part in range(7):  # as much from each part as from any other
+        assert sum(map(len, set(taken) & set(texts[part * 1000 : (part + 1) * 1000]))) == pytest.approx(
+            total * 0.1 / 7, rel=0.05
+        )
+    assert list(sample_evenly(texts, 1.0)) == texts
+    path = tmp_path / "halves.txt"
+    path.write_bytes(b"abab cdcd\n" * 20_000 + b"xyxy zwzw\n" * 20_000)
+    few, all_of_it = (train([path], 267, limit_bytes=limit, console=QUIET) for limit in (100_000, None))
+    assert {*few.vocabulary.tokens} == {*all_of_it.vocabulary.tokens}  # the second half is in the sample too
+
+
 def test_every_mistake_is_named_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError) as caught:
         train([tmp_path / "missing.txt", tmp_path], 100, "clk100", ("<a>", "<a>", "b", "Ġthe", "\udcff\udcff"))
@@ -122,6 +138,8 @@ def test_every_mistake_is_named_before_any_work(tmp_path: Path) -> None:
 def test_no_files() -> None:
     with pytest.raises(TokenizerError, match="name at least one file"):
         train([], 300)
+    with pytest.raises(TokenizerError, match=r"limit_bytes = 0\s+must be at least 1"):
+        train([], 300, limit_bytes=0)
 
 
 def test_too_little_text_says_what_is_in_reach() -> None:
