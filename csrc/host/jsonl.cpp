@@ -58,10 +58,10 @@ py::tuple extract(std::string_view data, const std::vector<std::string>& keys, c
 }
 
 // Copy documents into tokens of the dataset's type, each that is not empty with the end-of-document id behind it.
-template <class T>
-py::tuple pack(const Array<int32_t>& ids, const Array<int64_t>& ends, std::optional<int64_t> eod, const Array<T>&) {
+template <class Id, class Token>
+py::tuple pack(const Array<Id>& ids, const Array<int64_t>& ends, std::optional<Token> eod, const Array<Token>&) {
     const int64_t n_documents = ends.size(), n_ids = ids.size();
-    const int32_t* id = ids.data();
+    const Id* id = ids.data();
     const int64_t* end = ends.data();
     Array<int64_t> lengths(n_documents);
     int64_t* length = lengths.mutable_data();
@@ -72,23 +72,27 @@ py::tuple pack(const Array<int32_t>& ids, const Array<int64_t>& ends, std::optio
         n_tokens += length[d];
     }
     if (begin != n_ids) throw std::invalid_argument("ends must rise to the number of ids");
-    Array<T> tokens(n_tokens);
-    T* token = tokens.mutable_data();
-    int64_t highest = 0, lowest = 0;
+    Array<Token> tokens(n_tokens);
+    Token* token = tokens.mutable_data();
+    Id highest = 0;
     {
         const py::gil_scoped_release released;
-        for (int64_t d = 0, i = 0; d < n_documents; ++d) {
-            for (; i < end[d]; ++i) {
-                highest = std::max<int64_t>(highest, id[i]);
-                lowest = std::min<int64_t>(lowest, id[i]);
-                *token++ = T(id[i]);
-            }
-            if (length[d] > end[d] - (d ? end[d - 1] : 0)) *token++ = T(*eod);
+        for (int64_t i = 0; i < n_ids; ++i) highest = std::max(highest, id[i]);
+        begin = 0;
+        for (int64_t d = 0; d < n_documents; begin = end[d++]) {
+            token = std::transform(id + begin, id + end[d], token, [](Id one) { return Token(one); });
+            if (eod && end[d] > begin) *token++ = *eod;
         }
     }
-    if (lowest < 0 || highest > int64_t(std::numeric_limits<T>::max()))
+    if (uint64_t(highest) > uint64_t(std::numeric_limits<Token>::max()))
         throw std::out_of_range("a token id does not fit the dtype");
     return py::make_tuple(tokens, lengths);
+}
+
+template <class Id, class Token>
+void define_pack(py::module_& m) {
+    const auto exact = [](const char* name) { return py::arg(name).noconvert(); };  // never pick by converting
+    m.def("pack", &pack<Id, Token>, exact("ids"), py::arg("ends"), py::arg("eod"), exact("like"));
 }
 
 }  // namespace
@@ -96,6 +100,8 @@ py::tuple pack(const Array<int32_t>& ids, const Array<int64_t>& ends, std::optio
 PYBIND11_MODULE(_jsonl, m) {
     m.doc() = "JSON Lines to texts, and ids to documents.";
     m.def("extract", &extract, py::arg("data"), py::arg("keys"), py::arg("unusual"));
-    m.def("pack", &pack<uint16_t>, py::arg("ids"), py::arg("ends"), py::arg("eod"), py::arg("like").noconvert());
-    m.def("pack", &pack<int32_t>, py::arg("ids"), py::arg("ends"), py::arg("eod"), py::arg("like").noconvert());
+    define_pack<uint16_t, uint16_t>(m);
+    define_pack<uint32_t, uint16_t>(m);
+    define_pack<uint16_t, int32_t>(m);
+    define_pack<uint32_t, int32_t>(m);
 }

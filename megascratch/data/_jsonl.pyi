@@ -10,5 +10,5 @@ def extract(
     data: bytes, keys: Sequence[str], unusual: Callable[[int, bytes], list[bytes] | None]
 ) -> tuple[list[tuple[bytes, NDArray[np.int64]]], int]: ...
 def pack(
-    ids: NDArray[np.int32], ends: NDArray[np.int64], eod: int | None, like: NDArray[Any]
+    ids: NDArray[np.uint16] | NDArray[np.uint32], ends: NDArray[np.int64], eod: int | None, like: NDArray[Any]
 ) -> tuple[NDArray[Any], NDArray[np.int64]]: ...

@@ -5,7 +5,6 @@ from contextlib import ExitStack
 import numpy as np
 
 from megascratch.data._jsonl import pack
-from megascratch.data.batch import Texts
 from megascratch.data.corpus import Limits
 from megascratch.data.parts import FileRecord, Part, PartRecord, PartsDirectory
 from megascratch.data.sources import Piece
@@ -47,7 +46,8 @@ def encode_part(
                 n_text_bytes += batch.n_bytes
                 n_documents += len(batch.by_key[0].ends)
                 for key, (writer, texts) in enumerate(zip(writers, batch.by_key)):
-                    tokens, lengths = pack(*_encode(tokenizer, texts), eod_id, np.empty(0, dtype))
+                    ids, ends = tokenizer.encode_documents(texts.utf8, texts.ends)
+                    tokens, lengths = pack(ids, ends, eod_id, np.empty(0, dtype))
                     n_tokens[key] += len(tokens)
                     writer.add_documents(tokens, lengths)
             files.append(lines.record())
@@ -73,12 +73,3 @@ class _Lines:
 
     def record(self) -> FileRecord:
         return FileRecord(self.file, self.n_lines, self.n_bad_lines, self.bad_lines)
-
-
-def _encode(tokenizer: Tokenizer, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
-    """Encode texts: ids one after the other, int32 [sum of lengths], and where each text's end, int64 [texts]."""
-    starts = [0, *texts.ends[:-1].tolist()]
-    strings = [texts.utf8[start:end].decode() for start, end in zip(starts, texts.ends.tolist())]
-    documents = tokenizer.encode_batch(strings)
-    ids = np.concatenate([np.empty(0, np.int32), *documents], dtype=np.int32, casting="same_kind")
-    return ids, np.cumsum([len(document) for document in documents], dtype=np.int64)

@@ -31,8 +31,8 @@ class ByteTokenizer:
     vocab_size = 257
     eod_id: int | None = EOD
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[NDArray]:
-        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+    def encode_documents(self, text: bytes, ends: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+        return np.frombuffer(text, np.uint8).astype(np.uint16), ends
 
     def decode(self, ids: list[int]) -> str:
         return bytes(id for id in ids if id < EOD).decode(errors="replace")

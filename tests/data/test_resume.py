@@ -46,13 +46,13 @@ class Flaky:
     def __getattr__(self, name):
         return getattr(self._tokenizer, name)
 
-    def encode_batch(self, texts, threads: int = 1):
-        if any(self._mark in text for text in texts) and self._lives.stat().st_size:
+    def encode_documents(self, text, ends):
+        if self._mark.encode() in text and self._lives.stat().st_size:
             os.truncate(self._lives, self._lives.stat().st_size - 1)
             if self._how == "raise":
                 raise RuntimeError("the power went")
             os.kill(os.getpid(), signal.SIGKILL)
-        return self._tokenizer.encode_batch(texts)
+        return self._tokenizer.encode_documents(text, ends)
 
 
 def test_a_worker_that_is_killed_costs_nothing(corpus, expected, tokenizer, quiet, small_parts):

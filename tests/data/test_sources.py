@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megascratch.data import sources
+from megascratch.data._jsonl import pack
 from megascratch.data.corpus import Limits
 from megascratch.data.indexed import IndexedDataset
 from megascratch.data.preprocess import preprocess
@@ -180,15 +181,20 @@ def test_parquet_that_cannot_be_read(tmp_path, tokenizer, quiet, monkeypatch):
         preprocess([file], tokenizer, tmp_path / "o", console=quiet)
 
 
-def test_pack_refuses_what_does_not_fit():
-    from megascratch.data._jsonl import pack
-
-    ids, ends, like = np.array([1, 2, 3], np.int32), np.array([0, 2, 3]), np.empty(0, np.uint16)
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+@pytest.mark.parametrize("id_dtype", [np.uint16, np.uint32])
+def test_pack(id_dtype, dtype):
+    ids, ends, like = np.array([1, 2, 3], id_dtype), np.array([0, 2, 2, 3]), np.empty(0, dtype)
     tokens, lengths = pack(ids, ends, 9, like)
-    assert (tokens.tolist(), lengths.tolist(), tokens.dtype) == ([1, 2, 9, 3, 9], [0, 3, 2], np.uint16)
+    assert (tokens.tolist(), lengths.tolist(), tokens.dtype) == ([1, 2, 9, 3, 9], [0, 3, 0, 2], dtype)
+    tokens, lengths = pack(ids, ends, None, like)
+    assert (tokens.tolist(), lengths.tolist(), tokens.dtype) == ([1, 2, 3], [0, 2, 0, 1], dtype)
     for wrong in ([0, 2], [2, 1, 3], [0, 4]):
         with pytest.raises(ValueError, match="ends must rise to the number of ids"):
             pack(ids, np.array(wrong), 9, like)
-    for token in (-1, 1 << 16):
+
+
+def test_pack_refuses_what_does_not_fit():
+    for token, dtype in ((1 << 16, np.uint16), (1 << 31, np.int32)):
         with pytest.raises(IndexError, match="does not fit the dtype"):
-            pack(np.array([token], np.int32), np.array([1]), None, like)
+            pack(np.array([token], np.uint32), np.array([1]), None, np.empty(0, dtype))
