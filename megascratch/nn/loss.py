@@ -31,75 +31,42 @@ from megascratch.dist.mesh import Axis
 _CHUNK_TOKENS = 1024
 
 
-class _Shares(NamedTuple):
-    """Softmax over this rank's columns, from which the gradient of a label's log-probability follows.
-
-    Attributes:
-        exps: exp(logit − maximum) of the real columns, [..., up to v/tp] in `acc_dtype`.
-        total: their sum over all ranks, [...].
-        column: of the label on this rank, [...]; 0 where it lies elsewhere.
-        elsewhere: whether the label lies on another rank, [...].
-        n_columns: v/tp, padding included.
-    """
-
-    exps: Tensor
-    total: Tensor
-    column: Tensor
-    elsewhere: Tensor
-    n_columns: int
-
-    def gradient(self, grad: Tensor) -> Tensor:
-        """Return the logits' gradient [..., v/tp], grad · (1[label] − p); `exps` may be overwritten by it."""
-        n_real = self.exps.shape[-1]
-        real = self.exps.mul_((-grad / self.total).unsqueeze(-1))
-        if n_real:
-            real.scatter_add_(-1, self.column.unsqueeze(-1), grad.masked_fill(self.elsewhere, 0.0).unsqueeze(-1))
-        return real if n_real == self.n_columns else F.pad(real, (0, self.n_columns - n_real))
+def _own_words(n_columns: int, vocab_size: int, tp: Axis) -> tuple[int, int]:
+    """Return the word of this rank's first column, and how many columns are words: the last ranks may hold padding."""
+    first = tp.rank * n_columns
+    return first, min(max(vocab_size - first, 0), n_columns)
 
 
-def _label_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> tuple[Tensor, _Shares]:
-    """Return log p(label) = logit[label] − log Σ exp(logit), [...], and what its gradient needs.
+def _label_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> tuple[Tensor, Tensor]:
+    """Return log p(label) = logit[label] − log Σ exp(logit), and log Σ exp(logit), which its gradient needs.
 
     Args:
-        logits: this rank's columns, [..., v/tp] in `acc_dtype`, to be overwritten.
+        logits: this rank's columns, [..., v/tp].
         labels: [...] int64.
         vocab_size: logical v.
         tp: tensor-parallel axis.
+
+    Returns: [...] each, in `acc_dtype`.
     """
-    n_columns = logits.shape[-1]
-    first = tp.rank * n_columns
-    n_real = min(max(vocab_size - first, 0), n_columns)  # the last ranks may hold padding columns
-    real = logits[..., :n_real]
-    own_peak = real.amax(-1) if n_real else real.new_full(labels.shape, -torch.inf)
+    own_peak, own_total, picked = ops.logit_statistics(logits, labels, *_own_words(logits.shape[-1], vocab_size, tp))
     peak = comm.max_over(own_peak, tp)
-    column = labels - first
-    elsewhere = (column < 0) | (column >= n_real)
-    column = column.masked_fill(elsewhere, 0)
-    if n_real:
-        picked = real.gather(-1, column.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-    else:
-        picked = real.new_zeros(labels.shape)
-    exps = real.sub_(peak.unsqueeze(-1)).exp_()
-    total = comm.sum_over(exps.sum(-1), tp)
-    logprobs = comm.sum_over(picked, tp) - peak - total.log()
-    return logprobs, _Shares(exps, total, column, elsewhere, n_columns)
+    log_total = comm.sum_over(own_total * (own_peak - peak).exp(), tp).log()
+    return comm.sum_over(picked, tp) - peak - log_total, peak + log_total
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:
-        wide = logits.to(ops.acc_dtype(logits), copy=True)
-        logprobs, shares = _label_logprobs(wide, labels, vocab_size, tp)
-        ctx.save_for_backward(*shares[:4])
-        ctx.n_columns, ctx.dtype = shares.n_columns, logits.dtype
+        logprobs, log_total = _label_logprobs(logits, labels, vocab_size, tp)
+        ctx.save_for_backward(logits, labels, log_total)
+        ctx.words = _own_words(logits.shape[-1], vocab_size, tp)
         return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        exps, total, column, elsewhere = ctx.saved_tensors
-        shares = _Shares(exps.clone(), total, column, elsewhere, ctx.n_columns)
-        return shares.gradient(grad).to(ctx.dtype), None, None, None
+        logits, labels, log_total = ctx.saved_tensors
+        return ops.logit_gradient(grad, logits, labels, log_total, *ctx.words), None, None, None
 
 
 class _Chunks(NamedTuple):
@@ -117,13 +84,14 @@ def _go_through(x: Tensor, weight: Tensor, labels: Tensor, grad: Tensor | None, 
     grad_x = None if grad is None else torch.empty_like(x)
     # Chunks of half precision would lose their sum's last bits with every addition.
     grad_weight = None if grad is None else weight.new_zeros(weight.shape, dtype=dtype)
+    words = _own_words(len(weight), vocab_size, tp)
     for start in range(0, len(x), _CHUNK_TOKENS):
         chunk = slice(start, start + _CHUNK_TOKENS)
-        logits = F.linear(x[chunk], weight).to(dtype)
-        logprobs[chunk], shares = _label_logprobs(logits, labels[chunk], vocab_size, tp)
+        logits = F.linear(x[chunk], weight)
+        logprobs[chunk], log_total = _label_logprobs(logits, labels[chunk], vocab_size, tp)
         if grad is None or grad_x is None or grad_weight is None:
             continue
-        grad_logits = shares.gradient(grad[chunk]).to(x.dtype)
+        grad_logits = ops.logit_gradient(grad[chunk], logits, labels[chunk], log_total, *words, in_place=True)
         torch.mm(grad_logits, weight, out=grad_x[chunk])
         if dtype == x.dtype:
             grad_weight.addmm_(grad_logits.t(), x[chunk])

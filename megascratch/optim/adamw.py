@@ -1,11 +1,11 @@
 """AdamW on flat tensors (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2)."""
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from megascratch import ops
 from megascratch.config import OptimConfig
 
 
@@ -23,22 +23,40 @@ class AdamW:
 
     @torch.no_grad()
     def update(
-        self, value: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, step: int, lr: float, decay: bool
+        self,
+        value: Tensor,
+        grad: Tensor,
+        state: Mapping[str, Tensor],
+        *,
+        step: int,
+        lr: float,
+        decay: bool,
+        grad_factor: float = 1.0,
+        model: Tensor | None = None,
     ) -> None:
-        """Update `value` and `state` in place.
+        """Update `value` and `state` in place, in one pass over memory.
 
         Args:
             value: [n], in float32 or float64.
-            grad: [n], the same dtype, final (averaged and clipped).
+            grad: [n], the same dtype; times `grad_factor` it is final (averaged and clipped).
             state: `exp_avg` and `exp_avg_sq`, [n] each.
             step: number of this update, from 1.
             lr: learning rate.
             decay: whether weight decay applies.
+            grad_factor: multiplies the gradient, which is not changed.
+            model: [n] in half precision, to get the new values rounded; None where `value` is the model's own.
         """
-        exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-        if decay:
-            value.mul_(1.0 - lr * self.weight_decay)
-        exp_avg.lerp_(grad, 1.0 - self.beta1)
-        exp_avg_sq.mul_(self.beta2).addcmul_(grad, grad, value=1.0 - self.beta2)
-        root = exp_avg_sq.sqrt().div_(math.sqrt(1.0 - self.beta2**step)).add_(self.eps)
-        value.addcdiv_(exp_avg, root, value=-lr / (1.0 - self.beta1**step))
+        ops.adamw(
+            value,
+            grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            step=step,
+            lr=lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            eps=self.eps,
+            weight_decay=self.weight_decay if decay else 0.0,
+            grad_factor=grad_factor,
+            model=model,
+        )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megascratch import ops
 from megascratch.config import OptimConfig
 from megascratch.dist import comm
 from megascratch.dist.layout import Extent, ParamSpec, run_extents
@@ -92,9 +93,16 @@ class Optimizer:
         factor = grad_scale * (min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0)
         self.updates += 1
         for bucket, grad, state, master in zip(self.buckets, reduced, self.state, self.masters):
-            self.rule.update(master, grad.mul_(factor), state, step=self.updates, lr=lr, decay=bucket.key.decay)
-            if master.data_ptr() != bucket.run.data_ptr():
-                bucket.run.copy_(master)
+            self.rule.update(
+                master,
+                grad,
+                state,
+                step=self.updates,
+                lr=lr,
+                decay=bucket.key.decay,
+                grad_factor=factor,
+                model=bucket.run if master.data_ptr() != bucket.run.data_ptr() else None,
+            )
             bucket.publish()
         return StepResult(norm, skipped=False)
 
@@ -103,7 +111,7 @@ class Optimizer:
         squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for bucket, grad in zip(self.buckets, reduced):
             if bucket.counts:
-                squares += torch.linalg.vector_norm(grad).double() ** 2
+                squares += ops.squared_norm(grad)
         return math.sqrt(comm.sum_over(squares, self.mesh.world).item())
 
     def state_parts(self) -> Iterator[StatePart]:

@@ -156,7 +156,7 @@ def test_without_gradients_no_gradient_is_computed(monkeypatch: pytest.MonkeyPat
     x, weight = _head_inputs(100, torch.float64)
     _, labels, weights = _inputs(100, torch.float64)
     with_gradients = linear_cross_entropy(x, weight.requires_grad_(), labels, weights, 100, Mesh.serial().tp)
-    monkeypatch.delattr(loss._Shares, "gradient")
+    monkeypatch.delattr(loss.ops, "logit_gradient")
     with torch.no_grad():
         without = linear_cross_entropy(x, weight, labels, weights, 100, Mesh.serial().tp)
     assert without.item() == pytest.approx(with_gradients.item(), rel=1e-12)
@@ -199,5 +199,5 @@ def test_peak_memory_is_a_quarter_of_logits_then_loss(function: Callable[..., Te
     x.grad = weight.grad = None
     with _PeakBytes() as fused:
         function(x, weight, labels, weights, v, Mesh.serial()).backward()
-    assert whole.peak > tokens * v * 6, "logits in bf16 and their softmax in fp32 at least"
+    assert whole.peak > tokens * v * 4, "logits and their gradient in bf16 at least"
     assert fused.peak < whole.peak / 4, f"{fused.peak} of {whole.peak} bytes"
