@@ -22,7 +22,9 @@ def plan(
     weight_grad: Annotated[float, typer.Option(min=0.0, help="Time of its weight gradients.")] = 1.0,
     transfer: Annotated[float, typer.Option(min=0.0, help="Time of a transfer between ranks.")] = 0.0,
     times: Annotated[Path | None, typer.Option(help="A recorded step (log.pipeline_step), drawn beside.")] = None,
-    out: Annotated[list[Path] | None, typer.Option(help="A picture (.svg, .png) or Chrome trace (.json).")] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option(help="A picture (.svg, .png), Chrome trace (.json), or schedule file (.txt).")
+    ] = None,
 ) -> None:
     """Simulate and draw a pipeline schedule: bubble, peak activations, critical path."""
     from megascratch.pipeline import Costs
@@ -37,16 +39,18 @@ def plan(
     if times is not None:
         recorded, executed = read_times(times)
         costs = measured_costs(recorded, executed.n_stages)
-        charts = [_chart("simulated with the recorded costs", executed, costs, "s")]
+        planned = executed
+        charts = [_chart("simulated with the recorded costs", planned, costs, "s")]
         charts.append(Chart(f"recorded in {times.name}", recorded, unit="s"))
     else:
         assert schedule is not None
         costs = Costs(forward, input_grad, weight_grad, transfer)
-        charts = [_chart(schedule, _find_schedule(schedule, pp, vp, microbatches, costs), costs, "units")]
+        planned = _find_schedule(schedule, pp, vp, microbatches, costs)
+        charts = [_chart(schedule, planned, costs, "units")]
     for chart in charts:
         _print(chart)
     for file in files:
-        _write(charts, file)
+        _write(charts, planned, file)
         print(f"wrote {file}")
 
 
@@ -98,8 +102,8 @@ def _print(chart: "Chart") -> None:
 def _require_writable(file: Path) -> None:
     """Raise a ConfigError if a file's format is unknown, or it cannot be written, or exists."""
     problem = None
-    if file.suffix not in (".svg", ".png", ".json"):
-        problem = Problem(f"--out {file}", "must end in .svg, .png or .json", "choose one")
+    if file.suffix not in (".svg", ".png", ".json", ".txt"):
+        problem = Problem(f"--out {file}", "must end in .svg, .png, .json or .txt", "choose one")
     elif file.exists():
         problem = Problem(f"--out {file}", "exists, and is not overwritten", "choose another name, or remove it")
     elif not file.parent.is_dir():
@@ -108,10 +112,15 @@ def _require_writable(file: Path) -> None:
         raise ConfigError(problem, "the command line")
 
 
-def _write(charts: "list[Chart]", file: Path) -> None:
+def _write(charts: "list[Chart]", schedule: "Schedule", file: Path) -> None:
     from megascratch.plan import chrome_trace, png, svg
 
-    if file.suffix == ".png":
-        png(charts, file)
-    else:
-        file.write_text(svg(charts) if file.suffix == ".svg" else chrome_trace(charts), encoding="utf-8")
+    match file.suffix:
+        case ".png":
+            png(charts, file)
+        case ".svg":
+            file.write_text(svg(charts), encoding="utf-8")
+        case ".json":
+            file.write_text(chrome_trace(charts), encoding="utf-8")
+        case _:
+            file.write_text(f"# for parallel.schedule_file: {charts[0].title}\n{schedule}", encoding="utf-8")

@@ -57,10 +57,10 @@ def checked_inputs(config: "Config", where: str) -> "Config":
 
 
 def _schedule_problems(config: "Config") -> list[Problem]:
-    """Return what is wrong with the schedule that the user wrote, if the configuration names one."""
+    """Return what is wrong with a schedule that the user wrote, or that is to keep to a limit."""
     from megascratch.pipeline import configured_schedule
 
-    if config.parallel.schedule_file is None:
+    if config.parallel.schedule_file is None and config.parallel.max_in_flight is None:
         return []
     n_microbatches = config.train.global_batch // (config.train.micro_batch * (config.parallel.dp or 1))
     try:

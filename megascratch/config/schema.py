@@ -94,6 +94,7 @@ class ParallelConfig(Section):
     vp: Count = 1  # stages a pipeline rank
     schedule: ScheduleName | None = None  # 1f1b, or interleaved when vp > 1
     schedule_file: str | None = None  # text instead of a name: one line a rank, 0F0 1F0 …
+    max_in_flight: Count | None = None  # most activations a rank may hold, in stages × micro-batches; checked
     layers_per_stage: list[Whole] | Literal["balanced"] | None = None  # even when left out; balanced weighs the head
     sequence_parallel: bool | None = None  # on when tp > 1; without effect on tp = 1
     zero: Literal[0, 1] = 0

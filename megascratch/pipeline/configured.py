@@ -29,7 +29,7 @@ def configured_schedule(parallel: ParallelConfig, n_microbatches: int, *, backwa
         n_microbatches: of each data-parallel rank.
         backward: False for an evaluation, which runs forwards alone.
 
-    Raises: ScheduleError: if it cannot be had, or a file holds a wrong one.
+    Raises: ScheduleError: if it cannot be had, a file holds a wrong one, or it needs more than `max_in_flight`.
     """
     if not backward:
         schedule = forward_only(configured_routes(parallel), n_microbatches)
@@ -42,7 +42,7 @@ def configured_schedule(parallel: ParallelConfig, n_microbatches: int, *, backwa
     else:
         schedule = make_schedule(parallel.schedule or "1f1b", parallel.pp, parallel.vp, n_microbatches)
     complete = add_communication(schedule)
-    check(complete, backward=backward)
+    check(complete, parallel.max_in_flight if backward else None, backward=backward)
     return complete
 
 

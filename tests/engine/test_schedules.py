@@ -1,10 +1,11 @@
 """Schedules of equal placement sum in the same order, so their bits agree; and a user's file runs as any other."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from layouts import make_config, run_layout
+from layouts import Trained, make_config, run_layout
 
 from megascratch.dist.mesh import Axis, Mesh
 from megascratch.dist.testing import run_ranks
@@ -13,35 +14,35 @@ from megascratch.errors import LayoutError
 from megascratch.pipeline import ScheduleError, configured_routes, configured_schedule, make_schedule
 
 
-def _weights_and_losses(parallel: dict, world: int = 2, model: str = "llama"):
-    ranks = run_ranks(world, run_layout, make_config(model, parallel), 3)
-    return [[values for *_, values in trained.weights] for trained in ranks], ranks[0].reports
+def _train_all(layouts: list[dict[str, Any]]) -> list[Trained]:
+    """On one rank: three steps under each layout."""
+    return [run_layout(make_config("llama", parallel), 3) for parallel in layouts]
 
 
-def _assert_equal_bits(first, second):
-    assert first[1] == second[1]
-    for ours, theirs in zip(first[0], second[0], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+def _assert_equal_bits(layouts: list[dict[str, Any]]) -> None:
+    """Every layout gives the losses, norms and weights of the first, on each of two ranks."""
+    for first, *others in run_ranks(2, _train_all, layouts):
+        for other in others:
+            assert other.reports == first.reports
+            for (name, *_, ours), (_, *_, theirs) in zip(other.weights, first.weights, strict=True):
+                assert torch.equal(ours, theirs), name
 
 
-def test_schedules_of_one_stage_a_rank_agree_bit_for_bit():
-    reference = _weights_and_losses({"pp": 2, "schedule": "1f1b"})
-    for schedule in ("gpipe", "zb-h1", "zb-h2"):
-        _assert_equal_bits(reference, _weights_and_losses({"pp": 2, "schedule": schedule}))
-    _assert_equal_bits(reference, _weights_and_losses({"pp": 2, "schedule": "zb-h1", "recompute": "full"}))
+def test_schedules_of_one_stage_a_rank_agree_bit_for_bit() -> None:
+    names = ("1f1b", "gpipe", "zb-h1", "zb-h2")
+    layouts: list[dict[str, Any]] = [{"pp": 2, "schedule": name} for name in names]
+    _assert_equal_bits([*layouts, {"pp": 2, "schedule": "zb-h1", "recompute": "full"}])
 
 
-def test_v_shaped_schedules_agree_bit_for_bit():
-    reference = _weights_and_losses({"pp": 2, "vp": 2, "schedule": "zb-v"})
-    for schedule in ("v-half", "v-min", "dualpipe-v"):
-        _assert_equal_bits(reference, _weights_and_losses({"pp": 2, "vp": 2, "schedule": schedule}))
+def test_v_shaped_schedules_agree_bit_for_bit() -> None:
+    names = ("zb-v", "v-half", "v-min", "dualpipe-v")
+    _assert_equal_bits([{"pp": 2, "vp": 2, "schedule": name} for name in names])
 
 
-def test_a_file_that_holds_a_known_schedule_is_that_schedule(tmp_path: Path):
+def test_a_file_that_holds_a_known_schedule_is_that_schedule(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text(f"# ZB-H1\n{make_schedule('zb-h1', 2, 1, 8)}")
-    written = _weights_and_losses({"pp": 2, "schedule_file": str(file)})
-    _assert_equal_bits(_weights_and_losses({"pp": 2, "schedule": "zb-h1"}), written)
+    _assert_equal_bits([{"pp": 2, "schedule": "zb-h1"}, {"pp": 2, "schedule_file": str(file)}])
 
 
 @pytest.mark.parametrize(

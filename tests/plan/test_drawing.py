@@ -7,8 +7,18 @@ from pathlib import Path
 import pytest
 from command_line import exit_code
 
+from megascratch.config import ParallelConfig
 from megascratch.errors import DataError
-from megascratch.pipeline import Costs, add_communication, critical_path, make_schedule, simulate, times_text
+from megascratch.pipeline import (
+    Costs,
+    ScheduleError,
+    add_communication,
+    configured_schedule,
+    critical_path,
+    make_schedule,
+    simulate,
+    times_text,
+)
 from megascratch.plan import Chart, chrome_trace, measured_costs, png, read_times, svg
 
 COSTS = Costs(1.0, 1.5, 0.5, 0.25)
@@ -122,6 +132,19 @@ def test_the_verb_says_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "exists, and is not overwritten" in capsys.readouterr().err
 
 
+def test_the_verb_writes_what_the_engine_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A schedule for one's own costs: plan it, write it, run it."""
+    file = tmp_path / "mine.txt"
+    costs = ["--forward", 1, "--input-grad", 1.2, "--weight-grad", 0.6]
+    assert exit_code("plan", "--schedule", "zb-v", "--pp", 2, "--microbatches", 6, *costs, "--out", file) == 0
+    parallel = ParallelConfig(pp=2, vp=2, schedule_file=str(file))
+    planned = add_communication(make_schedule("zb-v", 2, 2, 6, Costs(1, 1.2, 0.6)))
+    assert configured_schedule(parallel, 6).actions == planned.actions
+    bounded = parallel.model_copy(update={"max_in_flight": 3})
+    with pytest.raises(ScheduleError, match=r"rank 0 +must hold at most 3 activations at once, holds 4"):
+        configured_schedule(bounded, 6)
+
+
 def test_the_verb_reads_a_users_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1  # 1F1B\n")
@@ -138,7 +161,7 @@ def test_the_verb_reads_a_users_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         ([], "--schedule and --times  say what to draw: give one of them"),
         (["--schedule", "2f2b"], "--schedule 2f2b  is neither a schedule nor a file of one  use gpipe, 1f1b"),
         (["--schedule", "zb-v", "--vp", "3"], "vp = 3  the zb-v schedule runs 2 stages a rank"),
-        (["--schedule", "1f1b", "--out", "a.pdf"], "must end in .svg, .png or .json"),
+        (["--schedule", "1f1b", "--out", "a.pdf"], "must end in .svg, .png, .json or .txt"),
         (["--schedule", "1f1b", "--out", "no/where/a.svg"], "lies in no folder"),
     ],
 )
