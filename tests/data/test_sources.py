@@ -99,6 +99,29 @@ def test_the_parser_agrees_with_pythons_json(keys):
     assert len(bad_lines) >= 1000
 
 
+def test_every_fragment_as_a_value():
+    """Alone, in front of and behind others, where the parser reads it and where it only passes over it."""
+    frames = [
+        (b'{"text": ', b"}"),
+        (b'{"n": [0, ', b'], "text": "a"}'),
+        (b'{"text": "a"}', b""),
+        (b'{"a": "b", ', b"}"),
+    ]
+    wrong_utf8 = [b'"%s"' % bytes([lead, *rest]) for lead in range(0x80, 256) for rest in ([], [0x80], [0x9F, 0x80])]
+    wide = [
+        b'"%s"' % bytes([lead, second, 0xBF, 0xBF][:size])
+        for lead, size in ((0xE0, 3), (0xED, 3), (0xF0, 4), (0xF4, 4))
+        for second in range(0x7F, 0xC1)
+    ]
+    escapes = [rb'"\%c"' % byte for byte in range(256) if byte != 10]
+    for before, behind in frames:
+        lines = [before + value + behind for value in [*FRAGMENTS, *wrong_utf8, *wide, *escapes]]
+        batch = batch_of_lines(b"\n".join(lines), ["text"])
+        texts, bad_lines = with_json(lines, ["text"])
+        assert [strings(one) for one in batch.by_key] == texts
+        assert batch.bad_lines == bad_lines
+
+
 @pytest.mark.parametrize(
     ("line", "text"),
     [
