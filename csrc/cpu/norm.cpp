@@ -24,48 +24,54 @@ void widen_parameter(const void* parameter, bool is_wide, Acc<T>* wide, int64_t 
   }
 }
 
-// Widen a row, and return the sum of its numbers or of their squares.
-template <typename T, bool squares>
-Acc<T> widen(const T* __restrict from, Acc<T>* __restrict wide, int64_t h) {
-  Acc<T> total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < h; ++j) {
-    wide[j] = load(from[j]);
-    total += squares ? wide[j] * wide[j] : wide[j];
+// Σ term(j) over j < n, in four sums side by side: one alone would wait for each addition's latency.
+template <typename A, typename Term>
+inline __attribute__((always_inline)) A sum_of(int64_t n, const Term& term) {
+  const int64_t quarter = n / 64 * 16;
+  A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int64_t j = 0; j < quarter; ++j) {
+    s0 += term(j);
+    s1 += term(j + quarter);
+    s2 += term(j + 2 * quarter);
+    s3 += term(j + 3 * quarter);
   }
-  return total;
+#pragma omp simd reduction(+ : s0)
+  for (int64_t j = 4 * quarter; j < n; ++j) s0 += term(j);
+  return (s0 + s1) + (s2 + s3);
 }
 
-// Add two rows, round as the sum is stored, widen it, and return the sum of squares.
+// Widen a row, or the sum of two rounded as it is stored, and return the sum of squares.
 template <typename T>
-Acc<T> add_and_widen(
-    const T* __restrict x, const T* __restrict residual, T* __restrict sum, Acc<T>* __restrict wide, int64_t h) {
-  Acc<T> total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < h; ++j) {
+Acc<T> widen_rms_row(const NormArguments& a, int64_t row, Acc<T>* __restrict wide) {
+  using A = Acc<T>;
+  const T* __restrict x = static_cast<const T*>(a.x) + row * a.stride_x;
+  if (!a.residual) {
+    return sum_of<A>(a.h, [=](int64_t j) {
+      wide[j] = load(x[j]);
+      return wide[j] * wide[j];
+    });
+  }
+  const T* __restrict residual = static_cast<const T*>(a.residual) + row * a.stride_residual;
+  T* __restrict sum = static_cast<T*>(a.sum) + row * a.h;
+  return sum_of<A>(a.h, [=](int64_t j) {
     sum[j] = store<T>(load(x[j]) + load(residual[j]));
     wide[j] = load(sum[j]);
-    total += wide[j] * wide[j];
-  }
-  return total;
+    return wide[j] * wide[j];
+  });
 }
 
 template <typename T>
 void rms_rows(const NormArguments& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const Buffer<A> weight(a.h), wide(a.h);
-  widen_parameter<T>(a.weight, a.wide_parameters, weight, a.h);
+  const Buffer<A> weight_buffer(a.h), wide_buffer(a.h);
+  widen_parameter<T>(a.weight, a.wide_parameters, weight_buffer, a.h);
+  const A* __restrict weight = weight_buffer;
+  A* __restrict wide = wide_buffer;
   for (int64_t row = begin; row < end; ++row) {
-    const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
-    A squares;
-    if (a.residual) {
-      const T* residual = static_cast<const T*>(a.residual) + row * a.stride_residual;
-      squares = add_and_widen(x, residual, static_cast<T*>(a.sum) + row * a.h, wide, a.h);
-    } else {
-      squares = widen<T, true>(x, wide, a.h);
-    }
+    const A squares = widen_rms_row<T>(a, row, wide);
     const A rstd = 1 / square_root(squares / static_cast<A>(a.h) + static_cast<A>(a.eps));
-    T* y = static_cast<T*>(a.y) + row * a.h;
+    T* __restrict y = static_cast<T*>(a.y) + row * a.h;
 #pragma omp simd
     for (int64_t j = 0; j < a.h; ++j) y[j] = store<T>(wide[j] * rstd * weight[j]);
     static_cast<A*>(a.rstd)[row] = rstd;
@@ -75,84 +81,96 @@ void rms_rows(const NormArguments& a, int64_t begin, int64_t end) {
 template <typename T>
 void layer_rows(const NormArguments& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const Buffer<A> weight(a.h), bias(a.h), wide(a.h);
-  widen_parameter<T>(a.weight, a.wide_parameters, weight, a.h);
-  widen_parameter<T>(a.bias, a.wide_parameters, bias, a.h);
+  const Buffer<A> weight_buffer(a.h), bias_buffer(a.h), wide_buffer(a.h);
+  widen_parameter<T>(a.weight, a.wide_parameters, weight_buffer, a.h);
+  widen_parameter<T>(a.bias, a.wide_parameters, bias_buffer, a.h);
+  const A* __restrict weight = weight_buffer;
+  const A* __restrict bias = bias_buffer;
+  A* __restrict wide = wide_buffer;
   for (int64_t row = begin; row < end; ++row) {
-    const A mean = widen<T, false>(static_cast<const T*>(a.x) + row * a.stride_x, wide, a.h) / static_cast<A>(a.h);
-    A squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t j = 0; j < a.h; ++j) {
-      wide[j] -= mean;
-      squares += wide[j] * wide[j];
-    }
+    const T* __restrict x = static_cast<const T*>(a.x) + row * a.stride_x;
+    const A sum = sum_of<A>(a.h, [=](int64_t j) { return wide[j] = load(x[j]); });
+    const A mean = sum / static_cast<A>(a.h);
+    // A second pass over the differences: Σ x² − h mean² would cancel.
+    const A squares = sum_of<A>(a.h, [=](int64_t j) { return (wide[j] - mean) * (wide[j] - mean); });
     const A rstd = 1 / square_root(squares / static_cast<A>(a.h) + static_cast<A>(a.eps));
-    T* y = static_cast<T*>(a.y) + row * a.h;
+    T* __restrict y = static_cast<T*>(a.y) + row * a.h;
 #pragma omp simd
-    for (int64_t j = 0; j < a.h; ++j) y[j] = store<T>(wide[j] * rstd * weight[j] + bias[j]);
+    for (int64_t j = 0; j < a.h; ++j) y[j] = store<T>((wide[j] - mean) * rstd * weight[j] + bias[j]);
     static_cast<A*>(a.mean)[row] = mean;
     static_cast<A*>(a.rstd)[row] = rstd;
   }
 }
 
-template <typename A>
-struct BackwardSums {
-  A dot, u;
+// A row of the backward pass.
+template <typename T>
+struct BackwardRow {
+  const T *grad, *x, *grad_sum;
+  T* dx;
+  Acc<T> mean, rstd;
 };
 
-// Read a row of grad and x: keep u = grad · weight and the normalised input, add to the part's sums over tokens, and
-// return Σ u · normalised and Σ u.
+template <typename T>
+BackwardRow<T> backward_row(const NormBackwardArguments& a, int64_t row) {
+  const auto at = [&](const void* base, int64_t stride) { return static_cast<const T*>(base) + row * stride; };
+  const Acc<T> mean = a.mean ? static_cast<const Acc<T>*>(a.mean)[row] : Acc<T>(0);
+  return {at(a.grad, a.stride_grad),
+          at(a.x, a.stride_x),
+          a.grad_sum ? at(a.grad_sum, a.stride_grad_sum) : nullptr,
+          static_cast<T*>(a.dx) + row * a.h,
+          mean,
+          static_cast<const Acc<T>*>(a.rstd)[row]};
+}
+
+// Write dx of a row, and add it to the part's sums over tokens. The row is computed twice, which costs less than keeping
+// what the first pass found: both wait for stores.
 template <typename T, bool centred>
-BackwardSums<Acc<T>> read_backward_row(
-    const T* __restrict grad, const T* __restrict x, const Acc<T>* __restrict weight, Acc<T> mean, Acc<T> rstd,
-    Acc<T>* __restrict u, Acc<T>* __restrict normalised, Acc<T>* __restrict dweight, Acc<T>* __restrict dbias,
+void backward_through(
+    const BackwardRow<T>& row, const Acc<T>* __restrict weight, Acc<T>* __restrict dweight, Acc<T>* __restrict dbias,
     int64_t h) {
-  Acc<T> dot = 0, sum = 0;
+  using A = Acc<T>;
+  const T* __restrict grad = row.grad;
+  const T* __restrict x = row.x;
+  T* __restrict dx = row.dx;
+  const A mean = row.mean, rstd = row.rstd;
+  A dot = 0, sum = 0;
 #pragma omp simd reduction(+ : dot, sum)
   for (int64_t j = 0; j < h; ++j) {
-    const Acc<T> g = load(grad[j]), value = (centred ? load(x[j]) - mean : load(x[j])) * rstd;
-    u[j] = g * weight[j];
-    normalised[j] = value;
-    dot += u[j] * value;
-    dweight[j] += g * value;
+    const A g = load(grad[j]), product = g * (load(x[j]) - mean) * rstd;
+    dweight[j] += product;
+    dot += product * weight[j];
     if (centred) {
-      sum += u[j];
       dbias[j] += g;
+      sum += g * weight[j];
     }
   }
-  return {dot, sum};
+  dot /= static_cast<A>(h), sum /= static_cast<A>(h);
+  const auto gradient = [=](int64_t j) {
+    return rstd * (load(grad[j]) * weight[j] - (load(x[j]) - mean) * rstd * dot - sum);
+  };
+  if (row.grad_sum) {
+    const T* __restrict grad_sum = row.grad_sum;
+#pragma omp simd
+    for (int64_t j = 0; j < h; ++j) dx[j] = store<T>(gradient(j) + load(grad_sum[j]));
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < h; ++j) dx[j] = store<T>(gradient(j));
+  }
 }
 
 template <typename T, bool centred>
 void backward_parts(const NormBackwardArguments& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const Buffer<A> weight(a.h), u_row(a.h), normalised_row(a.h);
+  const Buffer<A> weight(a.h);
   widen_parameter<T>(a.weight, a.wide_parameters, weight, a.h);
   const size_t row_bytes = static_cast<size_t>(a.h) * sizeof(A);
-  const A *u = u_row, *normalised = normalised_row;
   for (int64_t part = begin; part < end; ++part) {
     A* dweight = static_cast<A*>(a.partial) + part * a.h;
     A* dbias = centred ? dweight + a.parts * a.h : nullptr;
     memset(dweight, 0, row_bytes);
     if (centred) memset(dbias, 0, row_bytes);
     for (int64_t row = part * a.rows / a.parts; row < (part + 1) * a.rows / a.parts; ++row) {
-      const T* grad = static_cast<const T*>(a.grad) + row * a.stride_grad;
-      const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
-      const A mean = centred ? static_cast<const A*>(a.mean)[row] : A(0), rstd = static_cast<const A*>(a.rstd)[row];
-      const BackwardSums<A> sums = read_backward_row<T, centred>(
-          grad, x, weight, mean, rstd, u_row, normalised_row, dweight, dbias, a.h);
-      const A dot = sums.dot / static_cast<A>(a.h), sum = sums.u / static_cast<A>(a.h);
-      T* dx = static_cast<T*>(a.dx) + row * a.h;
-      if (a.grad_sum) {
-        const T* grad_sum = static_cast<const T*>(a.grad_sum) + row * a.stride_grad_sum;
-#pragma omp simd
-        for (int64_t j = 0; j < a.h; ++j) {
-          dx[j] = store<T>(rstd * (u[j] - normalised[j] * dot - sum) + load(grad_sum[j]));
-        }
-      } else {
-#pragma omp simd
-        for (int64_t j = 0; j < a.h; ++j) dx[j] = store<T>(rstd * (u[j] - normalised[j] * dot - sum));
-      }
+      backward_through<T, centred>(backward_row<T>(a, row), weight, dweight, dbias, a.h);
     }
   }
 }
