@@ -29,6 +29,12 @@ namespace megascratch {
     static void adamw(const AdamWArguments& arguments, int64_t begin, int64_t end);                                    \
     /* Rows are parts of x. */                                                                                         \
     static void squared_norm(const SquaredNormArguments& arguments, int64_t begin, int64_t end);                       \
+    /* Rows are those of a block's scores, over all its pairs. */                                                      \
+    static void attention(const AttentionArguments& arguments, int64_t begin, int64_t end);                            \
+    static void attention_backward(const AttentionBackwardArguments& arguments, int64_t begin, int64_t end);           \
+    /* Rows are panels of `product_columns()` columns of b, over all pairs; `packed` has room for k rows of one. */    \
+    static int64_t product_columns();                                                                                  \
+    static void product(const ProductArguments& arguments, float* packed, int64_t begin, int64_t end);                 \
   };                                                                                                                   \
   }
 

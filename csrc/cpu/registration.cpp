@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "operators/activation.h"
+#include "operators/attention.h"
 #include "operators/logits.h"
 #include "operators/norm.h"
 #include "operators/optimizer.h"
@@ -95,6 +96,28 @@ struct Cpu {
         0, a.parts, 1, [&](int64_t begin, int64_t end) { Kernels::squared_norm(a, begin, end); });
     *a.out = std::accumulate(a.partial, a.partial + a.parts, 0.0);
   }
+
+  static void run(const AttentionArguments& a, const Tensor&) {
+    torch::stable::parallel_for(0, a.block.p * a.block.r, grain_rows(a.block.w), [&](int64_t begin, int64_t end) {
+      Kernels::attention(a, begin, end);
+    });
+  }
+
+  static void run(const AttentionBackwardArguments& a, const Tensor&) {
+    torch::stable::parallel_for(0, a.block.p * a.block.r, grain_rows(a.block.w), [&](int64_t begin, int64_t end) {
+      Kernels::attention_backward(a, begin, end);
+    });
+  }
+
+  static void run(const ProductArguments& a, const Tensor&) {
+    const int64_t columns = Kernels::product_columns(), panels = (a.n + columns - 1) / columns;
+    // A product of 32 numbers takes as long as an element elsewhere.
+    const int64_t grain = grain_rows(a.m * columns * a.k / 32);
+    torch::stable::parallel_for(0, a.p * panels, grain, [&](int64_t begin, int64_t end) {
+      std::vector<float> packed(static_cast<size_t>(a.k * columns));
+      Kernels::product(a, packed.data(), begin, end);
+    });
+  }
 };
 
 template <typename Kernels>
@@ -105,6 +128,7 @@ void add_to(Library& library) {
   ActivationOperators<Cpu<Kernels>>::add_to(library);
   LogitOperators<Cpu<Kernels>>::add_to(library);
   OptimizerOperators<Cpu<Kernels>>::add_to(library);
+  AttentionOperators<Cpu<Kernels>>::add_to(library);
 }
 
 #ifdef __x86_64__

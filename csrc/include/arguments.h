@@ -144,4 +144,39 @@ struct SquaredNormArguments {
   DType dtype;
 };
 
+// Scores of a block: p pairs of sample and key/value head, r rows = queries × g heads of a group, w keys.
+struct AttentionBlock {
+  const int64_t* first;   // [p, r/g], the first key that each query sees; null: key 0
+  int64_t first_stride;
+  int64_t p, r, w, g;
+  int64_t start;          // the first key of the block
+  int64_t last;           // query i sees the keys of the block up to last + i
+  double scale, softcap;  // softcap 0: none
+  DType dtype;
+};
+
+struct AttentionArguments {
+  AttentionBlock block;
+  void* scores;        // [p, r, w], in place → exp(score − peak)
+  void *peak, *total;  // [p, r], in the accumulation type: largest score and sum of exponentials so far
+  void* out;           // [p, r, d], in the accumulation type, rescaled to the new peak
+  int64_t d;
+};
+
+struct AttentionBackwardArguments {
+  AttentionBlock block;
+  void* scores;        // [p, r, w], in place → probabilities
+  void* grad;          // [p, r, w], of the probabilities, in place → of the unscaled scores
+  const void *lse, *delta;  // [p, r], in the accumulation type: log Σ exp(score), Σ probability × its gradient
+};
+
+// out[p] = a[p] b[p], or added to it: [m, n] = [m, k] [k, n], float32. Any strides; out's rows are contiguous.
+struct ProductArguments {
+  const float *a, *b;
+  float* out;
+  int64_t p, m, n, k;
+  int64_t a_pair, a_row, a_column, b_pair, b_row, b_column, out_pair, out_row;
+  bool add;
+};
+
 }  // namespace megascratch

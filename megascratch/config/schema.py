@@ -124,7 +124,7 @@ class TrainConfig(Section):
     micro_batch: Count = 1
     dtype: DType = "bf16"
     seed: Whole = 1234
-    attention: Literal["auto", "softmax", "sdpa"] = "auto"  # auto: sdpa on CUDA, fused softmax elsewhere
+    attention: Literal["auto", "softmax", "sdpa", "blocked"] = "auto"  # auto: blocked on a CPU, sdpa on CUDA
     timeout_s: Count = 600  # a collective that waits longer ends the run
 
 

@@ -92,14 +92,36 @@ def sdpa_core(
     return out.permute(2, 0, 1, 3)
 
 
-CORES: dict[str, Core] = {"softmax": softmax_core, "sdpa": sdpa_core}
+# Scores a head from which blocks are faster than whole products. Those of bfloat16 are so fast that more of them must
+# be saved; those of float16 are slow on every CPU, and blocks compute in float32.
+_LEAST_SCORES = {
+    torch.float64: 128 * 128,
+    torch.float32: 128 * 128,
+    torch.bfloat16: 1024 * 1024,
+    torch.float16: 0,
+}
+
+
+def blocked_core(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True, drop: Drop | None = None
+) -> Tensor:
+    """Attend in blocks that stay in a CPU's cache, without the [s, t] scores; shapes as in `softmax_core`.
+
+    That one serves short sequences, and what blocks do not know: masks, and dropout of probabilities.
+    """
+    if mask is not None or not causal or drop is not None or len(q) * len(k) < _LEAST_SCORES[q.dtype]:
+        return softmax_core(q, k, v, mask, causal, drop)
+    return ops.attention(q, k, v)
+
+
+CORES: dict[str, Core] = {"softmax": softmax_core, "sdpa": sdpa_core, "blocked": blocked_core}
 
 
 def core_for(attention: str, device: torch.device) -> str:
     """Return the key of `CORES` that `train.attention` means on a device."""
     if attention != "auto":
         return attention
-    return "sdpa" if device.type == "cuda" else "softmax"
+    return {"cpu": "blocked", "cuda": "sdpa"}.get(device.type, "softmax")
 
 
 class Attention(nn.Module):
@@ -165,8 +187,11 @@ class Attention(nn.Module):
         if self.placement.cp.size > 1:
             attend = ALGORITHMS[self.placement.cp_algorithm]
             return attend(q, k, v, self.placement.cp, info.documents, self.core)
+        drops = self.training and self.dropout.p > 0.0
+        if info.documents is not None and self.core is blocked_core and not drops:
+            return ops.attention(q, k, v, ops.first_keys(info.documents))
         mask = None if info.documents is None else other_document(info.documents, info.documents)
-        if self.training and self.dropout.p > 0.0:
+        if drops:
             return softmax_core(q, k, v, mask, True, lambda probs: self._drop(probs, info))
         return self.core(q, k, v, mask, True, None)
 

@@ -10,6 +10,10 @@ from megascratch.ops.activation import OPERATORS as activation_operators
 from megascratch.ops.activation import geglu, geglu_tanh, gelu, gelu_tanh, relu_squared, swiglu
 from megascratch.ops.adamw import OPERATORS as optimizer_operators
 from megascratch.ops.adamw import adamw, squared_norm
+from megascratch.ops.attention import OPERATORS as attention_operators
+from megascratch.ops.attention import attention, first_keys
+from megascratch.ops.attention_blocks import OPERATORS as attention_block_operators
+from megascratch.ops.attention_blocks import attend, attend_backward
 from megascratch.ops.backend import Backend, load
 from megascratch.ops.logits import OPERATORS as logit_operators
 from megascratch.ops.logits import logit_gradient, logit_statistics
@@ -27,8 +31,10 @@ __all__ = [
     "acc_dtype",
     "adamw",
     "add_rms_norm",
+    "attention",
     "available",
     "backends",
+    "first_keys",
     "geglu",
     "geglu_tanh",
     "gelu",
@@ -45,13 +51,23 @@ __all__ = [
 ]
 
 OPERATORS = (
-    rope_operators + softmax_operators + norm_operators + activation_operators + logit_operators + optimizer_operators
+    rope_operators
+    + softmax_operators
+    + norm_operators
+    + activation_operators
+    + logit_operators
+    + optimizer_operators
+    + attention_operators
+    + attention_block_operators
 )
 
 # torch unregisters a namespace when its Library object dies; this one lives as long as the process.
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 for _operator in OPERATORS:
     define(_operator, _LIBRARY)
+# Kernels that are written in Python, out of other operators.
+_LIBRARY.impl("attention", attend, "CPU")
+_LIBRARY.impl("attention_backward", attend_backward, "CPU")
 _BACKENDS = (load("cpu"), load("cuda"))
 
 
