@@ -22,7 +22,15 @@ from megascratch.tokenizer.patterns import well_formed
 FRAGMENTS = [
     *(b"{", b"}", b"[", b"]", b":", b",", b" ", b"\t", b"\r", b"\x0b", b'"', b"\\", b"\xef\xbb\xbf"),
     *(b'"text"', b'"te\\u0078t"', b'"key"', b'{"text":', b'{"key": "v", "text": "', b'"}', b'\\"', b"\\u12"),
-    *(b'"a\\n\\/\\b\\f"', b'"\\ud83d\\ude00"', b'"\\ud800"', b'"\\udc00\\ud800"', b'"\\ud800\\u0041"', b'"\\u0000"'),
+    *(
+        b'"a\\n\\/\\b\\f"',
+        b'"\\ud83d\\ude00"',
+        b'"\\ud800"',
+        b'"\\udc00\\ud800"',
+        b'"\\udc00\\udc00"',
+        b'"\\ud800\\u0041"',
+        b'"\\u0000"',
+    ),
     *(b"0", b"01", b"-", b"-0.5e+3", b"1.", b".5", b"1e5", b"2" * 5000, b"NaN", b"-Infinity", b"null", b"true", b"nul"),
     *(
         b'"\xff"',
