@@ -16,7 +16,7 @@ from megascratch.tokenizer.formats import files_of, guess_pattern, open_tokenize
 from megascratch.tokenizer.tiktoken_ranks import read_ranks
 
 
-@pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "o200k", "llama3"])
+@pytest.mark.parametrize("pattern", ["gpt2", "o200k", "llama3"])
 def test_rank_files_tell_their_pattern(
     pattern: str, tokenizers_by_pattern: dict[str, Tokenizer], mixed_text: str, tmp_path: Path
 ) -> None:
@@ -27,6 +27,12 @@ def test_rank_files_tell_their_pattern(
     again = open_tokenizer(tmp_path, special_tokens=tokenizer.special_tokens)
     assert again.encode(mixed_text[:50_000]) == tokenizer.encode(mixed_text[:50_000])
     assert again.eod_id == tokenizer.eod_id
+
+
+def test_ranks_of_two_patterns(tokenizers_by_pattern: dict[str, Tokenizer], tmp_path: Path) -> None:
+    write(tokenizers_by_pattern["cl100k"], "tiktoken", tmp_path / "a.tiktoken")
+    with pytest.raises(TokenizerError, match=r"and several fit\s+name cl100k or llama3"):
+        open_tokenizer(tmp_path / "a.tiktoken")
 
 
 def test_ranks_like_gpt_4o_s(tokenizers_by_pattern: dict[str, Tokenizer], mixed_text: str, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ NASTY = [
     "a▁b ▁▁c▁",
     "ab cd <table><sep>ab  cd <s> </s> <unk> <0x41> [INST]",
     "漢字仮名交じり文を分かち書きしない" * 40,
+    "ελληνικάπρίντον" * 40 + "вопросответвопрос" * 40,
     "aaaa" * 5000,
     "    " * 300 + "x",
     "\U0010ffff\x00\x01\x7f e\u0301 👨‍👩‍👧‍👦",
@@ -58,7 +59,8 @@ NASTY = [
 @pytest.fixture(scope="module")
 def training_text(source_texts: list[str], mixed_text: str) -> list[str]:
     lines = ("".join(source_texts[:6])[:150_000] + mixed_text[:30_000]).splitlines()
-    return [line[:400] for line in lines if line.strip()]
+    unspaced = ["漢字仮名交じり文を分かち書きしない", "ελληνικάπρίντον", "вопросответвопрос"] * 40
+    return [*unspaced, *(line[:400] for line in lines if line.strip())]
 
 
 @pytest.fixture(scope="module")
