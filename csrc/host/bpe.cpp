@@ -12,7 +12,6 @@
 #include "bpe_decode.h"
 #include "bpe_encode.h"
 #include "bpe_train.h"
-#include "sentencepiece.h"
 
 namespace py = pybind11;
 using namespace megascratch::bpe;
