@@ -12,12 +12,13 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Environment, TemplateError, nodes, pass_environment
 from jinja2.ext import Extension
+from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -26,6 +27,7 @@ from jinja2.visitor import NodeTransformer
 MAX_CHARACTERS = 1 << 24  # 16.8 million: a conversation of that length is no conversation
 MAX_SECONDS = 10.0
 _MAX_NUMBER = 1 << 20  # as an exponent, a width, a number of repetitions
+_MAX_INDENT = 64
 _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\d{6,}|\*)|\{[^{}]*\d{6,}")
 
 
@@ -75,7 +77,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.globals.update(raise_exception=_refuse, strftime_now=_strftime_now)
         del self.globals["lipsum"]  # random text has no place in a prompt
         self.filters.update({name: self._measured(function) for name, function in self.filters.items()})
-        self.filters["tojson"] = _to_json
+        self.filters |= {"tojson": _to_json, "join": _join}
 
     def start_clock(self) -> None:
         """Give this thread's next rendering its time."""
@@ -110,7 +112,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         """Measure the methods of strings."""
         owner = getattr(function, "__self__", None)
         if isinstance(owner, str):
-            _check_call(function.__name__, owner, [*args, *kwargs.values()])
+            if function.__name__ == "join" and len(args) == 1:
+                return _joined(owner, args[0])
+            _check_call(function.__name__, [owner, *args, *kwargs.values()])
         return super().call(context, function, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -120,7 +124,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             return None
 
         def measured(*args: Any, **kwargs: Any) -> str:
-            _check_call("format", value.__self__, [*args, *kwargs.values()])
+            _check_call("format", [value.__self__, *args, *kwargs.values()])
             return wrapped(*args, **kwargs)
 
         return measured
@@ -133,9 +137,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
         def measured(*args: Any, **kwargs: Any) -> Any:
             self.tick()
-            texts = [arg for arg in args if isinstance(arg, str)]
-            others = [arg for arg in [*args, *kwargs.values()] if isinstance(arg, (str, int, list))]
-            _check_call(function.__name__.removeprefix("do_"), texts[0] if texts else "", others)
+            _check_call(function.__name__.removeprefix("do_"), [*args, *kwargs.values()])
             return function(*args, **kwargs)
 
         measured.__dict__.update(
@@ -144,14 +146,33 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return measured
 
 
-def _check_call(name: str, text: str, args: list[Any]) -> None:
+def _check_call(name: str, args: list[Any]) -> None:
+    """Measure what a method or filter will make; the text that it works on comes first."""
     _check_numbers(args)
-    if name in ("replace", "join"):
-        longest = max((len(str(arg)) for arg in args), default=0)
-        times = max([len(text), *(len(arg) for arg in args if isinstance(arg, list))]) + 1
-        _check_size(len(text) + longest * times if longest > 64 else 0)
-    elif name == "format":
-        _check_format(text)
+    texts = [arg for arg in args if isinstance(arg, str)]
+    if name == "replace" and len(texts) > 2:
+        _check_size(len(texts[0]) + texts[0].count(texts[1]) * len(texts[2]))
+    elif name in ("indent", "expandtabs") and texts:
+        widths = [arg if isinstance(arg, int) else len(arg) for arg in args if isinstance(arg, (int, str))][1:]
+        lines = texts[0].count("\n") + texts[0].count("\t") + 1
+        _check_size(len(texts[0]) + lines * max([8, *widths]))
+    elif name == "format" and texts:
+        _check_format(texts[0])
+
+
+def _joined(separator: str, items: Iterable[object]) -> str:
+    parts, size = [], 0
+    for item in items:
+        parts.append(str(item))
+        size += len(parts[-1]) + len(separator)
+        _check_size(size)
+    return separator.join(parts)
+
+
+@pass_environment
+def _join(environment: Environment, value: Iterable[object], d: str = "", attribute: str | int | None = None) -> str:
+    """The filter `join`, which measures what its items make."""
+    return _joined(str(d), value if attribute is None else map(make_attrgetter(environment, attribute), value))
 
 
 def _check_size(n: int) -> None:
@@ -184,4 +205,6 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
+    if indent is not None and indent > _MAX_INDENT:
+        raise OutOfBounds(f"it indents by more than {_MAX_INDENT}")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

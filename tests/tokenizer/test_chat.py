@@ -280,6 +280,11 @@ HOSTILE = {
         "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set n.x = n.x.join(n.x) %}{% endfor %}",
         "more than 16,777,216 characters",
     ),
+    "joining large ones": ("{{ (['a' * 999999] * 999) | join }}", "more than 16,777,216 characters"),
+    "joining made ones": ("{{ (['a' * 999999] * 999) | map('upper') | join('-') }}", "more than 16,777,216 characters"),
+    "indenting": ("{{ ('a\\n' * 99999) | indent(99999) }}", "more than 16,777,216 characters"),
+    "tabs": ("{{ ('a\\t' * 99999).expandtabs(99999) }}", "more than 16,777,216 characters"),
+    "indented json": ("{{ messages | tojson(indent=999999) }}", "indents by more than 64"),
     "writing": ("{% for i in range(9999) %}{{ 'aaaa' * 9999 }}{% endfor %}", "writes more than 16,777,216"),
     "widths": ("{{ 'a'.ljust(999999999) }}", "a number over 1,048,576"),
     "centred": ("{{ 'a' | center(999999999) }}", "a number over 1,048,576"),
@@ -298,6 +303,17 @@ def test_hostile_templates_are_stopped(name: str, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(TokenizerError, match=message):
         ChatTemplate({"default": source}).render([USER])
     assert time.monotonic() - start < 5
+
+
+def test_filters_do_what_jinja_s_do() -> None:
+    source = (
+        "{{ messages | map(attribute='role') | join(', ') }} {{ messages | join('-', attribute='role') }} "
+        "{{ '+'.join(['a', 'b']) }} {{ 'aba'.replace('a', 'xx') }} {{ 'aba' | replace('a', 'xx', 1) }} "
+        "{{ 'a\\nb' | indent(2) }} {{ 'a\\nb' | indent('>') }} {{ '%s=%3d' | format('n', 7) }} "
+        "{{ '{:>4}'.format('x') }}"
+    )
+    expected = "user, assistant user-assistant a+b xxbxx xxba a\n  b a\n>b n=  7    x"
+    assert ChatTemplate({"default": source}).render([USER, ANSWER]) == expected
 
 
 def test_unknown_names() -> None:
