@@ -59,12 +59,14 @@ void multiply_tile(const ProductArguments& a, const float* left, const float* pa
     }
   }
   for (int row = 0; row < rows; ++row, out += a.out_row) {
-    alignas(64) float line[tile_columns];
-    memcpy(line, sums[row], sizeof line);
-    if (a.add) {
-      for (int64_t j = 0; j < count; ++j) out[j] += line[j];
+    Vector line[2] = {sums[row][0], sums[row][1]};
+    if (count == tile_columns) {
+      if (a.add) line[0] += load_vector(out), line[1] += load_vector(out + lanes);
+      memcpy(out, line, sizeof line);
     } else {
-      for (int64_t j = 0; j < count; ++j) out[j] = line[j];
+      float numbers[tile_columns];
+      memcpy(numbers, line, sizeof line);
+      for (int64_t j = 0; j < count; ++j) out[j] = a.add ? out[j] + numbers[j] : numbers[j];
     }
   }
 }
@@ -85,6 +87,7 @@ void Kernels::product(const ProductArguments& a, float* packed, int64_t begin, i
     for (; row + tile_rows <= a.m; row += tile_rows) {
       multiply_tile<tile_rows>(a, left + row * a.a_row, packed, out + row * a.out_row, count);
     }
+    for (; row + 4 <= a.m; row += 4) multiply_tile<4>(a, left + row * a.a_row, packed, out + row * a.out_row, count);
     for (; row < a.m; ++row) multiply_tile<1>(a, left + row * a.a_row, packed, out + row * a.out_row, count);
   }
 }
