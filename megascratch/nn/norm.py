@@ -23,6 +23,10 @@ class RMSNorm(nn.Module):
         """Map [..., size] to [..., size]."""
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the norm of x + residual, and the sum itself, [..., size] each, in one pass."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
 
 class LayerNorm(nn.Module):
     """(x − mean) / √(var + ε) · w + b (Ba et al. 2016, arXiv:1607.06450)."""
@@ -37,5 +41,10 @@ class LayerNorm(nn.Module):
         """Map [..., size] to [..., size]."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
+    def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the norm of x + residual, and the sum itself, [..., size] each."""
+        total = x + residual
+        return self(total), total
 
-NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}

@@ -68,8 +68,9 @@ class Block(nn.Module):
         if self.post:
             x = x + self.attn_dropout(self.attn_norm(self.attn(x, rotary, info, cache)), info)
             return x + self.mlp_dropout(self.mlp_norm(self.mlp(x)), info)
-        x = x + self.attn_dropout(self.attn(self.attn_norm(x), rotary, info, cache), info)
-        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), info)
+        branch = self.attn_dropout(self.attn(self.attn_norm(x), rotary, info, cache), info)
+        normalised, x = self.mlp_norm.after_add(branch, x)
+        return x + self.mlp_dropout(self.mlp(normalised), info)
 
 
 class Head(nn.Module):
