@@ -118,8 +118,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
-        # A product with a scalar tensor keeps the dtype of the other factor.
-        return grad_x * grad, (grad_weight * grad).to(ctx.dtype), None, None, None, None
+        # Rounded as it is scaled: the largest tensor here has no third copy.
+        scaled = torch.mul(grad_weight, grad, out=grad_weight.new_empty(grad_weight.shape, dtype=ctx.dtype))
+        return grad_x * grad, scaled, None, None, None, None
 
 
 class _LinearLogprobs(torch.autograd.Function):
