@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from logical import to_local, to_logical
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megascratch.dist import comm
@@ -201,3 +202,16 @@ def test_peak_memory_is_a_quarter_of_logits_then_loss(function: Callable[..., Te
         function(x, weight, labels, weights, v, Mesh.serial()).backward()
     assert whole.peak > tokens * v * 4, "logits and their gradient in bf16 at least"
     assert fused.peak < whole.peak / 4, f"{fused.peak} of {whole.peak} bytes"
+
+
+@pytest.mark.parametrize("function", FUSED.values(), ids=FUSED.keys())
+def test_peak_memory_at_32k_tokens_and_128k_words(function: Callable[..., Tensor]) -> None:
+    """Counted on fake tensors, which have sizes and no memory: under a quarter of logits and their gradient."""
+    tokens, v, h = 32768, 131072, 2048
+    with FakeTensorMode():
+        x = torch.empty(tokens, 1, h, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(v, h, dtype=torch.bfloat16, requires_grad=True)
+        labels, weights = torch.empty(tokens, 1, dtype=torch.int64), torch.empty(tokens, 1)
+        with _PeakBytes() as fused:
+            function(x, weight, labels, weights, v, Mesh.serial()).backward()
+    assert fused.peak < 2 * (2 * tokens * v) / 4, f"{fused.peak / 2**30:.2f} GiB"
