@@ -53,7 +53,8 @@ void backward(const ActivationArguments& a, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
     const T* grad = static_cast<const T*>(a.grad) + row * a.stride_grad;
     T* dx = static_cast<T*>(a.dx) + row * (a.gated ? 2 * a.f : a.f);
-    a.gated ? gated_backward_row<T, F>(grad, x, x + a.f, dx, dx + a.f, a.f) : plain_backward_row<T, F>(grad, x, dx, a.f);
+    a.gated ? gated_backward_row<T, F>(grad, x, x + a.f, dx, dx + a.f, a.f)
+            : plain_backward_row<T, F>(grad, x, dx, a.f);
   }
 }
 

@@ -8,8 +8,8 @@
 namespace megascratch {
 namespace {
 
-// Not std::vector: its functions are shared between the objects of all instruction-set levels, and the linker might keep
-// one that this processor cannot run.
+// Not std::vector: its functions are shared between the objects of all instruction-set levels, and the linker might
+// keep one that this processor cannot run.
 template <typename T>
 class Buffer {
  public:

@@ -122,8 +122,8 @@ BackwardRow<T> backward_row(const NormBackwardArguments& a, int64_t row) {
           static_cast<const Acc<T>*>(a.rstd)[row]};
 }
 
-// Write dx of a row, and add it to the part's sums over tokens. The row is computed twice, which costs less than keeping
-// what the first pass found: both wait for stores.
+// Write dx of a row, and add it to the part's sums over tokens. The row is computed twice, which costs less than
+// keeping what the first pass found: both wait for stores.
 template <typename T, bool centred>
 void backward_through(
     const BackwardRow<T>& row, const Acc<T>* __restrict weight, Acc<T>* __restrict dweight, Acc<T>* __restrict dbias,

@@ -9,7 +9,7 @@ namespace {
 float square_root(float x) { return __builtin_sqrtf(x); }
 double square_root(double x) { return __builtin_sqrt(x); }
 
-// M is the element type of the model's values, which the new values are rounded to; void for none.
+// M is the element type of the model's values, which the new ones are rounded to; void for none.
 template <typename A, typename M>
 void adamw_run(const AdamWArguments& a, M* __restrict model, int64_t begin, int64_t end) {
   A* __restrict value = static_cast<A*>(a.value);
@@ -29,7 +29,8 @@ void adamw_run(const AdamWArguments& a, M* __restrict model, int64_t begin, int6
   }
 }
 
-// Two sums in float would lose small squares beside large ones: blocks are summed in T's accumulation type, then double.
+// One sum in float would lose small squares beside large ones: blocks are summed in the accumulation type, and their
+// sums in double.
 constexpr int64_t block_elements = 1024;
 
 template <typename T>

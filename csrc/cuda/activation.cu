@@ -1,7 +1,7 @@
 // Activations of the feed-forward layer on the GPU, plain and gated, and their backward passes.
 //
-// A block holds blockDim.y rows; a row's blockDim.x threads walk its columns, V at a time: V fills 128-bit accesses where
-// everything is aligned, and is 1 otherwise.
+// A block holds blockDim.y rows; a row's blockDim.x threads walk its columns, V at a time: V fills 128-bit accesses
+// where everything is aligned, and is 1 otherwise.
 
 #include "curves.h"
 #include "dispatch.h"

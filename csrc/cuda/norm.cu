@@ -252,8 +252,9 @@ int launch(const NormArguments& a, void* stream) {
 
 template <typename T>
 int launch_widest(const NormArguments& a, void* stream) {
-  const bool wide = fits_packets<T>(a.h, forward_threads) && aligned<T>(a.x, a.stride_x) && aligned<T>(a.residual, a.stride_residual) &&
-                    aligned<T>(a.sum, 0) && aligned<T>(a.y, 0) && aligned<T>(a.weight, 0) && aligned<T>(a.bias, 0);
+  const bool wide = fits_packets<T>(a.h, forward_threads) && aligned<T>(a.x, a.stride_x) &&
+                    aligned<T>(a.residual, a.stride_residual) && aligned<T>(a.sum, 0) && aligned<T>(a.y, 0) &&
+                    aligned<T>(a.weight, 0) && aligned<T>(a.bias, 0);
   return wide ? launch<T, packet_size<T>, kept_packets>(a, stream) : launch<T, 1, 0>(a, stream);
 }
 
@@ -273,9 +274,9 @@ int launch_backward(const NormBackwardArguments& a, void* stream) {
 
 template <typename T>
 int launch_backward_widest(const NormBackwardArguments& a, void* stream) {
-  const bool wide = fits_packets<T>(a.h, backward_threads) && aligned<T>(a.grad, a.stride_grad) && aligned<T>(a.x, a.stride_x) &&
-                    aligned<T>(a.grad_sum, a.stride_grad_sum) && aligned<T>(a.dx, 0) && aligned<T>(a.weight, 0) &&
-                    aligned<T>(a.partial, 0);
+  const bool wide = fits_packets<T>(a.h, backward_threads) && aligned<T>(a.grad, a.stride_grad) &&
+                    aligned<T>(a.x, a.stride_x) && aligned<T>(a.grad_sum, a.stride_grad_sum) &&
+                    aligned<T>(a.dx, 0) && aligned<T>(a.weight, 0) && aligned<T>(a.partial, 0);
   return wide ? launch_backward<T, packet_size<T>, kept_packets>(a, stream) : launch_backward<T, 1, 0>(a, stream);
 }
 

@@ -23,7 +23,8 @@ struct OptimizerOperators {
     if (model) {
       STD_TORCH_CHECK(model->numel() == value.numel() && model->is_contiguous(), "adamw: model must be like value");
       a.model = model->mutable_data_ptr(), a.model_dtype = dtype_of(*model);
-      STD_TORCH_CHECK((dtype == DType::Double) == (a.model_dtype == DType::Double), "adamw: model is too wide or narrow");
+      STD_TORCH_CHECK((dtype == DType::Double) == (a.model_dtype == DType::Double),
+                      "adamw: model must be float64 where value is, and nowhere else");
     }
     a.n = value.numel();
     a.grad_factor = grad_factor, a.keep = keep, a.beta1 = beta1, a.beta2 = beta2;

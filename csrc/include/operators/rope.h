@@ -12,7 +12,8 @@ struct RopeOperators {
       Tensor q, Tensor k, Tensor cos, Tensor sin, std::optional<Tensor> positions, int64_t offset, bool interleaved,
       bool inverse) {
     STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "rope: q and k must be [s, b, n, d] and [s, b, m, d]");
-    STD_TORCH_CHECK(q.size(0) == k.size(0) && q.size(1) == k.size(1) && q.size(3) == k.size(3), "rope: q and k disagree");
+    STD_TORCH_CHECK(q.size(0) == k.size(0) && q.size(1) == k.size(1) && q.size(3) == k.size(3),
+                    "rope: q and k disagree");
     STD_TORCH_CHECK(cos.dim() == 2 && sin.dim() == 2 && cos.size(0) == sin.size(0) && cos.size(1) == sin.size(1),
                     "rope: cos and sin must be [s_max, r/2]");
     const DType dtype = dtype_of(q);
@@ -23,8 +24,9 @@ struct RopeOperators {
     STD_TORCH_CHECK(r <= d, "rope: the table has more rotary dimensions than a head");
     STD_TORCH_CHECK(positions || (offset >= 0 && offset + s <= s_max), "rope: positions run past the table");
     if (positions) {
-      STD_TORCH_CHECK(positions->scalar_type() == ScalarType::Long && positions->dim() == 2 && positions->size(0) == b &&
-                          positions->size(1) == s, "rope: positions must be int64 [b, s]");
+      STD_TORCH_CHECK(positions->scalar_type() == ScalarType::Long && positions->dim() == 2 &&
+                          positions->size(0) == b && positions->size(1) == s,
+                      "rope: positions must be int64 [b, s]");
     }
     q = with_contiguous_rows(q), k = with_contiguous_rows(k);
     cos = torch::stable::contiguous(cos), sin = torch::stable::contiguous(sin);
