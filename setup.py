@@ -10,6 +10,7 @@ the unstable C++ ABI; hence this small `build_ext`. Only what changed is rebuilt
 """
 
 import importlib.util
+import os
 import platform
 import shlex
 import shutil
@@ -178,7 +179,9 @@ def gpu_codes(nvcc: str) -> dict[str, str]:
 
 def nvcc_command(nvcc: str, gxx: str) -> list[str]:
     generate = [f"-gencode=arch={arch},code={code}" for arch, code in gpu_codes(nvcc).items()]
-    strict = ["-Werror=all-warnings", "-Xptxas=-warn-spills,-warn-lmem-usage"]
+    # Spills are a fault of ours that depends on nvcc's version: CI refuses them, a user's installation goes on.
+    strict = ["-Werror=all-warnings"] if os.environ.get("MEGASCRATCH_STRICT") else []
+    strict += ["-Xptxas=-warn-spills,-warn-lmem-usage"]
     host = ["-ccbin", gxx, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
     return [nvcc, "-std=c++20", "-O3", "--threads=0", *generate, *strict, *host, f"-I{CSRC / 'include'}"]
 
