@@ -74,8 +74,8 @@ class PieceCache {
     }
 
   private:
-    static constexpr unsigned kLogLines = 17;        // 8 MiB a thread,
-    static constexpr unsigned kLogLongEntries = 15;  // and 4 MiB
+    static constexpr unsigned kLogLines = 18;        // 16 MiB a thread,
+    static constexpr unsigned kLogLongEntries = 16;  // and 8 MiB
     static_assert(sizeof(Entry) == 32 && sizeof(LongEntry) == 128);
     struct alignas(64) Line {
         Entry entries[2];
