@@ -57,7 +57,8 @@ def run_ranks(
     Raises: AssertionError: with the failing rank's traceback, or naming the ranks that did not finish in time.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megascratch.dist.testing"])
+    # What this process has imported of ours, the ranks will want too: imported once, before they fork.
+    context.set_forkserver_preload(sorted(name for name in sys.modules if name.split(".")[0] == "megascratch"))
     source = inspect.getsourcefile(function)
     assert source is not None
     where = (source, function.__module__, function.__qualname__)
