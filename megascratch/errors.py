@@ -10,7 +10,8 @@ A `UserError` carries one or many `Problem`s, so that all mistakes in a recipe a
 `assert` is for internal invariants only: when one fails, the fault is ours.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 EXIT_DONE = 0
@@ -84,3 +85,13 @@ class CheckpointError(UserError):
 
 class MissingDependency(UserError):
     """An optional package is not installed; the remedy names the extra that brings it."""
+
+
+def exit_code_of(work: Callable[[], None]) -> int:
+    """Run a script's work; a user's mistake becomes one message on stderr and its exit code, without a traceback."""
+    try:
+        work()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return EXIT_DONE

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megascratch.checkpoint import convert, describe, from_hf, to_hf
-from megascratch.errors import CheckpointError, Problem, UserError
+from megascratch.errors import CheckpointError, Problem, exit_code_of
 from megascratch.log import make_console
 
 HERE = "the flags of convert_checkpoint.py"
@@ -151,12 +151,7 @@ def relay(source: Path, flags: argparse.Namespace, dtype: str | None, console: C
 
 def main(argv: list[str]) -> int:
     """Return the exit code: 2 when the user's input is wrong."""
-    try:
-        run(parse_flags(argv))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: run(parse_flags(argv)))
 
 
 if __name__ == "__main__":

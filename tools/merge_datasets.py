@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megascratch.data.indexed import IndexedDataset
 from megascratch.data.merge import merge_datasets
-from megascratch.errors import DataError, Problem, UserError
+from megascratch.errors import DataError, Problem, exit_code_of
 from megascratch.log import make_console
 
 
@@ -54,12 +54,7 @@ def run(flags: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Return the exit code: 2 when the user's input is wrong."""
-    try:
-        run(parse_flags(argv))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: run(parse_flags(argv)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from megascratch.data.preprocess import preprocess
-from megascratch.errors import DataError, Problem, TokenizerError, UserError
+from megascratch.errors import DataError, Problem, TokenizerError, exit_code_of
 from megascratch.log import make_console
 from megascratch.tokenizer import Tokenizer, megatron_files
 
@@ -159,12 +159,7 @@ def run(flags: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Return the exit code: 2 when the user's input is wrong."""
-    try:
-        run(parse_flags(argv))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: run(parse_flags(argv)))
 
 
 if __name__ == "__main__":
