@@ -174,7 +174,6 @@ class Trained:
         reports: one a step.
         sample_ids: of this rank, one list a step.
         weights: (name, logical box, values) of this rank's parts.
-        peaks: nothing here; see tests/pipeline.
     """
 
     reports: list[StepReport]

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from megascratch.errors import Problem, TokenizerError
 from megascratch.tokenizer import _bpe, _sentencepiece, hugging_face, hugging_face_steps, tiktoken_ranks
 from megascratch.tokenizer.added_tokens import AddedTokenFinder
+from megascratch.tokenizer.batches import in_batches
 from megascratch.tokenizer.cutting import SPACE, CharacterPreTokenizer, PreTokenizer, normalizer, with_spaces
 from megascratch.tokenizer.patterns import Pieces, Splitter, finder, pattern_named, well_formed
 from megascratch.tokenizer.vocabulary import AddedToken, Vocabulary
@@ -184,7 +185,7 @@ class Tokenizer:
         _check_threads(threads)
         find = self._finder(allowed_special, disallowed_special)
         encoded: list[Ids] = []
-        for batch in _batches(texts):
+        for batch in in_batches(texts, _BATCH_CHARACTERS):
             stretches = [find(well_formed(text)) for text in batch]
             flat = [(part, n == 0) for parts in stretches for n, part in enumerate(parts) if isinstance(part, str)]
             encoded += _regroup(stretches, self._encode_stretches(flat, threads))
@@ -347,19 +348,6 @@ def _chosen(names: Specials, special: set[str]) -> set[str]:
     if unknown := [name for name in names if name not in special]:
         raise TokenizerError([Problem(f"special token {name!r}", "is not in the vocabulary") for name in unknown])
     return set(names)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    n_characters = 0
-    for text in texts:
-        batch.append(text)
-        n_characters += len(text)
-        if n_characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, n_characters = [], 0
-    if batch:
-        yield batch
 
 
 def _regroup(stretches: Sequence[Sequence[str | AddedToken]], merged: Sequence[Ids]) -> Iterator[Ids]:

@@ -10,7 +10,7 @@ Special tokens that stand in the text are cut out before counting: they separate
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from megascratch.errors import Problem, TokenizerError
 from megascratch.log import make_console, progress
 from megascratch.tokenizer import _bpe
 from megascratch.tokenizer.alphabet import BYTE_OF_CHARACTER, BYTES_IN_ID_ORDER
+from megascratch.tokenizer.batches import in_batches
 from megascratch.tokenizer.corpus import check_readable, sample_evenly, texts_of
 from megascratch.tokenizer.patterns import PATTERNS, pattern_named, well_formed
 from megascratch.tokenizer.tokenizer import Tokenizer
@@ -114,7 +115,7 @@ def _count(texts: Iterable[bytes], pattern: str, special_tokens: Sequence[str]) 
     threads = os.cpu_count() or 1
     special = [content.encode() for content in special_tokens]
     border = re.compile(b"|".join(map(re.escape, sorted(special, key=len, reverse=True))))
-    for batch in _batches(texts):
+    for batch in in_batches(texts, _BATCH_BYTES):
         parts: list[bytes] = []
         for text in batch:
             # Searching for each token alone runs at memory speed; the expression does not, and is seldom needed.
@@ -126,20 +127,6 @@ def _count(texts: Iterable[bytes], pattern: str, special_tokens: Sequence[str]) 
             Problem("the input", "holds no text", "is the JSON key right, and are the files not empty?")
         )
     return counter
-
-
-def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Put short texts together, so that threads have something to share."""
-    batch: list[bytes] = []
-    n_bytes = 0
-    for text in texts:
-        batch.append(text)
-        n_bytes += len(text)
-        if n_bytes >= _BATCH_BYTES:
-            yield batch
-            batch, n_bytes = [], 0
-    if batch:
-        yield batch
 
 
 def _learn(
