@@ -55,6 +55,7 @@ class Layout:
         model: key of `MODELS`.
         micro_batch: samples in a micro-batch.
         packed: whether samples hold several documents, each blind to the others.
+        optim: name of the optimizer.
     """
 
     name: str
@@ -62,14 +63,22 @@ class Layout:
     model: str = "llama"
     micro_batch: int = 1
     packed: bool = False
+    optim: str = "adamw"
 
     @property
     def world(self) -> int:
         return int(np.prod([self.parallel.get(axis, 1) for axis in ("tp", "pp", "cp", "dp")]))
 
 
-def _layout(name: str, model: str = "llama", micro_batch: int = 1, packed: bool = False, **parallel: Any) -> Layout:
-    return Layout(name, parallel, model, micro_batch, packed)
+def _layout(
+    name: str,
+    model: str = "llama",
+    micro_batch: int = 1,
+    packed: bool = False,
+    optim: str = "adamw",
+    **parallel: Any,
+) -> Layout:
+    return Layout(name, parallel, model, micro_batch, packed, optim)
 
 
 LAYOUTS = [
@@ -115,6 +124,12 @@ LAYOUTS = [
     _layout("pp4-balanced", "tied", pp=4, layers_per_stage="balanced"),
     # 8 microbatches over 3 ranks: rounds of unequal length; and no layer on the first and the last stage.
     _layout("pp3-vp2-ragged-bare-ends", "olmo", pp=3, vp=2, layers_per_stage=[0, 1, 1, 1, 1, 0]),
+    _layout("tp4-muon", "qwen", optim="muon", tp=4),
+    _layout("tp2-pp2-muon-no-sp", "gpt2", optim="muon", tp=2, pp=2, sequence_parallel=False),
+    _layout("tp2-dp2-muon", optim="muon", tp=2, dp=2),
+    _layout("dp4-zero1-muon", "tied", optim="muon", dp=4, zero=1),
+    _layout("tp2-cp2-dp2-zero1-muon", optim="muon", tp=2, cp=2, dp=2, zero=1),
+    _layout("pp2-dp2-zero1-dualpipe-muon", "gpt2", optim="muon", pp=2, dp=2, zero=1, schedule="dualpipe"),
 ]
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
@@ -124,6 +139,7 @@ def make_config(
     parallel: dict[str, Any] | None = None,
     micro_batch: int = 1,
     packed: bool = False,
+    optim: str = "adamw",
     **train: Any,
 ) -> Config:
     """Return a resolved configuration for a few float64 steps."""
@@ -134,7 +150,7 @@ def make_config(
             "data": {"seq_length": SEQ_LENGTH, "reset_position_ids": packed, "reset_attention_mask": packed},
             "train": {"dtype": "fp64", "steps": 6, "global_batch": GLOBAL_BATCH, "micro_batch": micro_batch, **train},
             # Buckets of a few parameters each, so that bucket borders are part of what is tested.
-            "optim": {"lr": 0.01, "warmup_steps": 2, "clip": 0.5, "bucket_numel": 4000, "eps": 1e-4},
+            "optim": {"name": optim, "lr": 0.01, "warmup_steps": 2, "clip": 0.5, "bucket_numel": 4000, "eps": 1e-4},
         }
     )
 

@@ -37,7 +37,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from megascratch.dist.layout import Box, Extent
+from megascratch.dist.layout import Box, Extent, lengths
 from megascratch.errors import CheckpointError, Problem
 
 FORMAT = "megascratch checkpoint"
@@ -90,11 +90,6 @@ class Shard:
     def part(self, extent: Extent) -> Tensor:
         """Return a view of the local storage with the shape of the extent's logical box."""
         return self.tensor.detach()[extent.local].view(lengths(extent.logical))
-
-
-def lengths(box: Box) -> tuple[int, ...]:
-    """Return the shape of a box."""
-    return tuple(s.stop - s.start for s in box)
 
 
 def whole(shape: Sequence[int]) -> Box:

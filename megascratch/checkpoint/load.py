@@ -36,13 +36,12 @@ from megascratch.checkpoint.format import (
     TensorRecord,
     damage,
     digest,
-    lengths,
     open_regular,
     read_bounded,
     whole,
 )
 from megascratch.config import Config, config_from_dict
-from megascratch.dist.layout import Box, Extent, intersect, run_boxes, shift
+from megascratch.dist.layout import Box, Extent, intersect, lengths, run_boxes, shift
 from megascratch.errors import CheckpointError, Problem
 
 _LARGEST_LATEST_BYTES = 4096

@@ -38,11 +38,10 @@ from megascratch.checkpoint.format import (
     Table,
     TensorRecord,
     digest,
-    lengths,
     piece_key,
 )
 from megascratch.dist.comm import gather_bytes
-from megascratch.dist.layout import Box
+from megascratch.dist.layout import Box, lengths
 from megascratch.dist.mesh import Axis
 from megascratch.errors import CheckpointError, Problem
 

@@ -131,7 +131,7 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices of linear layers; AdamW on all the rest
     lr: Positive = 3e-4
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
@@ -143,6 +143,11 @@ class OptimConfig(Section):
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     eps: Positive = 1e-8
+    muon_lr: Positive | None = None  # of matrices, where lr is that of the rest; lr when left out
+    muon_momentum: Fraction = 0.95
+    # How an orthogonal update grows with the matrix [rows, columns]: Keller Jordan's √max(1, rows/columns), or
+    # Moonshot's 0.2 · √max(rows, columns), whose root mean square is that of AdamW, so that its lr and decay serve.
+    muon_scale: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
     clip: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 switches clipping off
     loss_scale: Positive = 65536.0  # fp16 only: where dynamic loss scaling starts
     loss_scale_window: Count = 1000  # fp16 only: good steps before the scale doubles

@@ -19,7 +19,7 @@ On an axis of size 1 every function returns its input. No function changes its i
 multiplied with, the size of the axis; all other dimensions stay.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -170,6 +170,21 @@ def all_gather_buffer(buffer: Tensor, part: Tensor, axis: Axis) -> None:
         buffer.copy_(part)
     else:
         _ALL_GATHER(buffer, part.contiguous(), group=axis.group)
+
+
+def exchange(parts: Sequence[Tensor], sizes: Sequence[int], axis: Axis) -> list[Tensor]:
+    """Send a part to every rank, each of its own length, and return what every rank sent here.
+
+    Args:
+        parts: one-dimensional, one a rank of the axis in order, all of one dtype; empty ones are allowed.
+        sizes: how many elements each rank sends here.
+        axis: to exchange along.
+    """
+    if axis.size == 1:
+        return list(parts)
+    out = parts[0].new_empty(sum(sizes))
+    dist.all_to_all_single(out, torch.cat(list(parts)), list(sizes), [p.numel() for p in parts], group=axis.group)
+    return list(out.split(list(sizes)))
 
 
 def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:

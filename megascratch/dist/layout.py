@@ -18,7 +18,7 @@ same pairs describe it: elements 1..7 of a local [2, 4] are [0, 1:4] and [1, 0:3
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,6 +47,33 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Matrices:
+    """The matrices that a weight [..., rows, columns] is made of, for rules that act on matrices as a whole (Muon).
+
+    The rows are `groups` times the same sequence of parts, and matrix i is the i-th part of every group: gate and up
+    of f rows each, one behind the other, are `Matrices((f, f))`; query, key and value weights, fused one key/value head
+    after the other, are `Matrices((g·d, d, d), groups=k)`. Dimensions before the rows count matrices, as of experts.
+
+    Attributes:
+        parts: rows of each matrix in a group.
+        groups: how often the sequence is repeated.
+    """
+
+    parts: tuple[int, ...]
+    groups: int = 1
+
+    def take(self, whole: Tensor) -> list[Tensor]:
+        """Return the matrices [..., groups · part, columns] of a whole weight [..., rows, columns]."""
+        grouped = whole.unflatten(-2, (self.groups, sum(self.parts)))
+        return [part.flatten(-3, -2) for part in grouped.split(self.parts, dim=-2)]
+
+    def join(self, matrices: Sequence[Tensor]) -> Tensor:
+        """Return the weight made of the given matrices: the reverse of `take`."""
+        grouped = [m.unflatten(-2, (self.groups, part)) for m, part in zip(matrices, self.parts)]
+        return torch.cat(grouped, dim=-2).flatten(-3, -2)
+
+
+@dataclass(frozen=True)
 class Init:
     """Initial values: normal with a standard deviation, or a constant when `std` is 0."""
 
@@ -68,6 +95,8 @@ class ParamSpec:
             its gradient is summed with the other's, and it is neither saved nor counted twice.
         decay: whether weight decay applies.
         init: initial values.
+        matrices: what a linear layer's weight is made of; None for what is no linear map of hidden activations
+            (embedding, head, norms, biases).
     """
 
     name: str
@@ -77,6 +106,7 @@ class ParamSpec:
     tied: bool = False
     decay: bool = True
     init: Init = Init()
+    matrices: Matrices | None = None
 
     def local_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Return the physical shape on one rank of a mesh with these axis sizes."""
@@ -168,6 +198,11 @@ def intersect(a: Box, b: Box) -> Box | None:
     return common if all(s.start < s.stop for s in common) else None
 
 
+def lengths(box: Box) -> tuple[int, ...]:
+    """Return the shape of a box."""
+    return tuple(s.stop - s.start for s in box)
+
+
 def shift(box: Box, origin: Box, target: Box) -> Box:
     """Move a box given in the coordinates of `origin`'s space to those in which `origin` is called `target`."""
     return tuple(slice(s.start - o.start + t.start, s.stop - o.start + t.start) for s, o, t in zip(box, origin, target))
@@ -221,6 +256,7 @@ def parameter(
     grad_axes: tuple[str, ...] = (),
     decay: bool = True,
     init: Init = Init(),
+    matrices: Matrices | None = None,
     axis: Axis | None = None,
     dtype: torch.dtype,
     device: torch.device,
@@ -229,11 +265,11 @@ def parameter(
 
     Args:
         shape: logical shape.
-        split, grad_axes, decay, init: see `ParamSpec`.
+        split, grad_axes, decay, init, matrices: see `ParamSpec`.
         axis: the mesh axis that `split` names; None where there is no split.
         dtype, device: of the local tensor.
     """
-    spec = ParamSpec("", shape, split, grad_axes, False, decay, init)
+    spec = ParamSpec("", shape, split, grad_axes, False, decay, init, matrices)
     sizes = {axis.name: axis.size} if axis is not None else {}
     local = nn.Parameter(torch.empty(spec.local_shape(sizes), dtype=dtype, device=device))
     local.spec = spec  # type: ignore[attr-defined]

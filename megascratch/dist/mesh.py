@@ -9,9 +9,10 @@ pp=2, dp=1, cp=1, tp=2:
     2      1  0  0  0
     3      1  0  0  1
 
-Three derived axes are used by gradients: `data` = dp × cp, over which every gradient is summed; `ends` = the first and
-the last pipeline rank, which hold the two copies of a tied embedding; and `mirror` = ranks i and pp − 1 − i, which hold
-the same two stages where a schedule runs two copies of the model in opposite directions.
+Four derived axes are used by gradients: `data` = dp × cp, over which every gradient is summed; `stage` = dp × cp × tp,
+which together hold whole layers; `ends` = the first and the last pipeline rank, which hold the two copies of a tied
+embedding; and `mirror` = ranks i and pp − 1 − i, which hold the same two stages where a schedule runs two copies of the
+model in opposite directions.
 """
 
 from collections.abc import Iterator, Mapping
@@ -119,6 +120,7 @@ class Mesh:
     cp: Axis
     tp: Axis
     data: Axis  # dp × cp
+    stage: Axis  # dp × cp × tp: the ranks that hold the same layers
     ends: Axis  # first and last pipeline rank; size 1 elsewhere
     world: Axis
     mirror: Axis = field(default_factory=lambda: Axis("mirror"))  # pipeline ranks i and pp − 1 − i
@@ -136,7 +138,7 @@ class Mesh:
     @classmethod
     def serial(cls, device: torch.device | None = None) -> "Mesh":
         """Return the mesh of one rank, without any process group: the serial model is the parallel model."""
-        names = ("pp", "dp", "cp", "tp", "data", "ends", "world")
+        names = ("pp", "dp", "cp", "tp", "data", "stage", "ends", "world")
         return cls(MeshSpec(), 0, device or torch.device("cpu"), **{name: Axis(name) for name in names})
 
     @classmethod
@@ -173,6 +175,7 @@ class Mesh:
             device,
             **single,
             data=make("data", ("dp", "cp")),
+            stage=make("stage", ("dp", "cp", "tp")),
             ends=_own_axis("ends", ends, rank),
             mirror=_own_axis("mirror", mirror, rank),
             world=make("world", AXES),

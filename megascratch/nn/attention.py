@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megascratch import ops
 from megascratch.config import ModelConfig
+from megascratch.dist.layout import Matrices
 from megascratch.nn.context import ALGORITHMS, other_document
 from megascratch.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megascratch.nn.norm import RMSNorm
@@ -143,9 +144,14 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads, self.head_dim = model.n_heads // tp, model.n_kv_heads // tp, model.head_dim
         self.first_head = placement.tp.rank * self.n_heads
         self.core = CORES[core]
-        features = (model.n_heads + 2 * model.n_kv_heads) * model.head_dim
+        d, group = model.head_dim, model.n_heads // model.n_kv_heads
         self.qkv = ColumnParallelLinear(
-            model.hidden, features, placement, std=model.init_std, bias=model.bias or model.qkv_bias
+            model.hidden,
+            (model.n_heads + 2 * model.n_kv_heads) * d,
+            placement,
+            std=model.init_std,
+            matrices=Matrices((group * d, d, d), groups=model.n_kv_heads),
+            bias=model.bias or model.qkv_bias,
         )
         # Each rank normalises its own heads, so these gradients are partial with or without sequence parallelism.
         self.q_norm: RMSNorm | None = None

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascratch.dist import comm
-from megascratch.dist.layout import Init, Split
+from megascratch.dist.layout import Init, Matrices, Split
 from megascratch.dist.mesh import Axis
 from megascratch.nn.placement import Placement
 from megascratch.nn.weight_gradients import WeightGradients
@@ -109,6 +109,7 @@ class ColumnParallelLinear(nn.Module):
         placement: where the weight lies.
         std: of the initial weight.
         blocks: sizes of weights fused along the output, each divided on its own; see `Split`.
+        matrices: what the weight is made of; `blocks`, or one matrix, when left out.
         bias: whether to add a bias, divided as the output is.
     """
 
@@ -120,12 +121,14 @@ class ColumnParallelLinear(nn.Module):
         *,
         std: float,
         blocks: tuple[int, ...] = (),
+        matrices: Matrices | None = None,
         bias: bool = False,
     ) -> None:
         super().__init__()
         self.placement = placement
         split = Split(0, "tp", blocks)
-        self.weight = placement.parameter(n_out, n_in, split=split, init=Init(std))
+        matrices = matrices or Matrices(blocks or (n_out,))
+        self.weight = placement.parameter(n_out, n_in, split=split, init=Init(std), matrices=matrices)
         self.bias = placement.parameter(n_out, split=split, decay=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,7 +148,9 @@ class RowParallelLinear(nn.Module):
     def __init__(self, n_in: int, n_out: int, placement: Placement, *, std: float, bias: bool = False) -> None:
         super().__init__()
         self.placement = placement
-        self.weight = placement.parameter(n_out, n_in, split=Split(1, "tp"), init=Init(std))
+        self.weight = placement.parameter(
+            n_out, n_in, split=Split(1, "tp"), init=Init(std), matrices=Matrices((n_out,))
+        )
         self.bias = placement.parameter(n_out, grad_axes=placement.token_axes, decay=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

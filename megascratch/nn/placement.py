@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from megascratch.dist.layout import Init, Split, parameter
+from megascratch.dist.layout import Init, Matrices, Split, parameter
 from megascratch.dist.mesh import Axis
 from megascratch.nn.weight_gradients import WeightGradients
 
@@ -46,6 +46,7 @@ class Placement:
         grad_axes: tuple[str, ...] = (),
         decay: bool = True,
         init: Init = Init(),
+        matrices: Matrices | None = None,
     ) -> nn.Parameter:
         """Make this rank's part of a parameter of logical `shape`; see `dist.layout.parameter`."""
         return parameter(
@@ -54,6 +55,7 @@ class Placement:
             grad_axes=grad_axes,
             decay=decay,
             init=init,
+            matrices=matrices,
             axis=self.tp,
             dtype=self.dtype,
             device=self.device,

@@ -4,13 +4,13 @@
     values   [numel]              one tensor in the model's dtype, and its gradient a view of
     grads    [numel]              one tensor in float32 (float64 for float64 models), summed over micro-batches
 
-A bucket holds parameters with the same decay, grad_axes and owners, so every rule about gradients is one operation on a
-whole bucket. Under ZeRO-1 (Rajbhandari et al. 2020, arXiv:1910.02054, section 5.1) data-parallel rank r owns elements
-r · numel/dp … (r + 1) · numel/dp of it: gradients are reduce-scattered, the owner updates its run, and the values are
-all-gathered. `numel` is padded so that it divides.
+A bucket holds parameters with the same update rule, decay, grad_axes and owners, so every rule about gradients is one
+operation on a whole bucket. Under ZeRO-1 (Rajbhandari et al. 2020, arXiv:1910.02054, section 5.1) data-parallel rank r
+owns elements r · numel/dp … (r + 1) · numel/dp of it: gradients are reduce-scattered, the owner updates its run, and
+the values are all-gathered. `numel` is padded so that it divides.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from megascratch.dist.mesh import Mesh
 class BucketKey:
     """What the parameters of one bucket have in common."""
 
+    rule: str  # name of the update rule
     decay: bool
     grad_axes: tuple[str, ...]
     tied: bool  # a second copy: where it is one depends on the pipeline rank alone, so tp ranks have equal buckets
@@ -109,7 +110,9 @@ class Bucket:
             comm.all_gather_buffer(self.values, self.run.clone(), self.axis)
 
 
-def make_buckets(params: Iterable[nn.Parameter], mesh: Mesh, zero: int, max_numel: int) -> list[Bucket]:
+def make_buckets(
+    params: Iterable[nn.Parameter], mesh: Mesh, zero: int, max_numel: int, rule_of: Callable[[ParamSpec], str]
+) -> list[Bucket]:
     """Sort parameters into buckets.
 
     Args:
@@ -117,13 +120,15 @@ def make_buckets(params: Iterable[nn.Parameter], mesh: Mesh, zero: int, max_nume
         mesh: this rank's place.
         zero: ZeRO stage, 0 or 1.
         max_numel: a bucket is closed once it holds this many elements.
+        rule_of: names a parameter's update rule.
 
     Returns: buckets in an order that depends on the specs alone, so ranks with equal specs issue equal collectives.
     """
     groups: dict[BucketKey, list[list[nn.Parameter]]] = {}
     for param in params:
         spec = spec_of(param)
-        runs = groups.setdefault(BucketKey(spec.decay, spec.grad_axes, spec.tied, spec.is_owner(mesh)), [[]])
+        key = BucketKey(rule_of(spec), spec.decay, spec.grad_axes, spec.tied, spec.is_owner(mesh))
+        runs = groups.setdefault(key, [[]])
         if runs[-1] and sum(p.numel() for p in runs[-1]) + param.numel() > max_numel:
             runs.append([])
         runs[-1].append(param)

@@ -8,6 +8,8 @@ Updates happen on `master` values: a float32 copy of the run where the model is 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,17 @@ from megascratch.dist.layout import Extent, ParamSpec, run_extents
 from megascratch.dist.mesh import Mesh
 from megascratch.optim.adamw import AdamW
 from megascratch.optim.buckets import make_buckets
+from megascratch.optim.muon import Muon
+from megascratch.optim.rule import OwnedRun, UpdateRule
 
-RULES = {"adamw": AdamW}
+T = TypeVar("T")
+
+RULES: dict[str, type[UpdateRule]] = {"adamw": AdamW, "muon": Muon}
+
+
+def rule_of(optim: OptimConfig, spec: ParamSpec) -> str:
+    """Return the key of `RULES` for a parameter: what is no matrix is AdamW's, whatever is asked for."""
+    return optim.name if spec.matrices is not None else "adamw"
 
 
 @dataclass(frozen=True)
@@ -62,13 +73,10 @@ class Optimizer:
 
     def __init__(self, params: Iterable[nn.Parameter], mesh: Mesh, optim: OptimConfig, zero: int) -> None:
         self.mesh, self.clip = mesh, optim.clip
-        self.rule = RULES[optim.name](optim)
-        self.buckets = make_buckets(params, mesh, zero, optim.bucket_numel)
-        self.state = [
-            {name: torch.zeros_like(bucket.grads[bucket.start : bucket.stop]) for name in self.rule.state_names}
-            for bucket in self.buckets
-        ]
-        self.masters = [bucket.run.to(bucket.grads.dtype) for bucket in self.buckets]  # no copy where dtypes agree
+        self.buckets = make_buckets(params, mesh, zero, optim.bucket_numel, partial(rule_of, optim))
+        self.runs = [OwnedRun.of(bucket, RULES[bucket.key.rule].state_names) for bucket in self.buckets]
+        names = sorted({bucket.key.rule for bucket in self.buckets})
+        self.rules = {name: RULES[name](optim, self._of(name, self.runs), mesh) for name in names}
         self.updates = 0
 
     def zero_grads(self) -> None:
@@ -92,19 +100,15 @@ class Optimizer:
             return StepResult(norm, skipped=True)
         factor = grad_scale * (min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0)
         self.updates += 1
-        for bucket, grad, state, master in zip(self.buckets, reduced, self.state, self.masters):
-            self.rule.update(
-                master,
-                grad,
-                state,
-                step=self.updates,
-                lr=lr,
-                decay=bucket.key.decay,
-                grad_factor=factor,
-                model=bucket.run if master.data_ptr() != bucket.run.data_ptr() else None,
-            )
+        for name, rule in self.rules.items():
+            rule.update(self._of(name, reduced), step=self.updates, lr=lr, grad_factor=factor)
+        for bucket in self.buckets:
             bucket.publish()
         return StepResult(norm, skipped=False)
+
+    def _of(self, rule: str, values: list[T]) -> list[T]:
+        """Pick, from one value a bucket, those of the buckets that a rule updates."""
+        return [value for bucket, value in zip(self.buckets, values) if bucket.key.rule == rule]
 
     def _global_norm(self, reduced: list[Tensor]) -> float:
         """Return the norm over every logical parameter once, whatever the layout replicates."""
@@ -116,10 +120,10 @@ class Optimizer:
 
     def state_parts(self) -> Iterator[StatePart]:
         """Yield this rank's part of the optimizer state of every parameter that it updates."""
-        for bucket, state, master in zip(self.buckets, self.state, self.masters):
-            tensors = dict(state)
-            if master.data_ptr() != bucket.run.data_ptr():
-                tensors["master"] = master
+        for owned in self.runs:
+            bucket, tensors = owned.bucket, dict(owned.state)
+            if owned.model is not None:
+                tensors["master"] = owned.master
             for span in bucket.spans:
                 first, last = max(span.start, bucket.start), min(span.stop, bucket.stop)
                 if first >= last:
@@ -133,11 +137,11 @@ class Optimizer:
 
     def refresh_masters(self) -> None:
         """Take the master values from the model's, after weights were loaded without optimizer state."""
-        for bucket, master in zip(self.buckets, self.masters):
-            master.copy_(bucket.run)
+        for owned in self.runs:
+            owned.master.copy_(owned.bucket.run)
 
     def publish_masters(self) -> None:
         """Give the model the master values, after state was loaded."""
-        for bucket, master in zip(self.buckets, self.masters):
-            bucket.run.copy_(master)
-            bucket.publish()
+        for owned in self.runs:
+            owned.bucket.run.copy_(owned.master)
+            owned.bucket.publish()

@@ -15,10 +15,10 @@ N_STEPS = 5
 
 
 @functools.cache
-def one_rank(model: str, packed: bool = False) -> Trained:
+def one_rank(model: str, packed: bool = False, optim: str = "adamw") -> Trained:
     """The reference: the same steps on one rank, one micro-batch after another."""
     torch.set_num_threads(1)
-    return run_layout(make_config(model, packed=packed), N_STEPS)
+    return run_layout(make_config(model, packed=packed, optim=optim), N_STEPS)
 
 
 def assert_equal_runs(ranks: list[Trained], reference: Trained) -> None:
@@ -36,9 +36,9 @@ def assert_equal_runs(ranks: list[Trained], reference: Trained) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_a_layout_computes_what_one_rank_computes(layout: Layout) -> None:
-    config = make_config(layout.model, layout.parallel, layout.micro_batch, layout.packed)
+    config = make_config(layout.model, layout.parallel, layout.micro_batch, layout.packed, layout.optim)
     ranks = run_ranks(layout.world, run_layout, config, N_STEPS)
-    assert_equal_runs(ranks, one_rank(layout.model, layout.packed))
+    assert_equal_runs(ranks, one_rank(layout.model, layout.packed, layout.optim))
 
 
 @pytest.mark.parametrize("model", MODELS)

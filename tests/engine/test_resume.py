@@ -39,6 +39,7 @@ PAIRS = [
     ("pp2-zb-v-tied", "pp4-zb-h1"),
     ("pp2-dp2-zero1-dualpipe", "pp4-balanced"),
     ("pp2-dp2-dualpipe-v", "pp2-dualpipe-tied"),
+    ("tp2-cp2-dp2-zero1-muon", "dp4-zero1-muon"),
 ]
 
 
@@ -48,7 +49,7 @@ def _layout(name: str) -> Layout:
 
 def _config(name: str, model: str) -> Config:
     layout = _layout(name)
-    return make_config(model, layout.parallel, layout.micro_batch)
+    return make_config(model, layout.parallel, layout.micro_batch, optim=layout.optim)
 
 
 def _train_and_save(config: Config, root: Path) -> Trained:
@@ -66,9 +67,9 @@ def _load_and_train(config: Config, root: Path) -> Trained:
 
 
 @functools.cache
-def six_steps(model: str) -> Trained:
+def six_steps(model: str, optim: str = "adamw") -> Trained:
     torch.set_num_threads(1)
-    return run_layout(make_config(model), 6)
+    return run_layout(make_config(model, optim=optim), 6)
 
 
 def _global_ids(ranks: list[Trained]) -> list[list[int]]:
@@ -79,7 +80,7 @@ def _global_ids(ranks: list[Trained]) -> list[list[int]]:
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_a_run_goes_on_as_if_it_had_not_stopped(first: str, second: str, tmp_path: Path) -> None:
     model = "tied" if _layout(first).model in ("tied", "llama") else _layout(first).model
-    reference = six_steps(model)
+    reference = six_steps(model, _layout(first).optim)
     before = run_ranks(_layout(first).world, _train_and_save, _config(first, model), tmp_path)
     after = run_ranks(_layout(second).world, _load_and_train, _config(second, model), tmp_path)
     for ranks, steps in ((before, range(3)), (after, range(3, 6))):

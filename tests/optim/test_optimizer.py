@@ -66,7 +66,7 @@ def test_small_updates_survive_in_the_float32_masters_of_bf16_weights() -> None:
         optimizer.zero_grads()
         _backward(params)
         optimizer.step(lr=8e-4, grad_scale=1.0)
-    moved = optimizer.masters[0][: start.numel()].view(start.shape) - start.float()
+    moved = optimizer.runs[0].master[: start.numel()].view(start.shape) - start.float()
     torch.testing.assert_close(moved, torch.full_like(moved, -8 * 8e-4), rtol=1e-3, atol=0)
     assert {"exp_avg", "exp_avg_sq", "master"} == {part.kind for part in optimizer.state_parts()}
 
