@@ -169,6 +169,8 @@ class LogConfig(Section):
     dir: str = "runs/default"
     every: Count = 1
     tensorboard: bool = True
+    profile: list[Count] = []  # steps that torch's profiler traces, into profile/ (open with Perfetto)
+    peak_tflops: Positive | None = None  # of one device, for utilisation; a known GPU's 16-bit peak when left out
     pipeline_step: Whole = 0  # step whose pipeline is timed, action by action, into pipeline_step_<n>.json; 0 for none
 
 

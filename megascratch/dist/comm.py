@@ -41,14 +41,16 @@ class Work(Protocol):
 
 def _reduced(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, op=op, group=axis.group)
+    with axis.waiting("all_reduce"):
+        dist.all_reduce(out, op=op, group=axis.group)
     return out
 
 
 def _gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
     x = x.contiguous()
     out = x.new_empty((axis.size, *x.shape))
-    _ALL_GATHER(out.view(-1), x.view(-1), group=axis.group)
+    with axis.waiting("all_gather"):
+        _ALL_GATHER(out.view(-1), x.view(-1), group=axis.group)
     if dim == 0:  # [n, s, ...] is already the concatenation
         return out.view(axis.size * x.shape[0], *x.shape[1:])
     return torch.cat(out.unbind(0), dim=dim)
@@ -60,7 +62,8 @@ def _reduce_scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] //= axis.size
     out = x.new_empty(shape)
-    _REDUCE_SCATTER(out.view(-1), parts.view(-1), group=axis.group)
+    with axis.waiting("reduce_scatter"):
+        _REDUCE_SCATTER(out.view(-1), parts.view(-1), group=axis.group)
     return out
 
 
@@ -72,7 +75,8 @@ def _part(x: Tensor, axis: Axis, dim: int) -> Tensor:
 def _swapped(x: Tensor, axis: Axis, split_dim: int, join_dim: int) -> Tensor:
     parts = torch.stack(x.chunk(axis.size, dim=split_dim))
     out = torch.empty_like(parts)
-    dist.all_to_all_single(out.view(-1), parts.view(-1), group=axis.group)
+    with axis.waiting("all_to_all"):
+        dist.all_to_all_single(out.view(-1), parts.view(-1), group=axis.group)
     return torch.cat(out.unbind(0), dim=join_dim)
 
 
@@ -156,7 +160,8 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
 def reduce_buffer(buffer: Tensor, axis: Axis) -> None:
     """Sum a gradient buffer over the axis in place: the one collective that writes to its argument, to save a copy."""
     if axis.size > 1:
-        dist.all_reduce(buffer, group=axis.group)
+        with axis.waiting("all_reduce"):
+            dist.all_reduce(buffer, group=axis.group)
 
 
 def reduce_scatter_buffer(buffer: Tensor, axis: Axis) -> Tensor:
@@ -169,7 +174,8 @@ def all_gather_buffer(buffer: Tensor, part: Tensor, axis: Axis) -> None:
     if axis.size == 1:
         buffer.copy_(part)
     else:
-        _ALL_GATHER(buffer, part.contiguous(), group=axis.group)
+        with axis.waiting("all_gather"):
+            _ALL_GATHER(buffer, part.contiguous(), group=axis.group)
 
 
 def exchange(parts: Sequence[Tensor], sizes: Sequence[int], axis: Axis) -> list[Tensor]:
@@ -183,7 +189,9 @@ def exchange(parts: Sequence[Tensor], sizes: Sequence[int], axis: Axis) -> list[
     if axis.size == 1:
         return list(parts)
     out = parts[0].new_empty(sum(sizes))
-    dist.all_to_all_single(out, torch.cat(list(parts)), list(sizes), [p.numel() for p in parts], group=axis.group)
+    sent = torch.cat(list(parts))
+    with axis.waiting("all_to_all"):
+        dist.all_to_all_single(out, sent, list(sizes), [p.numel() for p in parts], group=axis.group)
     return list(out.split(list(sizes)))
 
 
@@ -192,14 +200,16 @@ def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:
     if axis.size == 1:
         return x
     out = x.detach().clone(memory_format=torch.contiguous_format)
-    dist.broadcast(out, src=axis.ranks[source], group=axis.group)
+    with axis.waiting("broadcast"):
+        dist.broadcast(out, src=axis.ranks[source], group=axis.group)
     return out
 
 
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:
-        dist.barrier(group=axis.group)
+        with axis.waiting("barrier"):
+            dist.barrier(group=axis.group)
 
 
 def gather_bytes(data: bytes, axis: Axis, device: torch.device | None = None) -> list[bytes]:
@@ -246,8 +256,9 @@ def pass_on(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
     )
 
     def wait() -> Tensor:
-        for work in works:
-            work.wait()
+        with axis.waiting("pass_on"):
+            for work in works:
+                work.wait()
         assert x.numel() == buffer.numel()  # x must live until it is sent
         return buffer
 

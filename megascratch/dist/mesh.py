@@ -16,12 +16,14 @@ model in opposite directions.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from megascratch.config import ParallelConfig
+from megascratch.dist.clock import StepClock
 from megascratch.errors import LayoutError, Problem
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest
@@ -91,6 +93,7 @@ class Axis:
         rank: this rank's coordinate, 0 ≤ rank < size.
         ranks: global ranks along it, in order.
         group: process group, or None when size is 1: then every collective is the identity.
+        clock: of this rank, which counts the time of collectives.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Axis:
     rank: int = 0
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+    clock: StepClock | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -106,6 +110,12 @@ class Axis:
     @property
     def is_last(self) -> bool:
         return self.rank == self.size - 1
+
+    def waiting(self, operation: str) -> AbstractContextManager[None]:
+        """Count the body as time of communication along this axis; `operation` names it in a trace."""
+        if self.clock is None:
+            return nullcontext()
+        return self.clock.region("communication", f"{operation} {self.name}")
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,8 @@ class Mesh:
     stage: Axis  # dp × cp × tp: the ranks that hold the same layers
     ends: Axis  # first and last pipeline rank; size 1 elsewhere
     world: Axis
-    mirror: Axis = field(default_factory=lambda: Axis("mirror"))  # pipeline ranks i and pp − 1 − i
+    mirror: Axis  # pipeline ranks i and pp − 1 − i
+    clock: StepClock  # the same one as its axes'
 
     def axis(self, name: str) -> Axis:
         """Return an axis by the name that a `ParamSpec` uses."""
@@ -138,8 +149,9 @@ class Mesh:
     @classmethod
     def serial(cls, device: torch.device | None = None) -> "Mesh":
         """Return the mesh of one rank, without any process group: the serial model is the parallel model."""
-        names = ("pp", "dp", "cp", "tp", "data", "stage", "ends", "world")
-        return cls(MeshSpec(), 0, device or torch.device("cpu"), **{name: Axis(name) for name in names})
+        names = ("pp", "dp", "cp", "tp", "data", "stage", "ends", "world", "mirror")
+        device = device or torch.device("cpu")
+        return cls(MeshSpec(), 0, device, **{name: Axis(name) for name in names}, clock=StepClock(device))
 
     @classmethod
     def create(cls, spec: MeshSpec, device: torch.device) -> "Mesh":
@@ -159,8 +171,10 @@ class Mesh:
                 )
             )
 
+        clock = StepClock(device)
+
         def make(name: str, axes: tuple[str, ...]) -> Axis:
-            return _own_axis(name, list(spec.groups(axes)), rank)
+            return _own_axis(name, list(spec.groups(axes)), rank, clock)
 
         single = {axis: make(axis, (axis,)) for axis in AXES}
         ends = [tuple(dict.fromkeys((group[0], group[-1]))) for group in spec.groups(("pp",))]
@@ -176,13 +190,14 @@ class Mesh:
             **single,
             data=make("data", ("dp", "cp")),
             stage=make("stage", ("dp", "cp", "tp")),
-            ends=_own_axis("ends", ends, rank),
-            mirror=_own_axis("mirror", mirror, rank),
+            ends=_own_axis("ends", ends, rank, clock),
+            mirror=_own_axis("mirror", mirror, rank, clock),
             world=make("world", AXES),
+            clock=clock,
         )
 
 
-def _own_axis(name: str, groups: list[tuple[int, ...]], rank: int) -> Axis:
+def _own_axis(name: str, groups: list[tuple[int, ...]], rank: int, clock: StepClock) -> Axis:
     """Create the process group of every group in `groups`, and return the one that holds this rank.
 
     Creating a group is collective over the whole world, so every rank walks through all of them in the same order.
@@ -194,5 +209,5 @@ def _own_axis(name: str, groups: list[tuple[int, ...]], rank: int) -> Axis:
         group = dist.new_group(list(ranks))
         if rank in ranks:
             assert group is not None
-            own = Axis(name, len(ranks), ranks.index(rank), ranks, group)
+            own = Axis(name, len(ranks), ranks.index(rank), ranks, group, clock)
     return own

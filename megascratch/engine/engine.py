@@ -24,7 +24,9 @@ from megascratch.engine.stages import make_stages
 from megascratch.nn import DTYPES, Placement, SequenceInfo, Stage, WeightGradients, core_for
 from megascratch.nn.context import token_index
 from megascratch.optim import LossScale, Optimizer, learning_rate
-from megascratch.pipeline import Action, Boundary, configured_routes, configured_schedule, run
+from megascratch.pipeline import Action, Boundary, Kind, configured_routes, configured_schedule, run
+
+_PHASES = {Kind.F: "forward", Kind.B: "backward", Kind.I: "backward", Kind.W: "backward"}
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,15 @@ class Engine:
         """
         for stage in self.stages.values():
             stage.train()
-        self.optimizer.zero_grads()
+        with self.mesh.clock.region("optimizer"):
+            self.optimizer.zero_grads()
         # Sums over a global batch overflow 16 bits where means would not; the exact weight is known only at the end.
         nominal = float(self.config.train.global_batch * self.config.data.seq_length)
         scale = self.loss_scale.value
         totals = self._run(microbatches, objective, scale / nominal, on_event)
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
-        result = self.optimizer.step(lr, grad_scale=nominal / (scale * totals.weight))
+        with self.mesh.clock.region("optimizer"):
+            result = self.optimizer.step(lr, grad_scale=nominal / (scale * totals.weight))
         self.loss_scale.update(overflow=result.skipped)
         self.step += 1
         return StepReport(totals.loss, totals.metrics, result.grad_norm, lr, scale, result.skipped)
@@ -135,12 +139,23 @@ class Engine:
     ) -> Totals:
         """Drive the pipeline over the micro-batches; `grad_seed` is the gradient of the loss, or None without one."""
         sums: dict[str, Tensor] = {}
-        moved = [self._own_tokens(microbatch.to(self.mesh.device)) for microbatch in microbatches]
+        clock = self.mesh.clock
+        with clock.region("data"):
+            moved = [self._own_tokens(microbatch.to(self.mesh.device)) for microbatch in microbatches]
         functions = {
             index: partial(self._run_stage, stage, moved, objective, grad_seed, sums)
             for index, stage in self.stages.items()
         }
         backward = grad_seed is not None
+
+        def watch(action: Action, starts: bool) -> None:
+            if starts and action.kind in _PHASES:
+                clock.enter(_PHASES[action.kind], f"{_PHASES[action.kind]} {action}")
+            if on_event is not None:
+                on_event(action, starts)
+            if not starts and action.kind in _PHASES:
+                clock.leave()
+
         run(
             self.schedule(len(moved), backward=backward),
             functions,
@@ -148,7 +163,7 @@ class Engine:
             self.boundary,
             backward=backward,
             weight_gradients=self.weight_gradients,
-            on_event=on_event,
+            on_event=watch,
         )
         return self._reduce(sums)
 

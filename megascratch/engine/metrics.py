@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.filesize import decimal
 from torch.utils.tensorboard import SummaryWriter
 
 from megascratch.config import Config, to_toml
+from megascratch.engine.meter import PHASES
 from megascratch.errors import ConfigError, Problem
 
 
@@ -107,6 +109,8 @@ def describe_step(values: dict[str, Any], console: Console) -> None:
     ]
     if values.get("mfu") is not None:
         parts.append(f"MFU {values['mfu']:.1%} causal, {values['mfu_palm']:.1%} PaLM")
+    parts.append("ms " + ", ".join(f"{phase} {values[f'{phase}_s'] * 1e3:.0f}" for phase in PHASES))
+    parts.append(f"peak {decimal(values['peak_memory_bytes'])}")
     if "valid_loss" in values:
         parts.append(f"valid {values['valid_loss']:.4f}")
     if values.get("skipped"):

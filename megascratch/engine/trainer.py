@@ -5,6 +5,8 @@ for each step: train ─ (validate) ─ log ─ (save) ─ asked to stop? save a
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,18 @@ import torch
 from rich.console import Console
 
 from megascratch.config import Config
+from megascratch.data.microbatch import Microbatch
 from megascratch.data.sampler import Batches
 from megascratch.dist import comm
 from megascratch.dist.launch import StopSignal
 from megascratch.dist.mesh import Mesh
 from megascratch.engine.engine import Engine, StepReport
-from megascratch.engine.flops import peak_flops, token_flops
 from megascratch.engine.gpu import GpuMonitor
+from megascratch.engine.meter import Meter, peak_memory_bytes
 from megascratch.engine.metrics import RunDirectory, describe_step
 from megascratch.engine.objective import Objective
 from megascratch.engine.state import save_engine
+from megascratch.engine.trace import traced
 from megascratch.errors import EXIT_DONE, EXIT_STOPPED, MegascratchError
 from megascratch.log import progress
 from megascratch.pipeline import Recorder, times_text
@@ -63,9 +67,7 @@ class Trainer:
         self.token_bytes = None if token_bytes is None else torch.from_numpy(token_bytes)
         self.run_directory, self.console, self.consumed_samples = run, console, consumed_samples
         self.gpu = GpuMonitor(self.mesh.device)
-        self.flops = token_flops(self.config.model, self.config.data.seq_length)
-        cuda = self.mesh.device.type == "cuda"
-        self.peak = peak_flops(torch.cuda.get_device_name(self.mesh.device)) if cuda else None
+        self.meter = Meter(self.config, self.mesh)
         self._skipped_in_a_row = 0
 
     @property
@@ -90,9 +92,9 @@ class Trainer:
         batches = self.train.steps(self.consumed_samples, max(0, remaining))
         saved_step = None
         with progress(self.console, "train", remaining, "steps") as advance:
-            for microbatches in batches:
-                values = self._step(microbatches)
-                stopped = self._asked_to_stop(stop)
+            for _ in range(remaining):
+                values = self._step(batches)
+                stopped, values["peak_memory_bytes"] = self._agree(stop)
                 due = self.config.eval.every and self.engine.step % self.config.eval.every == 0
                 if self.valid is not None and (due or self.engine.step == train.steps):
                     values |= self._validate()
@@ -111,12 +113,18 @@ class Trainer:
             return EXIT_STOPPED
         return EXIT_DONE
 
-    def _step(self, microbatches: list[Any]) -> dict[str, Any]:
-        """Run one step and return the values to log."""
+    def _step(self, batches: Iterator[list[Microbatch]]) -> dict[str, Any]:
+        """Run one step on the next batch and return the values to log."""
+        clock, step = self.mesh.clock, self.engine.step + 1
+        clock.read()  # validation and saving since the last step are no part of this one
         start = time.perf_counter()
-        recorder = Recorder(self.mesh.device) if self.engine.step + 1 == self.config.log.pipeline_step else None
-        report = self.engine.train_step(microbatches, self.objective, on_event=recorder)
-        step_s = time.perf_counter() - start
+        recorder = Recorder(self.mesh.device) if step == self.config.log.pipeline_step else None
+        with self._traced(step):
+            with clock.region("data"):
+                microbatches = next(batches)
+            report = self.engine.train_step(microbatches, self.objective, on_event=recorder)
+            phases = clock.read()
+            cost = self.meter.values(time.perf_counter() - start, phases)
         if recorder is not None:
             self._keep_times(recorder, len(microbatches))
         self.consumed_samples += self.config.train.global_batch
@@ -126,7 +134,14 @@ class Trainer:
                 f"the gradient was not finite in {self._skipped_in_a_row} steps in a row, up to step"
                 f" {self.engine.step}: lower optim.lr, or resume from an earlier checkpoint"
             )
-        return self._values(report, step_s)
+        return self._values(report, cost)
+
+    def _traced(self, step: int) -> AbstractContextManager[None]:
+        """Trace a step that `log.profile` names, on one rank of each pipeline stage."""
+        if step not in self.config.log.profile or not self.mesh.stage.is_first:
+            return nullcontext()
+        name = f"step_{step:08d}_rank_{self.mesh.rank:05d}.json"
+        return traced(self.engine, self.run_directory.path / "profile" / name)
 
     def _keep_times(self, recorder: Recorder, n_microbatches: int) -> None:
         """Write what the pipeline of rank 0 did, for `megascratch plan --times`."""
@@ -136,23 +151,17 @@ class Trainer:
             file.write_text(times_text(timeline, self.engine.schedule(n_microbatches, backward=True)), encoding="utf-8")
             self.console.print(f"wrote {file}: see it with megascratch plan --times {file} --out pipeline.svg")
 
-    def _values(self, report: StepReport, step_s: float) -> dict[str, Any]:
-        train, seq_length = self.config.train, self.config.data.seq_length
-        tokens_per_s = train.global_batch * seq_length / step_s
-        peak = None if self.peak is None else self.peak * self.mesh.spec.world_size
+    def _values(self, report: StepReport, cost: dict[str, float | None]) -> dict[str, Any]:
         return {
             "step": self.engine.step,
-            "tokens": self.consumed_samples * seq_length,
+            "tokens": self.consumed_samples * self.config.data.seq_length,
             "consumed_samples": self.consumed_samples,
             "loss": report.loss,
             "grad_norm": report.grad_norm,
             "lr": report.lr,
-            "tokens_per_s": tokens_per_s,
-            "mfu": None if peak is None else tokens_per_s * self.flops.causal / peak,
-            "mfu_palm": None if peak is None else tokens_per_s * self.flops.palm / peak,
-            "step_s": step_s,
+            **cost,
             "skipped": report.skipped,
-            **({"loss_scale": report.loss_scale} if train.dtype == "fp16" else {}),
+            **({"loss_scale": report.loss_scale} if self.config.train.dtype == "fp16" else {}),
             **report.metrics,
             **self.gpu.read(),
         }
@@ -173,11 +182,12 @@ class Trainer:
             values["valid_bits_per_byte"] = nats / math.log(2) / n_bytes
         return values
 
-    def _asked_to_stop(self, stop: StopSignal) -> bool:
-        """Return whether any rank was asked to stop; all ranks agree."""
+    def _agree(self, stop: StopSignal) -> tuple[bool, int]:
+        """Return whether any rank was asked to stop, and the peak memory of the fullest rank."""
         asked = stop.received or (self.mesh.rank == 0 and self.run_directory.stop_file.exists())
-        flag = torch.tensor(float(asked), device=self.mesh.device)
-        return comm.max_over(flag, self.mesh.world).item() > 0
+        own = (float(asked), float(peak_memory_bytes(self.mesh.device)))
+        most = comm.max_over(torch.tensor(own, dtype=torch.float64, device=self.mesh.device), self.mesh.world).tolist()
+        return most[0] > 0, int(most[1])
 
     def _save(self) -> int:
         assert self.config.checkpoint.dir is not None

@@ -127,7 +127,8 @@ class _Rank:
         """Wait for the receive that a compute action uses."""
         receive = input_of(action, self.n_stages)
         if receive in self.receiving:
-            self.receiving.pop(receive).wait()
+            with self.pp.waiting("receive"):
+                self.receiving.pop(receive).wait()
 
     def execute(self, action: Action) -> None:
         match action.kind:
@@ -217,7 +218,8 @@ class _Rank:
         """
         while len(self.sending) > left:
             work, _ = self.sending.popleft()
-            work.wait()
+            with self.pp.waiting("send"):
+                work.wait()
 
     def peer(self, action: Action) -> int:
         return self.schedule.rank_of(action)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megascratch.config import Config, config_from_dict, load_config
 from megascratch.data.writer import IndexedDatasetWriter
 from megascratch.dist.testing import run_ranks
 from megascratch.engine import pretrain
+from megascratch.engine.meter import PHASES
 from megascratch.engine.metrics import RunDirectory
 from megascratch.engine.trainer import DivergedError
 from megascratch.errors import CheckpointError, ConfigError, DataError
@@ -145,6 +148,40 @@ def test_a_recorded_step_can_be_drawn_beside_the_simulated_one(corpus: Path, tmp
             producer = event.action._replace(stage=0) if event.action.kind is Kind.F else event.action._replace(stage=1)
             assert event.start >= ends[producer] or event.action == producer or event.action.kind is Kind.W
     assert simulate(schedule, measured_costs(timeline, 2)).makespan <= 1.2 * timeline.makespan
+
+
+def test_every_step_says_what_it_cost(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = _config(corpus, tmp_path, log={"tensorboard": True, "peak_tflops": 0.1})
+    assert pretrain(config, None) == 0
+    records = _records(config)
+    for record in records:
+        parts = [record[f"{phase}_s"] for phase in PHASES]
+        assert min(parts[1:4]) > 0
+        assert sum(parts) <= record["step_s"]
+        assert 0 < record["mfu"] < record["mfu_palm"]
+        assert record["peak_memory_bytes"] > 100e6
+    assert sum(sum(r[f"{phase}_s"] for phase in PHASES) for r in records) > 0.5 * sum(r["step_s"] for r in records)
+    said = capfd.readouterr().err
+    assert re.search(r"MFU \d+\.\d% causal, \d+\.\d% PaLM · ms data \d+, forward \d+, backward \d+, optimizer", said)
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    for name in ("mfu_palm", "backward_s", "peak_memory_bytes"):
+        assert [event.value for event in events.Scalars(name)] == pytest.approx([r[name] for r in records], rel=1e-6)
+
+
+def test_a_traced_step_names_its_regions(corpus: Path, tmp_path: Path) -> None:
+    parallel = {"pp": 2, "tp": 2, "dp": 1}
+    config = _config(corpus, tmp_path, train={"steps": 3}, parallel=parallel, log={"profile": [2]})
+    run_ranks(4, _pretrain_on_ranks, config)
+    files = sorted(path.name for path in (tmp_path / "run/profile").iterdir())
+    assert files == ["step_00000002_rank_00000.json", "step_00000002_rank_00002.json"], "one of each pipeline stage"
+    names = [
+        {event["name"] for event in json.loads((tmp_path / "run/profile" / file).read_text())["traceEvents"]}
+        for file in files
+    ]
+    assert {"forward 0F1", "backward 0B0", "layers.0.attn.qkv", "reduce_scatter tp", "send pp", "optimizer"} <= names[0]
+    assert {"forward 1F1", "backward 1B0", "layers.1.mlp", "all_gather tp", "receive pp", "data"} <= names[1]
+    assert "layers.1.mlp" not in names[0]
 
 
 def test_too_little_data_is_told_before_training(corpus: Path, tmp_path: Path) -> None:
