@@ -121,6 +121,10 @@ LAYOUTS = [
     _layout("tp2-pp4-dualpipe", "qwen", tp=2, pp=4, schedule="dualpipe"),
     _layout("pp2-dp2-zero1-dualpipe", "gpt2", pp=2, dp=2, zero=1, schedule="dualpipe"),
     _layout("pp2-uneven", "qwen", pp=2, layers_per_stage=[3, 1]),
+    _layout("tp2-pp2-zb-h1-selective", "dropout", tp=2, pp=2, schedule="zb-h1", recompute="selective"),
+    _layout("pp2-vp2-zb-v-block", "tied", pp=2, vp=2, schedule="zb-v", recompute="block", recompute_layers=1),
+    _layout("cp2-dp2-selective-named", packed=True, cp=2, dp=2, recompute="selective", recompute_modules=["core_attn"]),
+    _layout("tp2-auto-offload", "qwen", tp=2, recompute="auto", memory_budget_gib=1e-3, offload_activations=True),
     _layout("pp4-balanced", "tied", pp=4, layers_per_stage="balanced"),
     # 8 microbatches over 3 ranks: rounds of unequal length; and no layer on the first and the last stage.
     _layout("pp3-vp2-ragged-bare-ends", "olmo", pp=3, vp=2, layers_per_stage=[0, 1, 1, 1, 1, 0]),

@@ -129,6 +129,18 @@ def _pipeline(config: Config, _: int | None) -> Iterator[Problem]:
         yield Problem(f"parallel.pp = {parallel.pp}", "must be even for dualpipe", f"use {parallel.pp + 1}")
 
 
+def _recompute(config: Config, _: int | None) -> Iterator[Problem]:
+    parallel = config.parallel
+    for key, of in (("recompute_modules", "selective"), ("recompute_layers", "block"), ("memory_budget_gib", "auto")):
+        value = getattr(parallel, key)
+        if value is not None and parallel.recompute != of:
+            rule = f"goes with recompute = {of}, not {parallel.recompute}"
+            yield Problem(f"parallel.{key} = {value}", rule, f"set recompute = {of}, or leave {key} out")
+    for key, of in (("recompute_layers", "block"), ("memory_budget_gib", "auto")):
+        if parallel.recompute == of and getattr(parallel, key) is None:
+            yield Problem(f"parallel.recompute = {of}", f"needs parallel.{key}", f"set {key}")
+
+
 def _context_parallel(config: Config, _: int | None) -> Iterator[Problem]:
     model, parallel, seq_length = config.model, config.parallel, config.data.seq_length
     if parallel.cp == 1:
@@ -255,6 +267,7 @@ RULES: tuple[Rule, ...] = (
     _heads,
     _tensor_parallel,
     _pipeline,
+    _recompute,
     _context_parallel,
     _world,
     _batch,

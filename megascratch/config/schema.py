@@ -28,6 +28,7 @@ ScheduleName = Literal[
     "dualpipe-v",
     "dualpipe",
 ]
+RecomputeModule = Literal["core_attn", "layernorm", "mlp_act"]
 DType = Literal["fp64", "fp32", "bf16", "fp16"]
 
 
@@ -98,7 +99,13 @@ class ParallelConfig(Section):
     layers_per_stage: list[Whole] | Literal["balanced"] | None = None  # even when left out; balanced weighs the head
     sequence_parallel: bool | None = None  # on when tp > 1; without effect on tp = 1
     zero: Literal[0, 1] = 0
-    recompute: Literal["none", "full"] = "none"
+    # What is computed again in backward instead of kept. selective: the modules below; full: every layer; block: the
+    # first recompute_layers of each stage; auto: as little as fits memory_budget_gib. Gradients are the same bits.
+    recompute: Literal["none", "selective", "full", "block", "auto"] = "none"
+    recompute_modules: list[RecomputeModule] | None = None  # chosen by bytes saved per operation when left out
+    recompute_layers: Count | None = None
+    offload_activations: bool = False  # keep in host memory what is kept
+    memory_budget_gib: Positive | None = None  # of each rank's device, for auto
 
 
 class DataConfig(Section):

@@ -15,7 +15,8 @@ The gradient of a linear map A is its adjoint Aᵀ, and the adjoint of one colle
 for its own purpose, so gradients differ and are summed; after `gather` every rank computes the same, so the gradient is
 the same everywhere and each takes its part.
 
-On an axis of size 1 every function returns its input. No function changes its input. Shapes: `dim` is divided by, or
+On an axis of size 1 every function returns its input. On the meta device, where tensors are shapes alone, nothing is
+sent: a layer's memory can be counted for any layout by one process. No function changes its input. Shapes: `dim` is divided by, or
 multiplied with, the size of the axis; all other dimensions stay.
 """
 
@@ -41,16 +42,18 @@ class Work(Protocol):
 
 def _reduced(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
-    with axis.waiting("all_reduce"):
-        dist.all_reduce(out, op=op, group=axis.group)
+    if not x.is_meta:
+        with axis.waiting("all_reduce"):
+            dist.all_reduce(out, op=op, group=axis.group)
     return out
 
 
 def _gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
     x = x.contiguous()
     out = x.new_empty((axis.size, *x.shape))
-    with axis.waiting("all_gather"):
-        _ALL_GATHER(out.view(-1), x.view(-1), group=axis.group)
+    if not x.is_meta:
+        with axis.waiting("all_gather"):
+            _ALL_GATHER(out.view(-1), x.view(-1), group=axis.group)
     if dim == 0:  # [n, s, ...] is already the concatenation
         return out.view(axis.size * x.shape[0], *x.shape[1:])
     return torch.cat(out.unbind(0), dim=dim)
@@ -62,8 +65,9 @@ def _reduce_scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] //= axis.size
     out = x.new_empty(shape)
-    with axis.waiting("reduce_scatter"):
-        _REDUCE_SCATTER(out.view(-1), parts.view(-1), group=axis.group)
+    if not x.is_meta:
+        with axis.waiting("reduce_scatter"):
+            _REDUCE_SCATTER(out.view(-1), parts.view(-1), group=axis.group)
     return out
 
 
@@ -75,8 +79,9 @@ def _part(x: Tensor, axis: Axis, dim: int) -> Tensor:
 def _swapped(x: Tensor, axis: Axis, split_dim: int, join_dim: int) -> Tensor:
     parts = torch.stack(x.chunk(axis.size, dim=split_dim))
     out = torch.empty_like(parts)
-    with axis.waiting("all_to_all"):
-        dist.all_to_all_single(out.view(-1), parts.view(-1), group=axis.group)
+    if not x.is_meta:
+        with axis.waiting("all_to_all"):
+            dist.all_to_all_single(out.view(-1), parts.view(-1), group=axis.group)
     return torch.cat(out.unbind(0), dim=join_dim)
 
 
@@ -247,6 +252,8 @@ def irecv(buffer: Tensor, axis: Axis, peer: int, tag: int) -> Work:
 def pass_on(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
     """Start handing a tensor to the next rank of the ring; the function returned waits for the previous rank's."""
     buffer, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
+    if x.is_meta:
+        return lambda: buffer
     following, previous = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
     works = dist.batch_isend_irecv(
         [

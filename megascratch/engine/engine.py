@@ -20,6 +20,7 @@ from megascratch.dist import comm
 from megascratch.dist.mesh import Mesh
 from megascratch.dist.rng import initialize
 from megascratch.engine.objective import Objective, Outputs
+from megascratch.engine.recompute import recompute_plans
 from megascratch.engine.stages import make_stages
 from megascratch.nn import DTYPES, Placement, SequenceInfo, Stage, WeightGradients, core_for
 from megascratch.nn.context import token_index
@@ -82,7 +83,8 @@ class Engine:
             weight_gradients=self.weight_gradients,
         )
         core = core_for(train.attention, mesh.device)
-        self.stages = make_stages(config, mesh, placement, configured_routes(parallel), core)
+        plans = recompute_plans(config, mesh, placement, core)
+        self.stages = make_stages(config, mesh, placement, configured_routes(parallel), core, plans)
         for stage in self.stages.values():
             initialize(dict(stage.named_parameters()), mesh, train.seed)
         self.optimizer = Optimizer(self.parameters(), mesh, config.optim, parallel.zero)

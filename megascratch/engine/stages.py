@@ -1,18 +1,24 @@
 """The stages of this rank: which, of how many layers, and how their copies on other ranks are kept equal."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from megascratch.config import Config
 from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
 from megascratch.errors import LayoutError, Problem
-from megascratch.nn import Placement, Stage
+from megascratch.nn import Placement, Recompute, Stage
 from megascratch.nn.balance import balanced_layers
 from megascratch.pipeline import Route
 
 
 def make_stages(
-    config: Config, mesh: Mesh, placement: Placement, routes: tuple[Route, ...], core: str
+    config: Config,
+    mesh: Mesh,
+    placement: Placement,
+    routes: tuple[Route, ...],
+    core: str,
+    recompute: Mapping[int, Recompute] | None = None,
 ) -> dict[int, Stage]:
     """Make every stage that a route has on this rank, by its number, not yet initialised.
 
@@ -22,6 +28,7 @@ def make_stages(
         placement: where the parameters lie.
         routes: the rank of each stage; two where the model is there twice.
         core: attention core.
+        recompute: what each layer, by its number, does not keep for backward.
 
     Raises: LayoutError: if the embedding is tied and its two ends lie where no group joins them.
     """
@@ -40,7 +47,7 @@ def make_stages(
             index,
             n_stages,
             core=core,
-            recompute=config.parallel.recompute,
+            recompute=recompute,
             layers_per_stage=layers_per_stage(config, n_stages),
             tied_axes=() if together else ("ends",),
             embedding=stages[0].embed if shared else None,

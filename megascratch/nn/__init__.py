@@ -1,5 +1,6 @@
 """The decoder's layers, each its own serial self on a tensor-parallel axis of size 1."""
 
+from megascratch.nn.activations import NOTHING, WHOLE, Activations, Recompute
 from megascratch.nn.attention import LayerCache, core_for
 from megascratch.nn.loss import linear_cross_entropy, linear_logprobs, token_logprobs
 from megascratch.nn.placement import DTYPES, Placement
@@ -9,9 +10,13 @@ from megascratch.nn.weight_gradients import WeightGradients
 
 __all__ = [
     "DTYPES",
+    "NOTHING",
+    "WHOLE",
+    "Activations",
     "Block",
     "LayerCache",
     "Placement",
+    "Recompute",
     "SequenceInfo",
     "Stage",
     "WeightGradients",

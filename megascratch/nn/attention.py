@@ -10,6 +10,7 @@ it by whole groups.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -186,10 +187,14 @@ class Attention(nn.Module):
             q, k = ops.rope(q, k, *rotary, offset=info.offset, positions=info.positions)
         if cache is not None:
             k, v = cache.extend(k, v, info.offset)
-        return self.proj(self._attend(q, k, v, info).flatten(2))
+        attend = partial(self._attend, info=info)
+        return self.proj(self.placement.activations.part("core_attn", attend, q, k, v))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo) -> Tensor:
-        """Attend with the core that the situation asks for: [s, b, n, d] from q [s, b, n, d] and k, v [t, b, k, d]."""
+        """Attend with the core that the situation asks for: [s, b, n·d] from q [s, b, n, d] and k, v [t, b, k, d]."""
+        return self._heads(q, k, v, info).flatten(2)
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo) -> Tensor:
         if self.placement.cp.size > 1:
             attend = ALGORITHMS[self.placement.cp_algorithm]
             return attend(q, k, v, self.placement.cp, info.documents, self.core)

@@ -28,7 +28,7 @@ from megascratch.dist import comm
 from megascratch.dist.mesh import Axis
 
 # Enough rows for a product at full speed, few enough that 128k words take half a gigabyte in float32.
-_CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 1024
 
 
 def _own_words(n_columns: int, vocab_size: int, tp: Axis) -> tuple[int, int]:
@@ -85,8 +85,8 @@ def _go_through(x: Tensor, weight: Tensor, labels: Tensor, grad: Tensor | None, 
     # Chunks of half precision would lose their sum's last bits with every addition.
     grad_weight = None if grad is None else weight.new_zeros(weight.shape, dtype=dtype)
     words = _own_words(len(weight), vocab_size, tp)
-    for start in range(0, len(x), _CHUNK_TOKENS):
-        chunk = slice(start, start + _CHUNK_TOKENS)
+    for start in range(0, len(x), CHUNK_TOKENS):
+        chunk = slice(start, start + CHUNK_TOKENS)
         logits = F.linear(x[chunk], weight)
         logprobs[chunk], log_total = _label_logprobs(logits, labels[chunk], vocab_size, tp)
         if grad is None or grad_x is None or grad_weight is None:

@@ -27,13 +27,13 @@ class GatedMLP(nn.Module):
     def __init__(self, model: ModelConfig, placement: Placement, *, out_std: float) -> None:
         super().__init__()
         h, f = model.hidden, model.ffn_hidden
-        self.activation = GATED[model.activation]
+        self.placement, self.activation = placement, GATED[model.activation]
         self.gate_up = ColumnParallelLinear(h, 2 * f, placement, std=model.init_std, blocks=(f, f), bias=model.bias)
         self.down = RowParallelLinear(f, h, placement, std=out_std, bias=model.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [s/tp or s, b, h] to the same shape."""
-        return self.down(self.activation(self.gate_up(x)))
+        return self.down(self.placement.activations.part("mlp_act", self.activation, self.gate_up(x)))
 
 
 class PlainMLP(nn.Module):
@@ -41,13 +41,13 @@ class PlainMLP(nn.Module):
 
     def __init__(self, model: ModelConfig, placement: Placement, *, out_std: float) -> None:
         super().__init__()
-        self.activation = PLAIN[model.activation]
+        self.placement, self.activation = placement, PLAIN[model.activation]
         self.up = ColumnParallelLinear(model.hidden, model.ffn_hidden, placement, std=model.init_std, bias=model.bias)
         self.down = RowParallelLinear(model.ffn_hidden, model.hidden, placement, std=out_std, bias=model.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [s/tp or s, b, h] to the same shape."""
-        return self.down(self.activation(self.up(x)))
+        return self.down(self.placement.activations.part("mlp_act", self.activation, self.up(x)))
 
 
 def make_mlp(model: ModelConfig, placement: Placement, *, out_std: float) -> nn.Module:

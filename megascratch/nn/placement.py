@@ -7,6 +7,7 @@ from torch import nn
 
 from megascratch.dist.layout import Init, Matrices, Split, parameter
 from megascratch.dist.mesh import Axis
+from megascratch.nn.activations import Activations
 from megascratch.nn.weight_gradients import WeightGradients
 
 # By the names that `train.dtype` uses.
@@ -24,6 +25,7 @@ class Placement:
         cp: context-parallel axis, over which the sequence is divided everywhere.
         cp_algorithm: how attention reaches over it, a key of `nn.context.ALGORITHMS`.
         weight_gradients: where linear layers put weight gradients off while a schedule splits their backward.
+        activations: what layers ask for their parts that may be computed again instead of kept.
     """
 
     tp: Axis
@@ -33,6 +35,7 @@ class Placement:
     cp: Axis = field(default_factory=lambda: Axis("cp"))
     cp_algorithm: str = "ring"
     weight_gradients: WeightGradients | None = field(default=None, compare=False)
+    activations: Activations = field(default_factory=Activations, compare=False)
 
     @property
     def token_axes(self) -> tuple[str, ...]:

@@ -8,16 +8,16 @@ calls them `layers.8` … `layers.15`, so a parameter has the same name on every
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megascratch import ops
 from megascratch.config import ModelConfig
 from megascratch.dist.layout import Init, ParamSpec, name_parameters, spec_of
 from megascratch.dist.mesh import Axis
+from megascratch.nn.activations import NOTHING, Recompute
 from megascratch.nn.attention import Attention, LayerCache
 from megascratch.nn.embedding import LearnedPositions, VocabParallelEmbedding, local_positions, vocabulary_split
 from megascratch.nn.linear import column_linear
@@ -49,6 +49,7 @@ class Block(nn.Module):
         # Outputs onto the residual stream shrink with its length (Radford et al. 2019, section 2.3).
         out_std = model.init_std / math.sqrt(2 * model.n_layers)
         norm = NORMS[model.norm]
+        self.placement = placement
         self.post = model.norm_position == "post"
         self.attn_norm = norm(model.hidden, model.norm_eps, placement, placement.token_axes)
         self.attn = Attention(model, placement, f"{site}.attn", core=core, out_std=out_std)
@@ -68,8 +69,11 @@ class Block(nn.Module):
         if self.post:
             x = x + self.attn_dropout(self.attn_norm(self.attn(x, rotary, info, cache)), info)
             return x + self.mlp_dropout(self.mlp_norm(self.mlp(x)), info)
-        branch = self.attn_dropout(self.attn(self.attn_norm(x), rotary, info, cache), info)
+        activations = self.placement.activations
+        normalised = activations.part("layernorm", self.attn_norm, x)
+        branch = self.attn_dropout(self.attn(normalised, rotary, info, cache), info)
         normalised, x = self.mlp_norm.after_add(branch, x)
+        activations.note("layernorm", normalised, self.mlp_norm, x)  # the sum is kept anyway
         return x + self.mlp_dropout(self.mlp(normalised), info)
 
 
@@ -96,7 +100,7 @@ class Stage(nn.Module):
         placement: where the parameters lie; they are allocated, and filled by `dist.rng.initialize`.
         stage, n_stages: which of how many; one of one is the whole model.
         core: attention core, a key of `nn.attention.CORES`.
-        recompute: "full" keeps only each block's input for backward.
+        recompute: what each layer, by its number, does not keep for backward; layers left out keep everything.
         layers_per_stage: how many layers each stage holds; even when empty.
         tied_axes: axes over which the two copies of a tied embedding lie apart.
         embedding: the first stage's, for a last stage on the same rank whose head is tied to it.
@@ -110,7 +114,7 @@ class Stage(nn.Module):
         n_stages: int = 1,
         *,
         core: str = "softmax",
-        recompute: str = "none",
+        recompute: Mapping[int, Recompute] | None = None,
         layers_per_stage: Sequence[int] = (),
         tied_axes: tuple[str, ...] = ("ends",),
         embedding: VocabParallelEmbedding | None = None,
@@ -119,7 +123,7 @@ class Stage(nn.Module):
         assert model.vocab_size is not None
         self.model, self.placement = model, placement
         self.is_first, self.is_last = stage == 0, stage == n_stages - 1
-        self.recompute = recompute == "full"
+        self.recompute = recompute or {}
         indices = layer_range(model.n_layers, stage, n_stages, layers_per_stage)
         # A tied embedding that lies on two ranks gets its gradient from both.
         tied_axes = tied_axes if model.tie_embeddings and n_stages > 1 else ()
@@ -182,14 +186,12 @@ class Stage(nn.Module):
             assert tokens is not None
             x = self._embed(tokens, info)
         assert x is not None
-        for i, block in enumerate(self.layers.values()):
+        for i, (layer, block) in enumerate(self.layers.items()):
             if caches is not None:
                 x = block(x, self.rotary, info, caches[i])
-            elif self.recompute and self.training:
-                # Dropout is counter-based, so there is no generator state to restore.
-                x = checkpoint(block, x, self.rotary, info, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, self.rotary, info)
+                plan = self.recompute.get(int(layer), NOTHING)
+                x = self.placement.activations.run(plan, block, x, self.rotary, info)
         return self.norm(x) if self.is_last else x
 
     def _embed(self, tokens: Tensor, info: SequenceInfo) -> Tensor:

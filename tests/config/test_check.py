@@ -109,6 +109,15 @@ TINY = "model.preset=tiny"
             None,
             r"layers_per_stage = \[3, 2\] +must be 2 numbers with the sum 4, only the first and last .* +use balanced",
         ),
+        ("_recompute", "parallel.recompute=block", None, r"recompute = block +needs parallel.recompute_layers"),
+        ("_recompute", "parallel.recompute=auto", None, r"recompute = auto +needs parallel.memory_budget_gib"),
+        ("_recompute", "parallel.recompute_layers=2", None, r"recompute_layers = 2 +goes with recompute = block, not"),
+        (
+            "_recompute",
+            "parallel.recompute=full parallel.recompute_modules=['core_attn']",
+            None,
+            r"recompute_modules = \['core_attn'\] +goes with recompute = selective, not full +set recompute",
+        ),
         (
             "_world",
             "parallel.tp=2 parallel.pp=2",

@@ -75,7 +75,7 @@ def test_the_list_covers_what_it_promises() -> None:
         "vp": {2},
         "zero": {1},
         "sequence_parallel": {False},
-        "recompute": {"full"},
+        "recompute": {"full", "selective", "block", "auto"},
         "schedule": set(get_args(ScheduleName)) - {"1f1b", "interleaved"},
     }.items():
         assert values <= {layout.parallel.get(key) for layout in LAYOUTS}, key

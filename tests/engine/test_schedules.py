@@ -14,14 +14,14 @@ from megascratch.errors import LayoutError
 from megascratch.pipeline import ScheduleError, configured_routes, configured_schedule, make_schedule
 
 
-def _train_all(layouts: list[dict[str, Any]]) -> list[Trained]:
+def _train_all(layouts: list[dict[str, Any]], model: str) -> list[Trained]:
     """On one rank: three steps under each layout."""
-    return [run_layout(make_config("llama", parallel), 3) for parallel in layouts]
+    return [run_layout(make_config(model, parallel), 3) for parallel in layouts]
 
 
-def _assert_equal_bits(layouts: list[dict[str, Any]]) -> None:
+def _assert_equal_bits(layouts: list[dict[str, Any]], model: str = "llama") -> None:
     """Every layout gives the losses, norms and weights of the first, on each of two ranks."""
-    for first, *others in run_ranks(2, _train_all, layouts):
+    for first, *others in run_ranks(2, _train_all, layouts, model):
         for other in others:
             assert other.reports == first.reports
             for (name, *_, ours), (_, *_, theirs) in zip(other.weights, first.weights, strict=True):
@@ -31,7 +31,19 @@ def _assert_equal_bits(layouts: list[dict[str, Any]]) -> None:
 def test_schedules_of_one_stage_a_rank_agree_bit_for_bit() -> None:
     names = ("1f1b", "gpipe", "zb-h1", "zb-h2")
     layouts: list[dict[str, Any]] = [{"pp": 2, "schedule": name} for name in names]
-    _assert_equal_bits([*layouts, {"pp": 2, "schedule": "zb-h1", "recompute": "full"}])
+    _assert_equal_bits(layouts)
+
+
+def test_recomputation_agrees_bit_for_bit_under_every_backward() -> None:
+    """With dropout, whole and split backwards: what is computed again are the same numbers."""
+    ways: list[dict[str, Any]] = [
+        {},
+        {"recompute": "full"},
+        {"recompute": "selective", "recompute_modules": ["core_attn", "layernorm", "mlp_act"]},
+        {"recompute": "block", "recompute_layers": 1, "offload_activations": True},
+    ]
+    layouts = [{"pp": 2, "schedule": schedule, **way} for schedule in ("1f1b", "zb-h1") for way in ways]
+    _assert_equal_bits(layouts, "dropout")
 
 
 def test_v_shaped_schedules_agree_bit_for_bit() -> None:

@@ -1,13 +1,16 @@
 """The two halves of a backward pass give what the whole gives, bit for bit."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from megascratch.config import ModelConfig
+from megascratch.config.schema import RecomputeModule
 from megascratch.dist.mesh import Axis, Mesh, MeshSpec
 from megascratch.dist.rng import initialize
 from megascratch.dist.testing import distributed
-from megascratch.nn import Placement, SequenceInfo, Stage, WeightGradients
+from megascratch.nn import NOTHING, WHOLE, Placement, Recompute, SequenceInfo, Stage, WeightGradients
 from megascratch.nn.balance import balanced_layers
 from megascratch.nn.linear import column_linear
 
@@ -19,11 +22,11 @@ def _model(**changes):
     return ModelConfig(**{**shape, "vocab_size": 50, "max_seq_length": 16, **changes})
 
 
-def _gradients(mesh, model, split, sequence_parallel=False, recompute="none"):
+def _gradients(mesh, model, split, sequence_parallel=False, recompute=NOTHING):
     """Gradients of every parameter, and those that were put off."""
     later = WeightGradients()
     placement = Placement(mesh.tp, sequence_parallel, torch.float64, mesh.device, weight_gradients=later)
-    stage = Stage(model, placement, recompute=recompute).train()
+    stage = Stage(model, placement, recompute=dict.fromkeys(range(2), recompute)).train()
     initialize(dict(stage.named_parameters()), mesh, 1)
     tokens = torch.arange(B * S).view(B, S) % 50
     y = stage(None, tokens, SequenceInfo(S, sample_ids=torch.arange(B)))
@@ -40,7 +43,9 @@ def _gradients(mesh, model, split, sequence_parallel=False, recompute="none"):
     return {name: param.grad for name, param in stage.named_parameters()}, before
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(
+    "recompute", [NOTHING, WHOLE, Recompute(frozenset(get_args(RecomputeModule))), Recompute(offload=True)], ids=str
+)
 @pytest.mark.parametrize(
     "changes",
     [{}, {"tie_embeddings": True, "bias": True}, {"activation": "gelu", "norm": "layernorm", "position": "learned"}],

@@ -1,0 +1,118 @@
+"""Device memory of a rank, predicted before anything is allocated.
+
+Legend: P parameters of the rank, `d` ranks that share state under ZeRO (dp × cp). Bytes a parameter, 16-bit model:
+
+    weights      2, ÷ d under ZeRO-3
+    gradients    4 (summed in float32), ÷ d from ZeRO-2 on
+    optimizer    12: float32 masters and two moments, ÷ d from ZeRO-1 on
+
+Activations are what one layer keeps (`nn.layer_costs`, counted on the meta device), times the layers of a stage, times
+the micro-batches in flight (the schedule's checker). To them comes what exists a moment only: one recomputed layer, and
+the head's gradients.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from megascratch import ops
+from megascratch.config import Config
+from megascratch.dist.mesh import Mesh
+from megascratch.engine.stages import layers_per_stage, make_stages
+from megascratch.nn import NOTHING, Placement, Recompute, layer_range
+from megascratch.nn.layer_costs import META, LayerShape
+from megascratch.nn.loss import CHUNK_TOKENS
+from megascratch.pipeline import check, configured_routes, configured_schedule
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank's device at the peak of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    passing: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.passing
+
+
+def layer_shape(config: Config, placement: Placement, core: str) -> LayerShape:
+    """Return a layer of a run, as a rank sees it."""
+    data = config.data
+    return LayerShape(
+        config.model, placement, config.train.micro_batch, data.seq_length, core, packed=data.reset_attention_mask
+    )
+
+
+def own_layers(config: Config, mesh: Mesh) -> dict[int, range]:
+    """Return the layers of each stage of this rank."""
+    routes = configured_routes(config.parallel)
+    n_stages = len(routes[0])
+    own = sorted({stage for route in routes for stage, rank in enumerate(route) if rank == mesh.pp.rank})
+    counts = layers_per_stage(config, n_stages)
+    return {stage: layer_range(config.model.n_layers, stage, n_stages, counts) for stage in own}
+
+
+class MemoryModel:
+    """What a rank's memory depends on but the recomputation, counted once.
+
+    Args:
+        config: resolved, `model.vocab_size` included.
+        mesh: the rank's place; its process groups are not used.
+        placement: as the rank's layers get it.
+        core: attention core.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, placement: Placement, core: str) -> None:
+        self.config, self.mesh, self.placement = config, mesh, placement
+        parallel, train = config.parallel, config.train
+        self.layer = layer_shape(config, placement, core)
+        self.layers = own_layers(config, mesh)
+        routes = configured_routes(parallel)
+        meta = replace(placement, device=META)
+        stages = make_stages(config, mesh, meta, routes, core)
+        unique = {id(param): param for stage in stages.values() for param in stage.parameters()}
+        self.numel = sum(param.numel() for param in unique.values())
+        self.has_head = any(stage.is_last for stage in stages.values())
+        n_microbatches = train.global_batch // (train.micro_batch * (parallel.dp or 1))
+        self.in_flight = check(configured_schedule(parallel, n_microbatches)).peak_in_flight[mesh.pp.rank]
+
+    def with_plans(self, plans: Mapping[int, Recompute]) -> RankMemory:
+        """Return the memory when each layer, by its number, does without what its plan says."""
+        value, sum_ = self._item_bytes
+        zero, shards = self.config.parallel.zero, self.mesh.data.size
+        kinds = {plan: self.layer.kept_bytes(plan) for plan in {*plans.values(), NOTHING}}
+        of_stages = [sum(kinds[plans.get(i, NOTHING)] for i in layers) for layers in self.layers.values()]
+        # One layer at a time is whole in its backward, of those that are computed again.
+        passing = max((kinds[NOTHING] - kinds[plan] for plan in plans.values()), default=0)
+        masters = sum_ if value < sum_ else 0
+        return RankMemory(
+            weights=self.numel * value // (shards if zero >= 3 else 1),
+            gradients=self.numel * sum_ // (shards if zero >= 2 else 1),
+            optimizer=self.numel * (masters + 2 * sum_) // (shards if zero >= 1 else 1),
+            activations=max(of_stages) * self.in_flight,
+            passing=passing + (self._head_bytes() if self.has_head else 0),
+        )
+
+    @property
+    def _item_bytes(self) -> tuple[int, int]:
+        """Bytes of a value of the model, and of one in which such values are summed."""
+        dtype = self.placement.dtype
+        return dtype.itemsize, ops.acc_dtype(torch.empty(0, dtype=dtype)).itemsize
+
+    def _head_bytes(self) -> int:
+        """Return what the head's product and the loss need at once: see `nn.loss`."""
+        model, train = self.config.model, self.config.train
+        assert model.vocab_size is not None
+        value, sum_ = self._item_bytes
+        words = -(-model.vocab_size // self.placement.tp.size)
+        tokens = train.micro_batch * self.config.data.seq_length // self.mesh.cp.size
+        chunk = min(tokens, CHUNK_TOKENS) * words * (value + sum_)
+        return chunk + words * model.hidden * (sum_ + value) + 2 * tokens * model.hidden * value
