@@ -35,6 +35,9 @@ namespace megascratch {
     /* Rows are panels of `product_columns()` columns of b, over all pairs; `packed` has room for k rows of one. */    \
     static int64_t product_columns();                                                                                  \
     static void product(const ProductArguments& arguments, float* packed, int64_t begin, int64_t end);                 \
+    /* Rows are blocks of the result. */                                                                               \
+    static int64_t matmul_units(const MatmulArguments& arguments);                                                     \
+    static void matmul(const MatmulArguments& arguments, int64_t begin, int64_t end);                                  \
   };                                                                                                                   \
   }
 

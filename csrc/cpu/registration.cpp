@@ -10,6 +10,7 @@
 #include "operators/activation.h"
 #include "operators/attention.h"
 #include "operators/logits.h"
+#include "operators/matmul.h"
 #include "operators/norm.h"
 #include "operators/optimizer.h"
 #include "operators/rope.h"
@@ -109,6 +110,14 @@ struct Cpu {
     });
   }
 
+  static void run(const MatmulArguments& a, const Tensor&) {
+    const int64_t units = Kernels::matmul_units(a);
+    // A product of 32 numbers takes as long as an element elsewhere.
+    const int64_t grain = grain_rows(a.m * a.n * a.k / 32 / units);
+    torch::stable::parallel_for(
+        0, units, grain, [&](int64_t begin, int64_t end) { Kernels::matmul(a, begin, end); });
+  }
+
   static void run(const ProductArguments& a, const Tensor&) {
     const int64_t columns = Kernels::product_columns(), panels = (a.n + columns - 1) / columns;
     // A product of 32 numbers takes as long as an element elsewhere.
@@ -128,6 +137,7 @@ void add_to(Library& library) {
   ActivationOperators<Cpu<Kernels>>::add_to(library);
   LogitOperators<Cpu<Kernels>>::add_to(library);
   OptimizerOperators<Cpu<Kernels>>::add_to(library);
+  MatmulOperators<Cpu<Kernels>>::add_to(library);
   AttentionOperators<Cpu<Kernels>>::add_to(library);
 }
 

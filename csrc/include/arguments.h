@@ -170,6 +170,16 @@ struct AttentionBackwardArguments {
   const void *lse, *delta;  // [p, r], in the accumulation type: log Σ exp(score), Σ probability × its gradient
 };
 
+// out = a b, or added to it: [m, n] = [m, k] [k, n], a and b of any strides; out's rows are contiguous.
+struct MatmulArguments {
+  const void *a, *b;
+  void* out;         // in the dtype, or with `wide_result` in the accumulation type
+  int64_t m, n, k;
+  int64_t a_row, a_column, b_row, b_column, out_row;
+  bool add, wide_result;
+  DType dtype;       // of a and b
+};
+
 // out[p] = a[p] b[p], or added to it: [m, n] = [m, k] [k, n], float32. Any strides; out's rows are contiguous.
 struct ProductArguments {
   const float *a, *b;

@@ -11,19 +11,20 @@ the activations outside are divided along s, and the two collectives are an all-
 Without it they are `copy` (backward: all_reduce) and `all_reduce`, and x is [s, b, h] on every rank.
 
 The backward is two products, and the weight's can be put off (`nn.weight_gradients`) until a schedule has time for it.
+It is added to the sum over micro-batches as it is computed, where the optimizer keeps one (`main_grad`).
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megascratch import ops
 from megascratch.dist import comm
 from megascratch.dist.layout import Init, Matrices, Split
 from megascratch.dist.mesh import Axis
 from megascratch.nn.placement import Placement
-from megascratch.nn.weight_gradients import WeightGradients
+from megascratch.nn.weight_gradients import WeightGradients, main_grad
 
 
 class _Linear(torch.autograd.Function):
@@ -38,30 +39,46 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x)
         # The weight itself: under recomputation, a saved tensor comes back as a copy with a gradient of its own.
         ctx.weight, ctx.gather, ctx.later = weight, gather, later
-        return F.linear(x if gather is None else comm.all_gather(x, gather), weight)
+        return _multiply(x if gather is None else comm.all_gather(x, gather), weight.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (x,), weight = ctx.saved_tensors, ctx.weight
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
+            grad_x = _multiply(grad, weight)
             if ctx.gather is not None:
                 grad_x = comm.reduce_scatter(grad_x, ctx.gather)
         if ctx.needs_input_grad[1]:
+            gather = ctx.gather
             if ctx.later is not None and ctx.later.is_collecting:
-                # Backward from the weight itself ends in its own accumulation, hooks included.
-                gather = ctx.gather
-                ctx.later.owe(lambda: torch.autograd.backward(weight, _grad_weight(x, grad, gather)))
+                ctx.later.owe(lambda: _finish(weight, _grad_weight(x, grad, weight, gather)))
             else:
-                grad_weight = _grad_weight(x, grad, ctx.gather)
+                grad_weight = _grad_weight(x, grad, weight, gather)
         return grad_x, grad_weight, None, None
 
 
-def _grad_weight(x: Tensor, grad: Tensor, gather: Axis | None) -> Tensor:
-    """[s/tp or s, b, h], [s, b, f] → [f, h]."""
+def _multiply(x: Tensor, right: Tensor) -> Tensor:
+    """[s, b, k] times [k, n] → [s, b, n]."""
+    return ops.matmul(x.flatten(0, -2), right).view(*x.shape[:-1], right.shape[1])
+
+
+@torch.no_grad()  # when it was put off, it does not run inside autograd's own backward
+def _grad_weight(x: Tensor, grad: Tensor, weight: Tensor, gather: Axis | None) -> Tensor | None:
+    """[s/tp or s, b, h], [s, b, f] → [f, h], or None where it was added to the weight's main gradient."""
     whole = x if gather is None else comm.all_gather(x, gather)
-    return grad.flatten(0, -2).t() @ whole.flatten(0, -2)
+    left, right = grad.flatten(0, -2).t(), whole.flatten(0, -2)
+    total = main_grad(weight)
+    if total is None:
+        return ops.matmul(left, right)
+    ops.matmul_into(total, left, right, add=True)
+    return None
+
+
+def _finish(weight: Tensor, grad: Tensor | None) -> None:
+    """Give the weight a gradient that was put off: backward from the weight itself ends in its own accumulation."""
+    if grad is not None:
+        torch.autograd.backward(weight, grad)
 
 
 def column_linear(

@@ -19,7 +19,6 @@ Source: Hsu et al. 2024, arXiv:2410.10989, section 3.3.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -83,20 +82,17 @@ def _go_through(x: Tensor, weight: Tensor, labels: Tensor, grad: Tensor | None, 
     logprobs = x.new_empty(labels.shape, dtype=dtype)
     grad_x = None if grad is None else torch.empty_like(x)
     # Chunks of half precision would lose their sum's last bits with every addition.
-    grad_weight = None if grad is None else weight.new_zeros(weight.shape, dtype=dtype)
+    grad_weight = None if grad is None else weight.new_empty(weight.shape, dtype=dtype)
     words = _own_words(len(weight), vocab_size, tp)
     for start in range(0, len(x), CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
-        logits = F.linear(x[chunk], weight)
+        logits = ops.matmul(x[chunk], weight.t())
         logprobs[chunk], log_total = _label_logprobs(logits, labels[chunk], vocab_size, tp)
         if grad is None or grad_x is None or grad_weight is None:
             continue
         grad_logits = ops.logit_gradient(grad[chunk], logits, labels[chunk], log_total, *words, in_place=True)
-        torch.mm(grad_logits, weight, out=grad_x[chunk])
-        if dtype == x.dtype:
-            grad_weight.addmm_(grad_logits.t(), x[chunk])
-        else:
-            grad_weight += grad_logits.t() @ x[chunk]
+        ops.matmul_into(grad_x[chunk], grad_logits, weight, add=False)
+        ops.matmul_into(grad_weight, grad_logits.t(), x[chunk], add=start > 0)
     return _Chunks(logprobs, grad_x, grad_weight)
 
 

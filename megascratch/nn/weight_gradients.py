@@ -16,6 +16,16 @@ same kernel as its input's.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
+
+def main_grad(weight: Tensor) -> Tensor | None:
+    """Return the sum over micro-batches that a parameter's gradient belongs in, like it but wide, or None.
+
+    Whoever computes the gradient adds to it and hands autograd none; a gradient that autograd does get is added later.
+    """
+    return getattr(weight, "main_grad", None)
+
 
 class WeightGradients:
     """What the layers of one rank owe. It is handed to them by `Placement`; outside `collect` it takes nothing."""

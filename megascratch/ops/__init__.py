@@ -17,6 +17,8 @@ from megascratch.ops.attention_blocks import attend, attend_backward
 from megascratch.ops.backend import Backend, load
 from megascratch.ops.logits import OPERATORS as logit_operators
 from megascratch.ops.logits import logit_gradient, logit_statistics
+from megascratch.ops.matmul import OPERATORS as matmul_operators
+from megascratch.ops.matmul import matmul, matmul_into
 from megascratch.ops.norm import OPERATORS as norm_operators
 from megascratch.ops.norm import add_rms_norm, layer_norm, rms_norm
 from megascratch.ops.registry import NAMESPACE, acc_dtype, define
@@ -42,6 +44,8 @@ __all__ = [
     "layer_norm",
     "logit_gradient",
     "logit_statistics",
+    "matmul",
+    "matmul_into",
     "relu_squared",
     "rms_norm",
     "rope",
@@ -57,6 +61,7 @@ OPERATORS = (
     + activation_operators
     + logit_operators
     + optimizer_operators
+    + matmul_operators
     + attention_operators
     + attention_block_operators
 )

@@ -77,8 +77,10 @@ class Bucket:
         self.stop = self.start + part
 
     def _accumulate_into(self, param: nn.Parameter, main_grad: Tensor) -> None:
+        param.main_grad = main_grad  # type: ignore[attr-defined]  # layers may add to it themselves
+
         def add(p: Tensor) -> None:
-            if p.grad is None:  # the hook runs also when a backward pass put this gradient off
+            if p.grad is None:  # the hook runs also where a layer added to the main gradient, or put this one off
                 return
             main_grad.add_(p.grad)
             p.grad = None

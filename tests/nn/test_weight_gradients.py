@@ -96,3 +96,26 @@ def test_the_head_weighs_as_many_layers_as_its_product_is_large():
     assert balanced_layers(model, 8192, 34) == (0, *[1] * 32, 0)
     small = ModelConfig(n_layers=8, vocab_size=256, **llama)
     assert balanced_layers(small, 8192, 4) == (2, 2, 2, 2)
+
+
+@pytest.mark.parametrize("put_off", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_gradient_goes_straight_into_the_sum_over_microbatches(dtype, put_off):
+    """In the sum's own precision, and autograd gets none."""
+    later, weight = WeightGradients(), torch.nn.Parameter(torch.randn(48, 40).to(dtype))
+    weight.main_grad = torch.zeros(48, 40, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = torch.zeros(48, 40, dtype=torch.float64)
+    for _ in range(3):
+        x, grad = torch.randn(32, 2, 40).to(dtype), torch.randn(32, 2, 48).to(dtype)
+        expected += grad.double().flatten(0, 1).t() @ x.double().flatten(0, 1)
+        y = column_linear(x, weight, Axis("tp"), False, later)
+        if put_off:
+            with later.collect() as owed:
+                y.backward(grad)
+            for compute in owed:
+                compute()
+        else:
+            y.backward(grad)
+    assert weight.grad is None
+    rtol = 1e-12 if dtype == torch.float64 else 1e-5  # bfloat16 operands too: products and sums are float32
+    torch.testing.assert_close(weight.main_grad.double(), expected, rtol=rtol, atol=20 * rtol)

@@ -1,0 +1,224 @@
+// Matrix products of a training step, out [m, n] = a [m, k] b [k, n], or added to what out holds.
+//
+// The three products of a linear layer, with x [t, h] and W [f, h], differ in which operand lies the wrong way round:
+//
+//     Y  = X Wᵀ     b runs along k: its panels are transposed as they are packed
+//     dX = dY W     both lie right
+//     dW += dYᵀ X   a runs along m: its rows are packed as well; the sum goes straight into the float32 gradient
+//
+// The result is cut into blocks of rows × panels of `tile_columns` columns, and the threads share them. A panel of b is
+// packed once for all rows of a block and stays in the second-level cache while they pass:
+//
+//     for each `depth` steps of k            operands: a number, or a pair of bfloat16 of two neighbouring k
+//       pack the block's rows of a           only where its rows are not contiguous operands already
+//       for each panel: pack b; for each tile of rows: multiply_tile
+//
+// bfloat16 is multiplied as it is by processors with AVX512-BF16, and widened as it is packed by others, as float16 is.
+
+#include "buffer.h"
+#include "dispatch.h"
+#include "kernels.h"
+#include "tile.h"
+
+namespace megascratch::MEGASCRATCH_LEVEL {
+namespace {
+
+// Rows that a packed panel of b serves: many, where the rows need no packing; else as many as the second-level cache
+// holds beside the panel.
+constexpr int64_t most_direct_rows = 4096, most_packed_rows = 480;
+constexpr int64_t most_steps = 512;
+
+int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
+int64_t divided_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// The operand of step i of k: where a pair ends with the last k, it is filled up with zero.
+template <typename P, typename T>
+MEGASCRATCH_DEVICE P operand(const T* at, int64_t stride, int64_t i, int64_t k) {
+  if constexpr (Operand<P>::width == 1) {
+    return load(at[i * stride]);
+  } else {
+    return {at[2 * i * stride], 2 * i + 1 < k ? at[(2 * i + 1) * stride] : T{}};
+  }
+}
+
+// Rows [row, row + rows) and steps [step, step + steps) of a, in panels of tile_rows rows, padded with zeros.
+template <typename P, typename T>
+void pack_rows(const MatmulArguments& a, int64_t row, int64_t rows, int64_t step, int64_t steps, P* packed) {
+  const T* from = static_cast<const T*>(a.a);
+  for (int64_t end = row + rows; row < end; row += tile_rows) {
+    const int64_t count = smaller(tile_rows, end - row);
+    for (int64_t i = step; i < step + steps; ++i, packed += tile_rows) {
+      if (count == tile_rows && a.a_row == 1) {
+#pragma omp simd
+        for (int64_t j = 0; j < tile_rows; ++j) packed[j] = operand<P>(from + row + j, a.a_column, i, a.k);
+      } else {
+        for (int64_t j = 0; j < count; ++j) packed[j] = operand<P>(from + (row + j) * a.a_row, a.a_column, i, a.k);
+        for (int64_t j = count; j < tile_rows; ++j) packed[j] = P{};
+      }
+    }
+  }
+}
+
+typedef uint32_t Eight __attribute__((vector_size(32), aligned(4)));
+
+// Eight columns of eight operands each, all of four bytes, to eight rows.
+MEGASCRATCH_DEVICE void transpose_eight(const char* from, int64_t column_bytes, uint32_t* to, int64_t to_row) {
+  Eight x[8], y[8];
+  for (int j = 0; j < 8; ++j) memcpy(&x[j], from + j * column_bytes, sizeof x[j]);
+  for (int j = 0; j < 8; j += 2) {
+    y[j] = __builtin_shuffle(x[j], x[j + 1], Eight{0, 8, 2, 10, 4, 12, 6, 14});
+    y[j + 1] = __builtin_shuffle(x[j], x[j + 1], Eight{1, 9, 3, 11, 5, 13, 7, 15});
+  }
+  for (int j = 0; j < 8; j += (j & 1) ? 3 : 1) {
+    x[j] = __builtin_shuffle(y[j], y[j + 2], Eight{0, 1, 8, 9, 4, 5, 12, 13});
+    x[j + 2] = __builtin_shuffle(y[j], y[j + 2], Eight{2, 3, 10, 11, 6, 7, 14, 15});
+  }
+  for (int j = 0; j < 4; ++j) {
+    y[j] = __builtin_shuffle(x[j], x[j + 4], Eight{0, 1, 2, 3, 8, 9, 10, 11});
+    y[j + 4] = __builtin_shuffle(x[j], x[j + 4], Eight{4, 5, 6, 7, 12, 13, 14, 15});
+  }
+  for (int j = 0; j < 8; ++j) memcpy(to + j * to_row, &y[j], sizeof y[j]);
+}
+
+// Columns [column, column + count) and steps [step, step + steps) of b, padded with zeros.
+template <typename P, typename T>
+void pack_columns(const MatmulArguments& a, int64_t column, int64_t count, int64_t step, int64_t steps, P* packed) {
+  const T* from = static_cast<const T*>(a.b) + column * a.b_column;
+  constexpr int columns = tile_columns_of<typename Operand<P>::Sum>;
+  int64_t i = step;
+  if (count == columns && a.b_row == 1 && sizeof(P) == 4 && sizeof(typename Operand<P>::Stored) == sizeof(T)) {
+    const int64_t whole = step + smaller(steps, a.k / Operand<P>::width - step) / 8 * 8;
+    for (; i < whole; i += 8, packed += 8 * columns) {
+      for (int64_t j = 0; j < columns; j += 8) {
+        transpose_eight(
+            reinterpret_cast<const char*>(from + j * a.b_column + i * Operand<P>::width),
+            a.b_column * static_cast<int64_t>(sizeof(T)), reinterpret_cast<uint32_t*>(packed + j), columns);
+      }
+    }
+  }
+  for (; i < step + steps; ++i, packed += columns) {
+    if (count == columns && a.b_column == 1) {
+#pragma omp simd
+      for (int64_t j = 0; j < columns; ++j) packed[j] = operand<P>(from + j, a.b_row, i, a.k);
+    } else {
+      for (int64_t j = 0; j < count; ++j) packed[j] = operand<P>(from + j * a.b_column, a.b_row, i, a.k);
+      for (int64_t j = count; j < columns; ++j) packed[j] = P{};
+    }
+  }
+}
+
+// A tile of sums to the result, rounded, or added to it.
+template <typename A, typename O>
+void write_tile(const A* sums, O* out, int64_t out_row, int64_t rows, int64_t count, bool add) {
+  constexpr int columns = tile_columns_of<A>;
+  for (int64_t row = 0; row < rows; ++row, sums += columns, out += out_row) {
+    if (add) {
+      for (int64_t j = 0; j < count; ++j) out[j] = store<O>(load(out[j]) + sums[j]);
+    } else if (count == columns) {
+#pragma omp simd
+      for (int64_t j = 0; j < columns; ++j) out[j] = store<O>(sums[j]);
+    } else {
+      for (int64_t j = 0; j < count; ++j) out[j] = store<O>(sums[j]);
+    }
+  }
+}
+
+// P: what is multiplied, T: what a and b are stored in, O: what the result is.
+template <typename P, typename T, typename O>
+struct Matmul {
+  using Sum = typename Operand<P>::Sum;
+  static constexpr bool is_wide = __is_same(O, Sum);
+  static constexpr int columns = tile_columns_of<Sum>;
+  const MatmulArguments& a;
+  const int64_t steps = divided_up(a.k, Operand<P>::width);
+  const int64_t depth = is_wide ? smaller(steps, most_steps) : steps;  // half precision is rounded once, at the end
+  const bool direct = reads_directly(a);
+
+  static bool reads_directly(const MatmulArguments& a) {
+    const int64_t width = Operand<P>::width;
+    return __is_same(typename Operand<P>::Stored, T) && a.a_column == 1 && a.k % width == 0 && a.a_row % width == 0;
+  }
+
+  // Rows of a block: whole tiles, and blocks of about the same size.
+  static int64_t block_rows(const MatmulArguments& a) {
+    const int64_t blocks = divided_up(a.m, reads_directly(a) ? most_direct_rows : most_packed_rows);
+    return divided_up(divided_up(a.m, blocks), tile_rows) * tile_rows;
+  }
+
+  static int64_t units(const MatmulArguments& a) { return divided_up(a.m, block_rows(a)) * divided_up(a.n, columns); }
+
+  void run(int64_t begin, int64_t end) const {
+    const int64_t panels = divided_up(a.n, columns), most_rows = block_rows(a);
+    const Buffer<P> packed_rows((direct ? tile_rows : most_rows) * depth), panel(columns * depth);
+    while (begin < end) {
+      const int64_t row = begin / panels * most_rows, rows = smaller(most_rows, a.m - row);
+      const int64_t first = begin % panels, last = smaller(panels, first + end - begin);
+      int64_t step = 0;
+      do {
+        const int64_t count = smaller(depth, steps - step);
+        const int64_t whole = direct ? rows / tile_rows * tile_rows : 0;
+        pack_rows<P, T>(a, row + whole, rows - whole, step, count, packed_rows);
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t width = smaller(columns, a.n - i * columns);
+          pack_columns<P, T>(a, i * columns, width, step, count, panel);
+          for (int64_t r = 0; r < rows; r += tile_rows) {
+            O* out = static_cast<O*>(a.out) + (row + r) * a.out_row + i * columns;
+            const int64_t height = smaller(tile_rows, rows - r);
+            if (r < whole) {
+              const P* left = reinterpret_cast<const P*>(
+                  static_cast<const T*>(a.a) + (row + r) * a.a_row + step * Operand<P>::width);
+              tile(left, a.a_row / Operand<P>::width, 1, panel, count, out, height, width, a.add || step > 0);
+            } else {
+              const P* left = packed_rows + (r - whole) * count;
+              tile(left, 1, tile_rows, panel, count, out, height, width, a.add || step > 0);
+            }
+          }
+        }
+        step += count;
+      } while (step < steps);
+      begin += last - first;
+    }
+  }
+
+  void tile(
+      const P* left, int64_t left_row, int64_t left_step, const P* panel, int64_t count, O* out, int64_t height,
+      int64_t width, bool add) const {
+    if constexpr (is_wide) {
+      if (height == tile_rows && width == columns) {
+        add ? multiply_tile<true>(left, left_row, left_step, panel, count, out, a.out_row)
+            : multiply_tile<false>(left, left_row, left_step, panel, count, out, a.out_row);
+        return;
+      }
+    }
+    Sum sums[tile_rows * columns];
+    multiply_tile<false>(left, left_row, left_step, panel, count, sums, columns);
+    write_tile(sums, out, a.out_row, height, width, add);
+  }
+};
+
+// Call `f` with the Matmul that the dtypes and the processor ask for.
+template <typename F>
+auto for_matmul(const MatmulArguments& a, const F& f) {
+  const auto with_result = [&]<typename P, typename T>(P, T) {
+    return a.wide_result ? f(Matmul<P, T, float>{a}) : f(Matmul<P, T, T>{a});
+  };
+  if (a.dtype == DType::Double) return f(Matmul<double, double, double>{a});
+  if (a.dtype == DType::Float) return f(Matmul<float, float, float>{a});
+  if (a.dtype == DType::Half) return with_result(float{}, Half{});
+#ifdef __AVX512F__
+  if (multiplies_pairs()) return with_result(BFloat16Pair{}, BFloat16{});
+#endif
+  return with_result(float{}, BFloat16{});
+}
+
+}  // namespace
+
+int64_t Kernels::matmul_units(const MatmulArguments& a) {
+  return for_matmul(a, [](const auto& product) { return product.units(product.a); });
+}
+
+void Kernels::matmul(const MatmulArguments& a, int64_t begin, int64_t end) {
+  for_matmul(a, [=](const auto& product) { product.run(begin, end); });
+}
+
+}  // namespace megascratch::MEGASCRATCH_LEVEL
