@@ -41,6 +41,39 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_embeddings": True,
     },
     "olmo": {**BASE, "norm_position": "post", "activation": "geglu"},
+    # First layer dense; groups, sigmoid scores, biases, a shared expert with a gate.
+    "moe": {
+        **BASE,
+        "moe": {
+            "num_experts": 8,
+            "router_topk": 2,
+            "ffn_hidden": 16,
+            "first_k_dense": 1,
+            "router_score_function": "sigmoid",
+            "router_num_groups": 4,
+            "router_group_topk": 2,
+            "router_topk_scaling_factor": 1.5,
+            "router_load_balancing_type": "seq_aux_loss",
+            "aux_loss_coeff": 0.1,
+            "z_loss_coeff": 0.01,
+            "router_enable_expert_bias": True,
+            "router_bias_update_rate": 0.01,
+            "shared_expert_ffn_hidden": 24,
+            "shared_expert_gate": True,
+        },
+    },
+    # Every second layer; a limit that drops tokens.
+    "moe-capacity": {
+        **BASE,
+        "moe": {
+            "num_experts": 4,
+            "ffn_hidden": 24,
+            "layer_freq": 2,
+            "expert_capacity_factor": 1.0,
+            "router_load_balancing_type": "seq_aux_loss",
+            "aux_loss_coeff": 0.1,
+        },
+    },
     "dropout": {**BASE, "dropout": 0.1, "activation": "relu2"},
 }
 
@@ -125,6 +158,15 @@ LAYOUTS = [
     _layout("pp2-vp2-zb-v-block", "tied", pp=2, vp=2, schedule="zb-v", recompute="block", recompute_layers=1),
     _layout("cp2-dp2-selective-named", packed=True, cp=2, dp=2, recompute="selective", recompute_modules=["core_attn"]),
     _layout("tp2-auto-offload", "qwen", tp=2, recompute="auto", memory_budget_gib=1e-3, offload_activations=True),
+    _layout("dp4-ep2", "moe", dp=4, ep=2),
+    _layout("dp2-ep2-zero1", "moe", dp=2, ep=2, zero=1),
+    _layout("tp2-ep2", "moe", tp=2, dp=2, ep=2),
+    _layout("tp2-no-sp-moe", "moe", tp=2, sequence_parallel=False),
+    _layout("cp2-ep2-capacity", "moe-capacity", cp=2, dp=2, ep=2),
+    _layout("tp2-cp2-dp2-ep2-zero1-capacity", "moe-capacity", tp=2, cp=2, dp=2, ep=2, zero=1),
+    _layout("tp2-pp2-ep2-zb-h1-recompute", "moe", tp=2, pp=2, dp=2, ep=2, schedule="zb-h1", recompute="full"),
+    _layout("pp2-vp2-dp4-ep4-zero1-selective", "moe", pp=2, vp=2, dp=4, ep=4, zero=1, recompute="selective"),
+    _layout("pp2-dp2-ep2-dualpipe", "moe", pp=2, dp=2, ep=2, schedule="dualpipe"),
     _layout("pp4-balanced", "tied", pp=4, layers_per_stage="balanced"),
     # 8 microbatches over 3 ranks: rounds of unequal length; and no layer on the first and the last stage.
     _layout("pp3-vp2-ragged-bare-ends", "olmo", pp=3, vp=2, layers_per_stage=[0, 1, 1, 1, 1, 0]),

@@ -20,24 +20,28 @@ def fill(module: nn.Module, mesh: Mesh, seed: int = 7) -> None:
     initialize(params, mesh, seed)
 
 
-def to_local(whole: Tensor, split: Split | None, mesh: Mesh) -> Tensor:
+def _as_tuple(split: Split | tuple[Split, ...] | None) -> tuple[Split, ...]:
+    return (split,) if isinstance(split, Split) else split or ()
+
+
+def to_local(whole: Tensor, split: Split | tuple[Split, ...] | None, mesh: Mesh) -> Tensor:
     """Return this rank's part of a tensor, padding included as zeros; a copy that takes gradients of its own."""
-    spec = ParamSpec("", tuple(whole.shape), split)
+    spec = ParamSpec("", tuple(whole.shape), _as_tuple(split))
     local = whole.new_zeros(spec.local_shape(mesh.spec.sizes))
     for extent in extents(spec, mesh.spec.sizes, mesh.coords):
         local[extent.local] = whole.detach()[extent.logical]
     return local
 
 
-def to_logical(local: Tensor, shape: tuple[int, ...], split: Split | None, mesh: Mesh) -> Tensor:
+def to_logical(local: Tensor, shape: tuple[int, ...], split: Split | tuple[Split, ...] | None, mesh: Mesh) -> Tensor:
     """Put the tp ranks' parts together; what is not divided must be the same on each of them."""
     local = local.detach()
-    if split is None:
+    if not _as_tuple(split):
         largest, smallest = comm.max_over(local, mesh.tp), -comm.max_over(-local, mesh.tp)
         torch.testing.assert_close(largest, smallest, rtol=1e-12, atol=1e-12, msg="differs between ranks")
         return local
     whole = local.new_zeros(shape)
-    for extent in extents(ParamSpec("", shape, split), mesh.spec.sizes, mesh.coords):
+    for extent in extents(ParamSpec("", shape, _as_tuple(split)), mesh.spec.sizes, mesh.coords):
         whole[extent.logical] = local[extent.local]
     return comm.sum_over(whole, mesh.tp)
 
@@ -50,5 +54,5 @@ def logical_gradients(module: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
         gradient = torch.zeros_like(param) if param.grad is None else param.grad
         for axis in spec.grad_axes:
             gradient = comm.sum_over(gradient, mesh.axis(axis))
-        gradients[name] = to_logical(gradient, spec.shape, spec.split, mesh)
+        gradients[name] = to_logical(gradient, spec.shape, spec.splits, mesh)
     return gradients

@@ -118,7 +118,7 @@ class Layout:
         spec = self.specs.get(parameter)
         if stage != (self._stage(parameter) if spec else 0):
             return []
-        if spec is None or spec.split is None:  # every rank holds it; one copy on disk is enough
+        if spec is None or not spec.splits:  # every rank holds it; one copy on disk is enough
             return [whole(record.shape)] if rank == 0 else []
         return [extent.logical for extent in extents(spec, {"tp": self.tp}, {"tp": rank})]
 
@@ -134,7 +134,8 @@ def _relaid(reader: Reader, tp: int, pp: int, dtype: str | None) -> Config:
     """Return the configuration of a checkpoint with another layout and dtype, checked."""
     config = reader.config().model_dump()
     parallel = config["parallel"]
-    config["parallel"] = {"tp": tp, "pp": pp, "zero": parallel["zero"], "recompute": parallel["recompute"]}
+    kept = [key for key in parallel if key == "zero" or key.startswith(("recompute", "memory_budget"))]
+    config["parallel"] = {"tp": tp, "pp": pp, **{key: parallel[key] for key in kept}}
     if dtype is not None:
         if dtype not in TRAIN_DTYPES:
             raise CheckpointError(Problem(f"dtype = {dtype}", "is not a dtype", f"use {', '.join(TRAIN_DTYPES)}"))

@@ -1,77 +1,15 @@
-"""How families of models are named and stored in Hugging Face's format, as tables of reversible steps.
+"""How families of models are named and shaped in Hugging Face's format, as tables of reversible steps.
 
-A step turns one of our tensors into theirs, and theirs into ours. By hand, for 4 query heads on 2 key/value heads:
-
-    ours     layers.0.attn.qkv.weight     rows of kv group 0: q0 q1 k0 v0, of kv group 1: q2 q3 k1 v1
-    theirs   …self_attn.q_proj.weight     q0 q1 q2 q3
-             …self_attn.k_proj.weight     k0 k1
-             …self_attn.v_proj.weight     v0 v1
-
-Both rotate halves, so no head is permuted. Vocabulary padding is physical and never reaches a checkpoint. A new family
-is a table and two small functions about its `config.json`.
+A new family is a table of steps (`steps.py`) and two small functions about its `config.json`.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from megascratch.config import ModelConfig, RopeScaling
+from megascratch.checkpoint.steps import Step, each_expert, grouped_qkv, halves, rename
+from megascratch.config import ModelConfig
 from megascratch.errors import CheckpointError, Problem
-
-
-@dataclass(frozen=True)
-class Step:
-    """One tensor of ours and the tensors of theirs that hold the same numbers; `{i}` in a name stands for the layer."""
-
-    ours: str
-    theirs: tuple[str, ...]
-    split: Callable[[Tensor, ModelConfig], Sequence[Tensor]]
-    join: Callable[[Sequence[Tensor], ModelConfig], Tensor]
-
-    def at(self, layer: int) -> "Step":
-        """Return the step for one layer."""
-        name = f"{layer}"
-        theirs = tuple(their.replace("{i}", name) for their in self.theirs)
-        return Step(self.ours.replace("{i}", name), theirs, self.split, self.join)
-
-
-def rename(ours: str, theirs: str) -> Step:
-    """The same tensor by another name."""
-    return Step(ours, (theirs,), lambda tensor, _: (tensor,), lambda tensors, _: tensors[0])
-
-
-def halves(ours: str, first: str, second: str) -> Step:
-    """Two tensors of equal shape, one above the other: [gate; up]."""
-    return Step(ours, (first, second), lambda tensor, _: tensor.chunk(2), lambda tensors, _: torch.cat(list(tensors)))
-
-
-def grouped_qkv(ours: str, q: str, k: str, v: str) -> Step:
-    """Rows [q … q, k, v] of each key/value group, or three tensors with the heads of one kind each."""
-
-    def split(tensor: Tensor, model: ModelConfig) -> Sequence[Tensor]:
-        groups, queries, d = _heads(model)
-        grouped = tensor.view(groups, queries + 2, d, *tensor.shape[1:])
-        parts = grouped[:, :queries], grouped[:, queries], grouped[:, queries + 1]
-        return [part.reshape(-1, *tensor.shape[1:]) for part in parts]
-
-    def join(tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
-        groups, _, d = _heads(model)
-        rest = tensors[0].shape[1:]
-        return torch.cat([tensor.view(groups, -1, d, *rest) for tensor in tensors], dim=1).reshape(-1, *rest)
-
-    return Step(ours, (q, k, v), split, join)
-
-
-def _heads(model: ModelConfig) -> tuple[int, int, int]:
-    """Return (key/value heads, query heads for each of them, head dimension)."""
-    assert model.n_kv_heads is not None
-    assert model.head_dim is not None
-    return model.n_kv_heads, model.n_heads // model.n_kv_heads, model.head_dim
-
 
 _ATTN, _MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
 
@@ -99,6 +37,36 @@ QWEN3_STEPS = (
     rename("layers.{i}.attn.q_norm.weight", _ATTN + "q_norm.weight"),
     rename("layers.{i}.attn.k_norm.weight", _ATTN + "k_norm.weight"),
 )
+
+
+_SPARSE = "model.layers.{i}.block_sparse_moe."
+MIXTRAL_STEPS = (
+    *LLAMA_STEPS,
+    rename("layers.{i}.mlp.router.weight", _SPARSE + "gate.weight"),
+    each_expert("layers.{i}.mlp.experts.up", _SPARSE + "experts.{e}.w1.weight", _SPARSE + "experts.{e}.w3.weight"),
+    each_expert("layers.{i}.mlp.experts.down", _SPARSE + "experts.{e}.w2.weight"),
+)
+
+_EXPERT = _MLP + "experts.{e}."
+_EXPERT_STEPS = (
+    rename("layers.{i}.mlp.router.weight", _MLP + "gate.weight"),
+    each_expert("layers.{i}.mlp.experts.up", _EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
+    each_expert("layers.{i}.mlp.experts.down", _EXPERT + "down_proj.weight"),
+)
+
+
+def _shared_expert(theirs: str) -> tuple[Step, ...]:
+    gate_up = halves("layers.{i}.mlp.shared.gate_up.weight", theirs + "gate_proj.weight", theirs + "up_proj.weight")
+    return gate_up, rename("layers.{i}.mlp.shared.down.weight", theirs + "down_proj.weight")
+
+
+QWEN2_MOE_STEPS = (
+    *LLAMA_STEPS,
+    *_EXPERT_STEPS,
+    *_shared_expert(_MLP + "shared_expert."),
+    rename("layers.{i}.mlp.shared_gate", _MLP + "shared_expert_gate.weight"),
+)
+QWEN3_MOE_STEPS = (*QWEN3_STEPS, *_EXPERT_STEPS)
 
 
 @dataclass(frozen=True)
@@ -138,6 +106,73 @@ def _qwen3_biases(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"qk_norm": True}
 
 
+def _mixtral_experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    keys = {
+        "num_experts": _number(config, "num_local_experts", "num_experts"),
+        "router_topk": _number(config, "num_experts_per_tok"),
+        "ffn_hidden": _number(config, "intermediate_size"),
+    }
+    return {"moe": keys | _balance(config)}
+
+
+def _qwen_experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen's pattern: every `decoder_sparse_step`-th layer, from the step-th on."""
+    step = config.get("decoder_sparse_step", 1)
+    if config.get("mlp_only_layers"):
+        rule = "layers with experts follow first_k_dense and layer_freq here"
+        raise CheckpointError(Problem(f"mlp_only_layers = {config['mlp_only_layers']}", rule, "convert another model"))
+    keys = {
+        "num_experts": _number(config, "num_experts", "num_local_experts"),
+        "router_topk": _number(config, "num_experts_per_tok"),
+        "ffn_hidden": _number(config, "moe_intermediate_size"),
+        "router_norm_topk": bool(config.get("norm_topk_prob", False)),
+        "first_k_dense": step - 1,
+        "layer_freq": step,
+    }
+    return {"moe": keys | _balance(config)}
+
+
+def _qwen2_shared_expert(config: Mapping[str, Any]) -> dict[str, Any]:
+    section = _qwen_experts(config)
+    size = _number(config, "shared_expert_intermediate_size")
+    section["moe"] |= {"shared_expert_ffn_hidden": size, "shared_expert_gate": True}
+    return {**section, "qkv_bias": bool(config.get("qkv_bias", True))}
+
+
+def _balance(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The auxiliary loss that the model is to be trained on with."""
+    coeff = config.get("router_aux_loss_coef", 0.0)
+    return {"router_load_balancing_type": "aux_loss", "aux_loss_coeff": coeff} if coeff else {}
+
+
+def _number(config: Mapping[str, Any], *names: str) -> Any:
+    """Return the value of the first name that is there.
+
+    Raises: CheckpointError: if none is, or it is no number.
+    """
+    value = next((config[name] for name in names if config.get(name) is not None), None)
+    if not isinstance(value, int):
+        raise CheckpointError(Problem(names[0], "must be given, as a number", "correct config.json"))
+    return value
+
+
+def _write_experts(model: ModelConfig) -> dict[str, Any]:
+    moe = model.moe
+    assert moe is not None
+    return {
+        "num_experts": moe.num_experts,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.router_topk,
+        "moe_intermediate_size": moe.ffn_hidden,
+        "norm_topk_prob": moe.router_norm_topk,
+        "router_aux_loss_coef": moe.aux_loss_coeff,
+        "output_router_logits": False,
+        "decoder_sparse_step": moe.layer_freq,
+        "mlp_only_layers": [],
+        "sliding_window": None,
+    }
+
+
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -151,6 +186,34 @@ FAMILIES = {
         Family("mistral", "MistralForCausalLM", LLAMA_STEPS, lambda _: {"sliding_window": None}, lambda _: {}),
         Family("qwen2", "Qwen2ForCausalLM", LLAMA_STEPS, lambda _: {}, lambda _: {"qkv_bias": True}),
         Family("qwen3", "Qwen3ForCausalLM", QWEN3_STEPS, lambda _: {"attention_bias": False}, _qwen3_biases),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            MIXTRAL_STEPS,
+            lambda model: {
+                **_write_experts(model),
+                "intermediate_size": _write_experts(model)["moe_intermediate_size"],
+            },
+            _mixtral_experts,
+        ),
+        Family(
+            "qwen2_moe",
+            "Qwen2MoeForCausalLM",
+            QWEN2_MOE_STEPS,
+            lambda model: {
+                **_write_experts(model),
+                "qkv_bias": model.qkv_bias,
+                "shared_expert_intermediate_size": model.moe and model.moe.shared_expert_ffn_hidden,
+            },
+            _qwen2_shared_expert,
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            QWEN3_MOE_STEPS,
+            lambda model: {**_write_experts(model), "attention_bias": False},
+            lambda config: _qwen3_biases(config) | _qwen_experts(config),
+        ),
     )
 }
 
@@ -175,151 +238,39 @@ def family_for(model: ModelConfig) -> Family:
         problems.append(Problem("model.qk_norm = true with biases", "no family has both", "export cannot change it"))
     if problems:
         raise CheckpointError(problems, "the export to Hugging Face's format")
+    if model.moe is not None:
+        return _expert_family(model)
     if model.qk_norm:
         return FAMILIES["qwen3"]
     return FAMILIES["qwen2" if model.qkv_bias and not model.bias else "llama"]
 
 
-def write_config(model: ModelConfig, family: Family, dtype: str, eos_id: int | None) -> dict[str, Any]:
-    """Return `config.json`. Rotary settings are written as transformers 5 reads them and as earlier ones did."""
-    rope = _write_rope(model)
-    return {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden,
-        "intermediate_size": model.ffn_hidden,
-        "num_hidden_layers": model.n_layers,
-        "num_attention_heads": model.n_heads,
-        "num_key_value_heads": model.n_kv_heads,
-        "head_dim": model.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": model.max_seq_length,
-        "initializer_range": model.init_std,
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tie_embeddings,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": rope if model.rope_scaling else None,
-        "rope_parameters": {**rope, "rope_theta": model.rope_theta},
-        "attention_dropout": 0.0,
-        "bos_token_id": None,
-        "eos_token_id": eos_id,
-        "use_cache": True,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        **family.write(model),
-    }
+def _expert_family(model: ModelConfig) -> Family:
+    """Return the family whose mixture of experts is of this shape.
 
-
-def read_config(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
-    """Return the family of a `config.json` and our `[model]` section, not yet typed or checked.
-
-    Raises: CheckpointError: with everything that this model does and ours cannot.
+    Raises: CheckpointError: with what none of them has.
     """
-    family = FAMILIES.get(str(config.get("model_type")))
-    if family is None:
-        rule = f"is not a family that can be read: {', '.join(FAMILIES)}"
-        raise CheckpointError(Problem(f"model_type = {config.get('model_type')}", rule, "convert another model"))
-    problems = list(_unsupported(config))
-    if problems:
-        raise CheckpointError(problems)
-    theirs = {
-        "n_layers": "num_hidden_layers",
-        "hidden": "hidden_size",
-        "n_heads": "num_attention_heads",
-        "ffn_hidden": "intermediate_size",
-        "vocab_size": "vocab_size",
-        "max_seq_length": "max_position_embeddings",
-        "norm_eps": "rms_norm_eps",
+    moe = model.moe
+    assert moe is not None
+    plain = {
+        "router_score_function": "softmax",
+        "router_topk_scaling_factor": 1.0,
+        "router_num_groups": None,
+        "router_enable_expert_bias": False,
+        "first_k_dense": moe.layer_freq - 1,
     }
-    if missing := [key for key in theirs.values() if not isinstance(config.get(key), int | float)]:
-        raise CheckpointError([Problem(key, "must be given, as a number", "correct config.json") for key in missing])
-    model = {ours: config[key] for ours, key in theirs.items()}
-    model |= {
-        "n_kv_heads": config.get("num_key_value_heads"),
-        "head_dim": config.get("head_dim"),
-        "tie_embeddings": config.get("tie_word_embeddings", False),
-        "init_std": config.get("initializer_range", 0.02),
-    }
-    return family, model | _read_rope(config) | family.read(config)
-
-
-def _unsupported(config: Mapping[str, Any]) -> list[Problem]:
-    layer_types = config.get("layer_types") or []
-    # Qwen names a window that it uses only when `use_sliding_window` says so; Mistral has no such switch.
-    window = (
-        config.get("sliding_window") if config.get("use_sliding_window", config["model_type"] == "mistral") else None
-    )
-    rules: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
-        ("hidden_act", config.get("hidden_act", "silu"), ("silu",)),
-        ("quantization_config", config.get("quantization_config"), (None,)),
-        ("sliding_window", window, (None,)),
-        ("layer_types", sorted({str(kind) for kind in layer_types}), ([], ["full_attention"])),
-        ("pretraining_tp", config.get("pretraining_tp", 1), (None, 1)),
-    )
-    return [
-        Problem(f"{key} = {value}", f"must be {' or '.join(str(a) for a in allowed)}", "convert another model")
-        for key, value, allowed in rules
-        if value not in allowed
+    problems = [
+        Problem(f"model.moe.{key} = {getattr(moe, key)}", f"must be {value} in this family", "export cannot change it")
+        for key, value in plain.items()
+        if getattr(moe, key) != value
     ]
-
-
-def _write_rope(model: ModelConfig) -> dict[str, Any]:
-    scaling = model.rope_scaling
-    if scaling is None:
-        return {"rope_type": "default"}
-    original = {"original_max_position_embeddings": scaling.original_seq_length}
-    keys: dict[str, dict[str, Any]] = {
-        "linear": {},
-        "llama3": {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            **original,
-        },
-        "yarn": {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, **original},
-    }
-    return {"rope_type": scaling.type, "factor": scaling.factor, **keys[scaling.type]}
-
-
-def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `rope_theta` and `rope_scaling` from either generation of keys.
-
-    Raises: CheckpointError: for a way of scaling that we do not compute.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(Problem(f"rope_parameters = {rope}", "must be a table", "correct config.json"))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    problems = []
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        problems.append(
-            Problem("partial_rotary_factor", "must be 1: the whole head is rotated", "convert another model")
-        )
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        problems.append(
-            Problem(f"rope_type = {kind}", "must be default, linear, llama3 or yarn", "convert another model")
-        )
-    if kind == "yarn" and not _plain_yarn(rope):
-        rule = "attention_factor, mscale and truncate must be left at their defaults"
-        problems.append(Problem("rope_type = yarn", rule, "convert another model"))
+    shared = moe.shared_expert_ffn_hidden is not None
+    if shared and (not moe.shared_expert_gate or model.qk_norm):
+        rule = "stands with a gate, and without norms of q and k, in every family"
+        problems.append(Problem("model.moe.shared_expert_ffn_hidden", rule, "export cannot change it"))
     if problems:
-        raise CheckpointError(problems)
-    if kind == "default":
-        return {"rope_theta": theta}
-    original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    scaling = {"type": kind, "factor": rope.get("factor")}
-    if kind != "linear":
-        scaling["original_seq_length"] = original or config["max_position_embeddings"]
-    optional = [name for name in RopeScaling.model_fields if name not in ("type", "factor", "original_seq_length")]
-    return {"rope_theta": theta, "rope_scaling": scaling | {name: rope[name] for name in optional if rope.get(name)}}
-
-
-def _plain_yarn(rope: Mapping[str, Any]) -> bool:
-    """Return whether attention is scaled by 0.1 · ln(factor) + 1 and the ramp has whole ends, as ours."""
-    factor, attention = rope.get("factor"), rope.get("attention_factor")
-    if not isinstance(factor, int | float) or factor < 1:
-        return False
-    plain = 0.1 * math.log(factor) + 1
-    same = attention is None or (isinstance(attention, int | float) and math.isclose(attention, plain, rel_tol=1e-6))
-    return same and not (rope.get("mscale") and rope.get("mscale_all_dim")) and rope.get("truncate", True) is True
+        raise CheckpointError(problems, "the export to Hugging Face's format")
+    if shared:
+        return FAMILIES["qwen2_moe"]
+    mixtral = not model.qk_norm and moe.router_norm_topk and moe.layer_freq == 1
+    return FAMILIES["mixtral" if mixtral else "qwen3_moe"]

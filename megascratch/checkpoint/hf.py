@@ -21,10 +21,12 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megascratch.checkpoint.families import Step, family_for, read_config, write_config
+from megascratch.checkpoint.families import family_for
 from megascratch.checkpoint.format import CHUNK_BYTES, DTYPES, Manifest, damage, whole
+from megascratch.checkpoint.hf_config import read_config, write_config
 from megascratch.checkpoint.load import Reader, find, tensor_shard
 from megascratch.checkpoint.save import NewPiece, new_directory, write_contents, write_pieces
+from megascratch.checkpoint.steps import Step
 from megascratch.config import DataConfig, ModelConfig, config_from_dict
 from megascratch.errors import CheckpointError, Problem
 from megascratch.log import progress
@@ -102,6 +104,10 @@ def from_hf(src: Path, dst: Path, *, console: Console) -> Path:
     if section["n_layers"] > len(source.files):  # before anything loops over them
         rule = f"is more than a folder of {len(source.files)} tensors can have"
         raise damage(src / "config.json", f"num_hidden_layers = {section['n_layers']}", rule, "download it again")
+    n_experts = (section.get("moe") or {}).get("num_experts", 0)
+    if n_experts > len(source.files):
+        rule = f"is more than a folder of {len(source.files)} tensors can have"
+        raise damage(src / "config.json", f"num_experts = {n_experts}", rule, "download it again")
     dtypes = {source.dtype(name) for name in source.files}
     raw = {
         "model": section,
@@ -124,7 +130,8 @@ def from_hf(src: Path, dst: Path, *, console: Console) -> Path:
 
 def steps_of(table: Sequence[Step], model: ModelConfig) -> list[Step]:
     """Return a family's steps for the tensors that a model has, in the model's order."""
-    layers = (step.at(layer) for layer in range(model.n_layers) for step in table)
+    n_experts = model.moe.num_experts if model.moe is not None else 0
+    layers = (step.at(layer, n_experts) for layer in range(model.n_layers) for step in table)
     by_name = {step.ours: step for step in layers}
     names = [spec.name for spec in parameter_specs(model) if not spec.tied]
     unnamed = [name for name in names if name not in by_name]

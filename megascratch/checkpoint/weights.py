@@ -22,7 +22,7 @@ def weight_shards(params: Iterable[Tensor], mesh: Mesh) -> list[Shard]:
             spec.shape,
             param.detach(),
             extents(spec, mesh.spec.sizes, mesh.coords),
-            writes=spec.is_owner(mesh) and mesh.data.rank == 0,
+            writes=spec.is_owner(mesh) and mesh.axis(spec.data_axis).rank == 0,
         )
         for param in params
         for spec in [spec_of(param)]

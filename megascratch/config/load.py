@@ -167,7 +167,17 @@ def _with_preset(model: Any) -> tuple[Any, list[Problem]]:
         close = difflib.get_close_matches(str(name), PRESETS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(PRESETS)}"
         return model, [Problem(f"model.preset = {name}", "is not a known preset", hint)]
-    return {**PRESETS[name], **model}, []
+    return _merged(PRESETS[name], model), []
+
+
+def _merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Put given keys over defaults, within tables too."""
+    both = {
+        key: _merged(defaults[key], value)
+        for key, value in given.items()
+        if isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
+    }
+    return {**defaults, **given, **both}
 
 
 def _unknown_keys(raw: Any, schema: type[BaseModel], prefix: str) -> Iterator[Problem]:

@@ -56,6 +56,36 @@ class RopeScaling(Section):
     beta_slow: Positive = 1.0
 
 
+class MoEConfig(Section):
+    """Mixture of experts: the feed-forward layer of some layers is many small ones, of which a token uses a few.
+
+    The words are Megatron's, without their `moe_`. Which layers have experts: from `first_k_dense` on, every
+    `layer_freq`-th.
+    """
+
+    num_experts: Annotated[int, Field(ge=2)]
+    router_topk: Count = 2
+    ffn_hidden: Count  # of one expert
+    first_k_dense: Whole = 0
+    layer_freq: Count = 1
+    router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    router_norm_topk: bool = True  # whether the chosen experts' scores are divided by their sum
+    router_topk_scaling_factor: Positive = 1.0
+    router_num_groups: Count | None = None  # of experts; a token chooses experts in router_group_topk of them alone
+    router_group_topk: Count | None = None
+    # Balance. aux_loss: E · Σ fᵢ Pᵢ over a micro-batch (Switch, GShard); seq_aux_loss: over each sequence, so that no
+    # layout changes it. expert_bias: added to scores when choosing, moved by router_bias_update_rate a step.
+    router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss"] = "none"
+    aux_loss_coeff: Annotated[float, Field(ge=0)] = 0.0
+    z_loss_coeff: Annotated[float, Field(ge=0)] = 0.0
+    router_enable_expert_bias: bool = False
+    router_bias_update_rate: Annotated[float, Field(ge=0)] = 1e-3
+    # Each sequence may send this much more than an even share to an expert; the tokens beyond skip it. None: no limit.
+    expert_capacity_factor: Positive | None = None
+    shared_expert_ffn_hidden: Count | None = None  # of the experts that every token uses, together
+    shared_expert_gate: bool = False
+
+
 class ModelConfig(Section):
     """Shape of the decoder. `preset` gives the defaults of every key that is left out."""
 
@@ -80,8 +110,14 @@ class ModelConfig(Section):
     qk_norm: bool = False
     bias: bool = False  # on every linear layer but the head
     qkv_bias: bool = False  # on the QKV projection alone (Qwen 2)
+    moe: MoEConfig | None = None
     dropout: Fraction = 0.0
     init_std: Positive = 0.02
+
+    def has_experts(self, layer: int) -> bool:
+        """Return whether a layer's feed-forward half is a mixture of experts."""
+        moe = self.moe
+        return moe is not None and layer >= moe.first_k_dense and (layer - moe.first_k_dense) % moe.layer_freq == 0
 
 
 class ParallelConfig(Section):
@@ -91,6 +127,7 @@ class ParallelConfig(Section):
     pp: Count = 1
     cp: Count = 1
     dp: Count | None = None  # world size / (tp · pp · cp) when left out
+    ep: Count = 1  # ranks of dp that experts are divided over
     cp_algorithm: Literal["ring", "ulysses", "all_gather"] = "ring"
     vp: Count = 1  # stages a pipeline rank
     schedule: ScheduleName | None = None  # 1f1b, or interleaved when vp > 1

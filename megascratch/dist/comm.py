@@ -8,6 +8,7 @@ The gradient of a linear map A is its adjoint Aᵀ, and the adjoint of one colle
     all_gather       reduce_scatter   enter a tensor-parallel region under sequence parallelism
     reduce_scatter   all_gather       leave it
     scatter          gather           take one's part of a tensor that every rank holds
+    all_to_all_rows  all_to_all_rows  send rows to the ranks that work on them, and back
     gather           scatter          put the parts together for ranks that then all compute the same
     all_to_all       all_to_all       swap which dimension is divided
 
@@ -85,6 +86,13 @@ def _swapped(x: Tensor, axis: Axis, split_dim: int, join_dim: int) -> Tensor:
     return torch.cat(out.unbind(0), dim=join_dim)
 
 
+def _rows_swapped(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    if not x.is_meta:
+        dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=axis.group)
+    return out
+
+
 class _Linear(torch.autograd.Function):
     """A linear map with its adjoint as the gradient."""
 
@@ -146,6 +154,23 @@ def all_to_all(x: Tensor, axis: Axis, split_dim: int, join_dim: int) -> Tensor:
         return x
     return _Linear.apply(
         x, lambda t: _swapped(t, axis, split_dim, join_dim), lambda g: _swapped(g, axis, join_dim, split_dim)
+    )
+
+
+def all_to_all_rows(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
+    """Send consecutive rows to every rank, each its own number. Backward sends their gradients home.
+
+    Args:
+        x: [Σ send, …], the rows for each rank of the axis in order.
+        send, receive: how many rows go to each rank, and come from it.
+        axis: to exchange along.
+
+    Returns: [Σ receive, …], the rows from each rank in order.
+    """
+    if axis.size == 1:
+        return x
+    return _Linear.apply(
+        x, lambda t: _rows_swapped(t, send, receive, axis), lambda g: _rows_swapped(g, receive, send, axis)
     )
 
 

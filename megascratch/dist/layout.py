@@ -10,6 +10,8 @@ By hand: gate and up projections [gate; up] of 4 rows each, fused into one weigh
     rank 0 holds   0 1       4 5            extents: local 0:2 ↔ logical 0:2, local 2:4 ↔ logical 4:6
     rank 1 holds       2 3       6 7        extents: local 0:2 ↔ logical 2:4, local 2:4 ↔ logical 6:8
 
+Experts [4, 6, 8] on ep=2 × tp=2 are divided along two dimensions: a rank holds [2, 3, 8], two experts' halves.
+
 A vocabulary of 5 rows on tp=2 needs 6: `pad=1` makes the physical part of rank 1 hold rows 3, 4 and one padding row,
 which no extent covers: padding is physical, never logical.
 
@@ -20,11 +22,12 @@ same pairs describe it: elements 1..7 of a local [2, 4] are [0, 1:4] and [1, 0:3
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
-from megascratch.dist.mesh import Axis, Mesh
+from megascratch.dist.mesh import Mesh
 
 Box = tuple[slice, ...]  # one slice a dimension, every start and stop given
 
@@ -88,7 +91,7 @@ class ParamSpec:
     Attributes:
         name: global name, the same on every layout and pipeline stage: `layers.17.attn.qkv.weight`.
         shape: logical shape.
-        split: how it is divided over a mesh axis, or None where every rank holds it whole.
+        splits: how it is divided over mesh axes, each along another dimension; empty where every rank holds it whole.
         grad_axes: axes besides dp and cp over which its gradient must be summed, because each rank saw only a part of
             the tokens or heads (a norm's weight under sequence parallelism).
         tied: True for a second copy of a tensor whose first copy lies on the first pipeline stage, under the same name:
@@ -101,7 +104,7 @@ class ParamSpec:
 
     name: str
     shape: tuple[int, ...]
-    split: Split | None = None
+    splits: tuple[Split, ...] = ()
     grad_axes: tuple[str, ...] = ()
     tied: bool = False
     decay: bool = True
@@ -110,21 +113,28 @@ class ParamSpec:
 
     def local_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Return the physical shape on one rank of a mesh with these axis sizes."""
-        if self.split is None:
-            return self.shape
-        n, shape = sizes.get(self.split.axis, 1), list(self.shape)
-        physical = shape[self.split.dim] + self.split.pad
-        assert physical % n == 0 and all(b % n == 0 for b in self.split.blocks), f"{self.name} does not divide by {n}"
-        shape[self.split.dim] = physical // n
+        shape = list(self.shape)
+        for split in self.splits:
+            n, physical = sizes.get(split.axis, 1), shape[split.dim] + split.pad
+            assert physical % n == 0 and all(b % n == 0 for b in split.blocks), f"{self.name} does not divide by {n}"
+            shape[split.dim] = physical // n
         return tuple(shape)
+
+    def is_split_over(self, axis: str) -> bool:
+        """Return whether the ranks of an axis hold different parts."""
+        return any(split.axis == axis for split in self.splits)
+
+    @property
+    def data_axis(self) -> str:
+        """The axis of replicas that see different tokens: dp × cp, without ep where that holds different experts."""
+        return "expert_data" if self.is_split_over("ep") else "data"
 
     def is_owner(self, mesh: Mesh) -> bool:
         """Return whether this rank's copy is the one that counts: every tensor has one owner for each of its parts.
 
         Replicas along dp and cp are not told apart here: who counts among them depends on how state is sharded.
         """
-        split_over_tp = self.split is not None and self.split.axis == "tp"
-        return not self.tied and (split_over_tp or mesh.tp.rank == 0)
+        return not self.tied and (self.is_split_over("tp") or mesh.tp.rank == 0)
 
 
 @dataclass(frozen=True)
@@ -145,25 +155,26 @@ def extents(spec: ParamSpec, sizes: Mapping[str, int], coords: Mapping[str, int]
 
     Returns: extents whose local boxes are disjoint and cover all but the padding of the local part.
     """
-    whole = tuple(slice(0, n) for n in spec.shape)
-    split = spec.split
-    if split is None or sizes.get(split.axis, 1) == 1:
-        return [Extent(whole, whole)]
-    n, rank = sizes[split.axis], coords.get(split.axis, 0)
-    result = []
+    pairs = [[(slice(0, n), slice(0, n))] for n in spec.shape]  # of each dimension: where its parts lie
+    for split in spec.splits:
+        if sizes.get(split.axis, 1) > 1:
+            parts = _parts(split, spec.shape[split.dim], sizes[split.axis], coords.get(split.axis, 0))
+            pairs[split.dim] = list(parts)
+    return [Extent(tuple(p[0] for p in box), tuple(p[1] for p in box)) for box in product(*pairs)]
+
+
+def _parts(split: Split, length: int, n: int, rank: int) -> Iterator[tuple[slice, slice]]:
+    """Yield (local slice, logical slice) of what rank `rank` of `n` holds of a divided dimension."""
     local_start = logical_start = 0
-    for block in split.blocks or (spec.shape[split.dim],):
+    for block in split.blocks or (length,):
         part = (block + split.pad) // n
         first = min(rank * part, block)
-        length = min(part, block - first)  # the last ranks may hold padding alone
-        if length > 0:
-            local, logical = list(whole), list(whole)
-            local[split.dim] = slice(local_start, local_start + length)
-            logical[split.dim] = slice(logical_start + first, logical_start + first + length)
-            result.append(Extent(tuple(local), tuple(logical)))
+        size = min(part, block - first)  # the last ranks may hold padding alone
+        if size > 0:
+            start = logical_start + first
+            yield slice(local_start, local_start + size), slice(start, start + size)
         local_start += part
         logical_start += block
-    return result
 
 
 def run_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, Box]]:
@@ -220,7 +231,7 @@ def run_extents(
     Returns: extents whose local boxes are one-dimensional, relative to the run's start. A box that is several rows high
         is contiguous in the run, because the rows of the local part follow each other there.
     """
-    local_shape = spec.local_shape(sizes)
+    local_shape = spec.local_shape(sizes or {})
     result = []
     for offset, box in run_boxes(local_shape, start, stop):
         for extent in extents(spec, sizes, coords):
@@ -252,12 +263,12 @@ def _is_contiguous(box: Box, shape: tuple[int, ...]) -> bool:
 def parameter(
     shape: tuple[int, ...],
     *,
-    split: Split | None = None,
+    splits: tuple[Split, ...] = (),
     grad_axes: tuple[str, ...] = (),
     decay: bool = True,
     init: Init = Init(),
     matrices: Matrices | None = None,
-    axis: Axis | None = None,
+    sizes: Mapping[str, int] | None = None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> nn.Parameter:
@@ -265,13 +276,12 @@ def parameter(
 
     Args:
         shape: logical shape.
-        split, grad_axes, decay, init, matrices: see `ParamSpec`.
-        axis: the mesh axis that `split` names; None where there is no split.
+        splits, grad_axes, decay, init, matrices: see `ParamSpec`.
+        sizes: of the mesh axes that `splits` name; 1 when left out.
         dtype, device: of the local tensor.
     """
-    spec = ParamSpec("", shape, split, grad_axes, False, decay, init, matrices)
-    sizes = {axis.name: axis.size} if axis is not None else {}
-    local = nn.Parameter(torch.empty(spec.local_shape(sizes), dtype=dtype, device=device))
+    spec = ParamSpec("", shape, splits, grad_axes, False, decay, init, matrices)
+    local = nn.Parameter(torch.empty(spec.local_shape(sizes or {}), dtype=dtype, device=device))
     local.spec = spec  # type: ignore[attr-defined]
     return local
 

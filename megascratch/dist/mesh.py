@@ -9,7 +9,10 @@ pp=2, dp=1, cp=1, tp=2:
     2      1  0  0  0
     3      1  0  0  1
 
-Four derived axes are used by gradients: `data` = dp × cp, over which every gradient is summed; `stage` = dp × cp × tp,
+Expert parallelism lies inside dp: `ep` neighbours along dp hold different experts, and `expert_data`, the other dp × cp
+ranks, hold the same ones. So dp = 4 with ep = 2 has ep groups (0, 1) (2, 3), and experts are replicated over (0, 2) (1, 3).
+
+Four more derived axes are used by gradients: `data` = dp × cp, over which every gradient is summed; `stage` = dp × cp × tp,
 which together hold whole layers; `ends` = the first and the last pipeline rank, which hold the two copies of a tied
 embedding; and `mirror` = ranks i and pp − 1 − i, which hold the same two stages where a schedule runs two copies of the
 model in opposite directions.
@@ -37,15 +40,16 @@ class MeshSpec:
     dp: int = 1
     cp: int = 1
     tp: int = 1
+    ep: int = 1  # divides dp
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> "MeshSpec":
         """Take the sizes from a resolved `[parallel]` section."""
-        return cls(pp=parallel.pp, dp=parallel.dp or 1, cp=parallel.cp, tp=parallel.tp)
+        return cls(pp=parallel.pp, dp=parallel.dp or 1, cp=parallel.cp, tp=parallel.tp, ep=parallel.ep)
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {axis: getattr(self, axis) for axis in AXES}
+        return {axis: getattr(self, axis) for axis in (*AXES, "ep")}
 
     @property
     def world_size(self) -> int:
@@ -56,24 +60,31 @@ class MeshSpec:
         assert 0 <= rank < self.world_size
         coords = {}
         for axis in reversed(AXES):
-            rank, coords[axis] = divmod(rank, self.sizes[axis])
-        return coords
+            rank, coords[axis] = divmod(rank, getattr(self, axis))
+        return {**coords, "ep": coords["dp"] % self.ep}
 
     def rank(self, coords: Mapping[str, int]) -> int:
         """Return the rank at the given coordinates; axes left out are 0."""
         rank = 0
         for axis in AXES:
-            rank = rank * self.sizes[axis] + coords.get(axis, 0)
+            rank = rank * getattr(self, axis) + coords.get(axis, 0)
         return rank
 
     def group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
-        """Return, in rank order, the ranks that differ from `rank` only along `axes`."""
-        own = self.coords(rank)
+        """Return, in rank order, the ranks that differ from `rank` only along `axes`: of `AXES`, or ep, or edp = dp/ep."""
+        free = {part for axis in axes for part in (("edp", "ep") if axis == "dp" else (axis,))}
+        own = self._parts(rank)
         return tuple(
             other
             for other in range(self.world_size)
-            if all(c == own[axis] for axis, c in self.coords(other).items() if axis not in axes)
+            if all(c == own[axis] for axis, c in self._parts(other).items() if axis not in free)
         )
+
+    def _parts(self, rank: int) -> dict[str, int]:
+        """Return coordinates with dp taken apart into edp and ep."""
+        coords = self.coords(rank)
+        coords["edp"] = coords.pop("dp") // self.ep
+        return coords
 
     def groups(self, axes: tuple[str, ...]) -> Iterator[tuple[int, ...]]:
         """Yield every group along `axes`, in the order of its first rank."""
@@ -134,6 +145,8 @@ class Mesh:
     ends: Axis  # first and last pipeline rank; size 1 elsewhere
     world: Axis
     mirror: Axis  # pipeline ranks i and pp − 1 − i
+    ep: Axis  # neighbours along dp, which hold different experts
+    expert_data: Axis  # the others along dp × cp, which hold the same
     clock: StepClock  # the same one as its axes'
 
     def axis(self, name: str) -> Axis:
@@ -149,7 +162,7 @@ class Mesh:
     @classmethod
     def serial(cls, device: torch.device | None = None) -> "Mesh":
         """Return the mesh of one rank, without any process group: the serial model is the parallel model."""
-        names = ("pp", "dp", "cp", "tp", "data", "stage", "ends", "world", "mirror")
+        names = ("pp", "dp", "cp", "tp", "data", "stage", "ends", "world", "mirror", "ep", "expert_data")
         device = device or torch.device("cpu")
         return cls(MeshSpec(), 0, device, **{name: Axis(name) for name in names}, clock=StepClock(device))
 
@@ -192,6 +205,8 @@ class Mesh:
             stage=make("stage", ("dp", "cp", "tp")),
             ends=_own_axis("ends", ends, rank, clock),
             mirror=_own_axis("mirror", mirror, rank, clock),
+            ep=make("ep", ("ep",)),
+            expert_data=make("expert_data", ("edp", "cp")),
             world=make("world", AXES),
             clock=clock,
         )

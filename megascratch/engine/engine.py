@@ -21,6 +21,7 @@ from megascratch.dist.mesh import Mesh
 from megascratch.dist.rng import initialize
 from megascratch.engine.objective import Objective, Outputs
 from megascratch.engine.recompute import recompute_plans
+from megascratch.engine.router_notes import RouterNotes, metrics_of, move_biases
 from megascratch.engine.stages import make_stages
 from megascratch.nn import DTYPES, Placement, SequenceInfo, Stage, WeightGradients, core_for
 from megascratch.nn.context import token_index
@@ -45,7 +46,7 @@ class StepReport:
 
     Attributes:
         loss: mean over the global batch, before the update.
-        metrics: the objective's own means.
+        metrics: the objective's own means, and the routers' statistics.
         grad_norm: global norm before clipping.
         lr: learning rate of the update.
         loss_scale: fp16 factor used in the step; 1 elsewhere.
@@ -81,6 +82,7 @@ class Engine:
             mesh.cp,
             parallel.cp_algorithm,
             weight_gradients=self.weight_gradients,
+            ep=mesh.ep,
         )
         core = core_for(train.attention, mesh.device)
         plans = recompute_plans(config, mesh, placement, core)
@@ -90,6 +92,7 @@ class Engine:
         self.optimizer = Optimizer(self.parameters(), mesh, config.optim, parallel.zero)
         self.loss_scale = LossScale.of(config.optim, train.dtype)
         self.step = 0  # training steps done, skipped ones included
+        self.router_notes = RouterNotes(config.model, mesh, placement.sequence_parallel)
         self.boundary = Boundary(self._boundary_shape(), placement.dtype, mesh.device)
         self.schedule = cache(partial(configured_schedule, parallel))  # by number of micro-batches
 
@@ -118,12 +121,17 @@ class Engine:
         nominal = float(self.config.train.global_batch * self.config.data.seq_length)
         scale = self.loss_scale.value
         totals = self._run(microbatches, objective, scale / nominal, on_event)
+        routers = self.router_notes.reports(totals.weight)
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
         with self.mesh.clock.region("optimizer"):
             result = self.optimizer.step(lr, grad_scale=nominal / (scale * totals.weight))
         self.loss_scale.update(overflow=result.skipped)
+        if not result.skipped:
+            for stage in self.stages.values():
+                move_biases(stage, routers)
         self.step += 1
-        return StepReport(totals.loss, totals.metrics, result.grad_norm, lr, scale, result.skipped)
+        metrics = {**totals.metrics, **metrics_of(routers)}
+        return StepReport(totals.loss, metrics, result.grad_norm, lr, scale, result.skipped)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch], objective: Objective) -> Totals:
@@ -141,9 +149,11 @@ class Engine:
     ) -> Totals:
         """Drive the pipeline over the micro-batches; `grad_seed` is the gradient of the loss, or None without one."""
         sums: dict[str, Tensor] = {}
+        self.router_notes.forget()
         clock = self.mesh.clock
         with clock.region("data"):
-            moved = [self._own_tokens(microbatch.to(self.mesh.device)) for microbatch in microbatches]
+            whole = [microbatch.to(self.mesh.device) for microbatch in microbatches]
+            moved = [(self._own_tokens(microbatch), microbatch.loss_mask.sum(1)) for microbatch in whole]
         functions = {
             index: partial(self._run_stage, stage, moved, objective, grad_seed, sums)
             for index, stage in self.stages.items()
@@ -172,15 +182,17 @@ class Engine:
     def _run_stage(
         self,
         stage: Stage,
-        microbatches: Sequence[Microbatch],
+        microbatches: Sequence[tuple[Microbatch, Tensor]],
         objective: Objective,
         grad_seed: float | None,
         sums: dict[str, Tensor],
         x: Tensor | None,
         index: int,
     ) -> Tensor:
-        """Run a stage on micro-batch `index`: activations, or on the last stage the scalar to differentiate."""
-        microbatch = microbatches[index]
+        """Run a stage on micro-batch `index`, given with the loss tokens of its sequences.
+
+        Returns: activations, or on the last stage the scalar to differentiate."""
+        microbatch, loss_tokens = microbatches[index]
         data = self.config.data
         info = SequenceInfo(
             length=microbatch.tokens.shape[1],
@@ -188,8 +200,11 @@ class Engine:
             documents=microbatch.documents if data.reset_attention_mask else None,
             sample_ids=microbatch.sample_ids,
             seed=self.config.train.seed,
+            loss_tokens=loss_tokens,
+            loss_seed=1.0 if grad_seed is None else grad_seed,
         )
         y = stage.hidden(x, microbatch.tokens, info)
+        self.router_notes.add(info.notes)
         if not stage.is_last:
             return y
         assert stage.model.vocab_size is not None

@@ -1,17 +1,17 @@
 """Floating-point operations of a training step, for utilisation figures.
 
-A weight of a matrix product costs 2 operations a token forward and 4 backward. Attention costs 4·s·n·d a token and
-layer forward and twice that backward; a causal mask needs half of it. Two conventions follow, and they differ:
+A weight of a matrix product that a token uses costs 2 operations a token forward and 4 backward. Attention costs
+4·s·n·d a token and layer forward and twice that backward; a causal mask needs half of it. Two conventions follow, and
+they differ:
 
     causal   counts the half that a causal model needs; what Megatron-LM reports
     palm     counts all of it (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)
 """
 
-import math
 from dataclasses import dataclass
 
 from megascratch.config import ModelConfig
-from megascratch.nn import parameter_specs
+from megascratch.nn.active import active_numel
 
 # Dense 16-bit tensor-core peaks, FLOP/s, from NVIDIA's data sheets.
 PEAKS = {"B200": 2250e12, "H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
@@ -28,14 +28,7 @@ class TokenFlops:
 def token_flops(model: ModelConfig, seq_length: int) -> TokenFlops:
     """Count the operations of one token in a sequence of `seq_length`. Recompute is not counted: it is no progress."""
     assert model.head_dim is not None
-    weights = sum(
-        math.prod(spec.shape)
-        for spec in parameter_specs(model)
-        if len(spec.shape) == 2 and spec.name not in ("embed.weight", "position.weight")
-    )
-    if model.tie_embeddings:
-        assert model.vocab_size is not None
-        weights += model.vocab_size * model.hidden
+    weights = sum(active_numel(model).values())
     attention = 12.0 * model.n_layers * model.n_heads * model.head_dim * seq_length
     return TokenFlops(causal=6.0 * weights + attention / 2, palm=6.0 * weights + attention)
 

@@ -13,6 +13,7 @@ the head's gradients.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -43,12 +44,10 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.passing
 
 
-def layer_shape(config: Config, placement: Placement, core: str) -> LayerShape:
-    """Return a layer of a run, as a rank sees it."""
-    data = config.data
-    return LayerShape(
-        config.model, placement, config.train.micro_batch, data.seq_length, core, packed=data.reset_attention_mask
-    )
+def layer_shape(config: Config, placement: Placement, core: str, experts: bool) -> LayerShape:
+    """Return a layer of a run, with or without experts, as a rank sees it."""
+    data, b = config.data, config.train.micro_batch
+    return LayerShape(config.model, placement, b, data.seq_length, core, experts, packed=data.reset_attention_mask)
 
 
 def own_layers(config: Config, mesh: Mesh) -> dict[int, range]:
@@ -73,7 +72,7 @@ class MemoryModel:
     def __init__(self, config: Config, mesh: Mesh, placement: Placement, core: str) -> None:
         self.config, self.mesh, self.placement = config, mesh, placement
         parallel, train = config.parallel, config.train
-        self.layer = layer_shape(config, placement, core)
+        self.kinds = {experts: layer_shape(config, placement, core, experts) for experts in (False, True)}
         self.layers = own_layers(config, mesh)
         routes = configured_routes(parallel)
         meta = replace(placement, device=META)
@@ -88,10 +87,14 @@ class MemoryModel:
         """Return the memory when each layer, by its number, does without what its plan says."""
         value, sum_ = self._item_bytes
         zero, shards = self.config.parallel.zero, self.mesh.data.size
-        kinds = {plan: self.layer.kept_bytes(plan) for plan in {*plans.values(), NOTHING}}
-        of_stages = [sum(kinds[plans.get(i, NOTHING)] for i in layers) for layers in self.layers.values()]
+        kept = cache(lambda experts, plan: self.kinds[experts].kept_bytes(plan))
+        has_experts = self.config.model.has_experts
+        of_stages = [
+            sum(kept(has_experts(i), plans.get(i, NOTHING)) for i in layers) for layers in self.layers.values()
+        ]
         # One layer at a time is whole in its backward, of those that are computed again.
-        passing = max((kinds[NOTHING] - kinds[plan] for plan in plans.values()), default=0)
+        whole = {(has_experts(i), plan) for i, plan in plans.items()}
+        passing = max((kept(experts, NOTHING) - kept(experts, plan) for experts, plan in whole), default=0)
         masters = sum_ if value < sum_ else 0
         return RankMemory(
             weights=self.numel * value // (shards if zero >= 3 else 1),

@@ -40,8 +40,11 @@ def recompute_plans(config: Config, mesh: Mesh, placement: Placement, core: str)
             plans = _every(stages, NOTHING)
         case "selective":
             named = parallel.recompute_modules
-            parts = layer_shape(config, placement, core).parts if named is None else named
-            plans = _every(stages, Recompute(frozenset(parts)))
+            kinds = {experts: layer_shape(config, placement, core, experts) for experts in (False, True)}
+            plans = {
+                i: Recompute(frozenset(kinds[config.model.has_experts(i)].parts if named is None else named))
+                for i in _every(stages, NOTHING)
+            }
         case "full":
             plans = _every(stages, WHOLE)
         case "block":
@@ -80,9 +83,10 @@ def _fitted(memory: MemoryModel, budget: float, offload: bool) -> Plans:
 
 def _choices(memory: MemoryModel) -> Iterator[Plans]:
     """Yield plans, each with more to compute again than the one before."""
-    parts = memory.layer.parts
-    for n in range(len(parts) + 1):
-        plans = _every(memory.layers, Recompute(frozenset(parts[:n])))
+    layers = _every(memory.layers, NOTHING)
+    parts = {i: memory.kinds[memory.config.model.has_experts(i)].parts for i in layers}
+    for n in range(max(map(len, parts.values())) + 1):
+        plans = {i: Recompute(frozenset(parts[i][:n])) for i in layers}
         yield plans
     for n in range(max(map(len, memory.layers.values()))):
         plans = plans | {layers[n]: WHOLE for layers in memory.layers.values() if n < len(layers)}

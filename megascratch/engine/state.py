@@ -14,6 +14,8 @@ from megascratch.errors import CheckpointError, Problem
 
 # Keys of [model] that say how a model was made or is run, not which weights it has.
 _NOT_ARCHITECTURE = {"preset", "dropout", "init_std", "max_seq_length", "rope_scaling"}
+_NOT_ARCHITECTURE |= {f"moe.{key}" for key in ("router_load_balancing_type", "aux_loss_coeff", "z_loss_coeff")}
+_NOT_ARCHITECTURE |= {"moe.router_bias_update_rate", "moe.expert_capacity_factor"}
 
 
 def optimizer_shards(engine: Engine) -> list[Shard]:
@@ -69,11 +71,20 @@ def load_engine(engine: Engine, path: Path) -> int:
     return int(state["consumed_samples"])
 
 
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the keys of nested tables as moe.num_experts."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        inside = key not in _NOT_ARCHITECTURE and isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if inside else {f"{prefix}{key}": value}
+    return flat
+
+
 def _require_same_model(model: ModelConfig, state: dict[str, Any], path: Path) -> None:
-    saved = state.get("config", {}).get("model", {})
+    saved = _flat(state.get("config", {}).get("model", {}))
     problems = [
         Problem(f"model.{key} = {value}", f"must be {saved[key]}, as in the checkpoint", "use the checkpoint's value")
-        for key, value in model.model_dump(mode="json").items()
+        for key, value in _flat(model.model_dump(mode="json")).items()
         if key not in _NOT_ARCHITECTURE and key in saved and saved[key] != value
     ]
     if problems:

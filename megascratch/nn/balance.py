@@ -6,7 +6,7 @@ longest, and 9 9 8 6 does not. The embedding is a look-up and weighs nothing.
 """
 
 from megascratch.config import ModelConfig
-from megascratch.nn.transformer import parameter_specs
+from megascratch.nn.active import active_numel
 
 
 def balanced_layers(model: ModelConfig, seq_length: int, n_stages: int) -> tuple[int, ...]:
@@ -18,11 +18,11 @@ def balanced_layers(model: ModelConfig, seq_length: int, n_stages: int) -> tuple
         n_stages: at most n_layers + 2: only the first and the last stage may go without a layer.
     """
     assert model.head_dim is not None and model.vocab_size is not None
-    per_layer = [0] * model.n_layers
-    for spec in parameter_specs(model):
-        part, _, rest = spec.name.partition(".")
-        if part == "layers" and len(spec.shape) == 2:
-            per_layer[int(rest.partition(".")[0])] += spec.shape[0] * spec.shape[1]
+    per_layer = [0.0] * model.n_layers
+    for name, numel in active_numel(model).items():
+        part, _, rest = name.partition(".")
+        if part == "layers":
+            per_layer[int(rest.partition(".")[0])] += numel
     layer = sum(per_layer) / model.n_layers + seq_length * model.n_heads * model.head_dim  # two products, half masked
     head = model.hidden * model.vocab_size
     if n_stages == 1:

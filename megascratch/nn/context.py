@@ -43,7 +43,7 @@ def token_index(length: int, cp: Axis, device: torch.device | None = None) -> Te
     return torch.cat((chunks[cp.rank], chunks[2 * cp.size - 1 - cp.rank]))
 
 
-def _natural_order(length: int, cp: Axis, device: torch.device) -> Tensor:
+def natural_order(length: int, cp: Axis, device: torch.device) -> Tensor:
     """Return where each token of the sequence stands in the concatenation of all ranks' parts, [length] int64."""
     chunks = torch.arange(length, device=device).view(2 * cp.size, -1)
     joined = torch.cat([chunks[c] for rank in range(cp.size) for c in (rank, 2 * cp.size - 1 - rank)])
@@ -73,7 +73,7 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, cp: Axis, documents: Tens
 
     Arguments and result as in `ring_attention`; k must divide by cp.
     """
-    order = _natural_order(q.shape[0] * cp.size, cp, q.device)
+    order = natural_order(q.shape[0] * cp.size, cp, q.device)
     q, k, v = (comm.all_to_all(x, cp, split_dim=2, join_dim=0)[order] for x in (q, k, v))
     mask = None
     if documents is not None:
@@ -86,7 +86,7 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, cp: Axis, documents: Tens
 def gathered_attention(q: Tensor, k: Tensor, v: Tensor, cp: Axis, documents: Tensor | None, core: Core) -> Tensor:
     """Gather keys and values, and attend with this rank's queries. Arguments and result as in `ring_attention`."""
     length = q.shape[0] * cp.size
-    order = _natural_order(length, cp, q.device)
+    order = natural_order(length, cp, q.device)
     keys, values = comm.all_gather(k, cp)[order], comm.all_gather(v, cp)[order]
     own = token_index(length, cp, q.device)
     mask = (torch.arange(length, device=q.device) > own.unsqueeze(1))[None, None]

@@ -31,7 +31,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.placement = placement
         split = vocabulary_split(vocab_size, placement.tp.size)
-        self.weight = placement.parameter(vocab_size, hidden, split=split, grad_axes=grad_axes, init=Init(std))
+        self.weight = placement.parameter(vocab_size, hidden, splits=(split,), grad_axes=grad_axes, init=Init(std))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up tokens [b, s]. Returns: [s/tp, b, h] under sequence parallelism, else [s, b, h]."""

@@ -18,10 +18,11 @@ from torch import Tensor
 from megascratch import ops
 from megascratch.config import ModelConfig
 from megascratch.nn.activations import NOTHING, WHOLE, Activations, Recompute
+from megascratch.nn.active import active_numel
 from megascratch.nn.placement import Placement
 from megascratch.nn.rotary import rotary_tables
 from megascratch.nn.sequence import SequenceInfo
-from megascratch.nn.transformer import Block, parameter_specs
+from megascratch.nn.transformer import Block
 
 META = torch.device("meta")
 
@@ -36,6 +37,7 @@ class LayerShape:
         micro_batch: b.
         seq_length: S.
         core: key of `nn.attention.CORES`.
+        experts: whether its feed-forward half is a mixture of experts.
         packed: whether sequences hold several documents.
     """
 
@@ -44,6 +46,7 @@ class LayerShape:
     micro_batch: int
     seq_length: int
     core: str
+    experts: bool = False
     packed: bool = False
 
     def kept_bytes(self, plan: Recompute) -> int:
@@ -54,7 +57,7 @@ class LayerShape:
         placement = replace(self.placement, device=META, activations=Activations(kept.append))
         # Both keep q, k, v, the output and one number a query, but torch's own has no such version on meta.
         core = "blocked" if self.core == "sdpa" else self.core
-        block = Block(self.model, placement, 0, core=core).train()
+        block = Block(self.model, placement, self._index, core=core).train()
         length, b = self.seq_length // placement.cp.size, self.micro_batch
         own = length // (placement.tp.size if placement.sequence_parallel else 1)
         x = torch.empty(own, b, self.model.hidden, dtype=placement.dtype, device=META, requires_grad=True)
@@ -72,6 +75,11 @@ class LayerShape:
         sizes = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
         return sum(size for storage, size in sizes.items() if storage not in lasting)
 
+    @property
+    def _index(self) -> int:
+        """The number of a layer of this kind."""
+        return next(i for i in range(self.model.n_layers) if self.model.has_experts(i) == self.experts)
+
     @cached_property
     def parts(self) -> tuple[str, ...]:
         """The parts that are worth computing again by themselves, those that save most bytes an operation first.
@@ -80,30 +88,29 @@ class LayerShape:
         """
         everything = self.kept_bytes(NOTHING)
         tokens = self.micro_batch * self.seq_length
-        whole = (everything - self.kept_bytes(WHOLE)) / (tokens * sum_of_products(self.model, self.seq_length))
+        whole = (everything - self.kept_bytes(WHOLE)) / (tokens * self._operations())
         gains = {
             part: (everything - self.kept_bytes(Recompute(frozenset([part])))) / (tokens * operations)
-            for part, operations in part_operations(self.model, self.seq_length).items()
+            for part, operations in self._part_operations().items()
         }
         return tuple(sorted((part for part in gains if gains[part] > whole), key=lambda part: -gains[part]))
 
+    def _part_operations(self) -> dict[str, float]:
+        """Return the operations a token of every part's forward, at tp = 1: more ranks divide all parts alike."""
+        model = self.model
+        assert model.head_dim is not None
+        features = model.ffn_hidden
+        if self.experts and model.moe is not None:
+            features = model.moe.router_topk * model.moe.ffn_hidden + (model.moe.shared_expert_ffn_hidden or 0)
+        return {
+            "layernorm": 2 * 4.0 * model.hidden,
+            "mlp_act": 8.0 * features,
+            # Two products of 2 operations each, over the half of the keys that a causal query sees.
+            "core_attn": 2.0 * self.seq_length * model.n_heads * model.head_dim,
+        }
 
-def part_operations(model: ModelConfig, seq_length: int) -> dict[str, float]:
-    """Return the operations a token of every part's forward, at tp = 1: more ranks divide all parts alike."""
-    assert model.head_dim is not None
-    return {
-        "layernorm": 2 * 4.0 * model.hidden,
-        "mlp_act": 8.0 * model.ffn_hidden,
-        # Two products of 2 operations each, over the half of the keys that a causal query sees.
-        "core_attn": 2.0 * seq_length * model.n_heads * model.head_dim,
-    }
-
-
-def sum_of_products(model: ModelConfig, seq_length: int) -> float:
-    """Return the operations a token of a whole layer's forward, at tp = 1."""
-    weights = sum(
-        spec.shape[0] * spec.shape[1]
-        for spec in parameter_specs(model.model_copy(update={"n_layers": 1}))
-        if spec.name.startswith("layers.") and len(spec.shape) == 2
-    )
-    return 2.0 * weights + part_operations(model, seq_length)["core_attn"]
+    def _operations(self) -> float:
+        """Return the operations a token of a whole layer's forward, at tp = 1."""
+        own = f"layers.{self._index}."
+        weights = sum(numel for name, numel in active_numel(self.model).items() if name.startswith(own))
+        return 2.0 * weights + self._part_operations()["core_attn"]

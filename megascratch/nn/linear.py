@@ -24,7 +24,7 @@ from megascratch.dist import comm
 from megascratch.dist.layout import Init, Matrices, Split
 from megascratch.dist.mesh import Axis
 from megascratch.nn.placement import Placement
-from megascratch.nn.weight_gradients import WeightGradients, main_grad
+from megascratch.nn.weight_gradients import WeightGradients, finish, main_grad
 
 
 class _Linear(torch.autograd.Function):
@@ -52,7 +52,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             gather = ctx.gather
             if ctx.later is not None and ctx.later.is_collecting:
-                ctx.later.owe(lambda: _finish(weight, _grad_weight(x, grad, weight, gather)))
+                ctx.later.owe(lambda: finish(weight, _grad_weight(x, grad, weight, gather)))
             else:
                 grad_weight = _grad_weight(x, grad, weight, gather)
         return grad_x, grad_weight, None, None
@@ -73,12 +73,6 @@ def _grad_weight(x: Tensor, grad: Tensor, weight: Tensor, gather: Axis | None) -
         return ops.matmul(left, right)
     ops.matmul_into(total, left, right, add=True)
     return None
-
-
-def _finish(weight: Tensor, grad: Tensor | None) -> None:
-    """Give the weight a gradient that was put off: backward from the weight itself ends in its own accumulation."""
-    if grad is not None:
-        torch.autograd.backward(weight, grad)
 
 
 def column_linear(
@@ -143,10 +137,10 @@ class ColumnParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.placement = placement
-        split = Split(0, "tp", blocks)
+        splits = (Split(0, "tp", blocks),)
         matrices = matrices or Matrices(blocks or (n_out,))
-        self.weight = placement.parameter(n_out, n_in, split=split, init=Init(std), matrices=matrices)
-        self.bias = placement.parameter(n_out, split=split, decay=False) if bias else None
+        self.weight = placement.parameter(n_out, n_in, splits=splits, init=Init(std), matrices=matrices)
+        self.bias = placement.parameter(n_out, splits=splits, decay=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [s/tp or s, b, n_in] to [s, b, n_out/tp]."""
@@ -166,7 +160,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.placement = placement
         self.weight = placement.parameter(
-            n_out, n_in, split=Split(1, "tp"), init=Init(std), matrices=Matrices((n_out,))
+            n_out, n_in, splits=(Split(1, "tp"),), init=Init(std), matrices=Matrices((n_out,))
         )
         self.bias = placement.parameter(n_out, grad_axes=placement.token_axes, decay=False) if bias else None
 

@@ -23,6 +23,7 @@ class Placement:
         sequence_parallel: whether activations between tensor-parallel regions are divided along the sequence.
         dtype, device: of parameters and activations.
         cp: context-parallel axis, over which the sequence is divided everywhere.
+        ep: expert-parallel axis, over which experts are divided; a part of dp.
         cp_algorithm: how attention reaches over it, a key of `nn.context.ALGORITHMS`.
         weight_gradients: where linear layers put weight gradients off while a schedule splits their backward.
         activations: what layers ask for their parts that may be computed again instead of kept.
@@ -34,6 +35,7 @@ class Placement:
     device: torch.device
     cp: Axis = field(default_factory=lambda: Axis("cp"))
     cp_algorithm: str = "ring"
+    ep: Axis = field(default_factory=lambda: Axis("ep"))
     weight_gradients: WeightGradients | None = field(default=None, compare=False)
     activations: Activations = field(default_factory=Activations, compare=False)
 
@@ -45,21 +47,26 @@ class Placement:
     def parameter(
         self,
         *shape: int,
-        split: Split | None = None,
+        splits: tuple[Split, ...] = (),
         grad_axes: tuple[str, ...] = (),
         decay: bool = True,
         init: Init = Init(),
         matrices: Matrices | None = None,
+        dtype: torch.dtype | None = None,
     ) -> nn.Parameter:
-        """Make this rank's part of a parameter of logical `shape`; see `dist.layout.parameter`."""
+        """Make this rank's part of a parameter of logical `shape`; see `dist.layout.parameter`.
+
+        Args:
+            dtype: the model's when left out.
+        """
         return parameter(
             shape,
-            split=split,
+            splits=splits,
             grad_axes=grad_axes,
             decay=decay,
             init=init,
             matrices=matrices,
-            axis=self.tp,
-            dtype=self.dtype,
+            sizes={"tp": self.tp.size, "ep": self.ep.size},
+            dtype=dtype or self.dtype,
             device=self.device,
         )

@@ -1,6 +1,6 @@
 """What a block must know of its tokens besides their activations, and dropout that no layout can change."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ class SequenceInfo:
             one document.
         sample_ids: [b] int64, the global index of each sample; dropout masks depend on it. None outside training.
         seed: of dropout.
+        loss_tokens: [b], tokens of each whole sequence that count in the loss: what a layer's own loss weighs it by.
+            None where nothing is learned.
+        loss_seed: gradient of the loss that a layer's own loss is added to.
+        notes: where layers leave statistics, by their global name. Running a layer again leaves the same ones.
     """
 
     length: int
@@ -30,6 +34,9 @@ class SequenceInfo:
     documents: Tensor | None = None
     sample_ids: Tensor | None = None
     seed: int = 0
+    loss_tokens: Tensor | None = None
+    loss_seed: float = 1.0
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Dropout(nn.Module):

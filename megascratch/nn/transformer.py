@@ -22,6 +22,7 @@ from megascratch.nn.attention import Attention, LayerCache
 from megascratch.nn.embedding import LearnedPositions, VocabParallelEmbedding, local_positions, vocabulary_split
 from megascratch.nn.linear import column_linear
 from megascratch.nn.mlp import make_mlp
+from megascratch.nn.moe import MoE
 from megascratch.nn.norm import NORMS
 from megascratch.nn.placement import Placement
 from megascratch.nn.rotary import rotary_tables
@@ -54,7 +55,11 @@ class Block(nn.Module):
         self.attn_norm = norm(model.hidden, model.norm_eps, placement, placement.token_axes)
         self.attn = Attention(model, placement, f"{site}.attn", core=core, out_std=out_std)
         self.mlp_norm = norm(model.hidden, model.norm_eps, placement, placement.token_axes)
-        self.mlp = make_mlp(model, placement, out_std=out_std)
+        self.mlp: nn.Module
+        if model.has_experts(index):
+            self.mlp = MoE(model, placement, f"{site}.mlp", out_std=out_std)
+        else:
+            self.mlp = make_mlp(model, placement, out_std=out_std)
         self.attn_dropout = ResidualDropout(f"{site}.attn", model.dropout, placement)
         self.mlp_dropout = ResidualDropout(f"{site}.mlp", model.dropout, placement)
 
@@ -68,13 +73,16 @@ class Block(nn.Module):
         """Map x [s/tp or s, b, h] to the same shape; arguments as in `Attention.forward`."""
         if self.post:
             x = x + self.attn_dropout(self.attn_norm(self.attn(x, rotary, info, cache)), info)
-            return x + self.mlp_dropout(self.mlp_norm(self.mlp(x)), info)
+            return x + self.mlp_dropout(self.mlp_norm(self._feed_forward(x, info)), info)
         activations = self.placement.activations
         normalised = activations.part("layernorm", self.attn_norm, x)
         branch = self.attn_dropout(self.attn(normalised, rotary, info, cache), info)
         normalised, x = self.mlp_norm.after_add(branch, x)
         activations.note("layernorm", normalised, self.mlp_norm, x)  # the sum is kept anyway
-        return x + self.mlp_dropout(self.mlp(normalised), info)
+        return x + self.mlp_dropout(self._feed_forward(normalised, info), info)
+
+    def _feed_forward(self, x: Tensor, info: SequenceInfo) -> Tensor:
+        return self.mlp(x, info) if isinstance(self.mlp, MoE) else self.mlp(x)
 
 
 class Head(nn.Module):
@@ -86,7 +94,7 @@ class Head(nn.Module):
         self.weight = placement.parameter(
             model.vocab_size,
             model.hidden,
-            split=vocabulary_split(model.vocab_size, placement.tp.size),
+            splits=(vocabulary_split(model.vocab_size, placement.tp.size),),
             grad_axes=grad_axes,
             init=Init(model.init_std),
         )

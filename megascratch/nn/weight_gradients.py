@@ -16,6 +16,7 @@ same kernel as its input's.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 
@@ -25,6 +26,12 @@ def main_grad(weight: Tensor) -> Tensor | None:
     Whoever computes the gradient adds to it and hands autograd none; a gradient that autograd does get is added later.
     """
     return getattr(weight, "main_grad", None)
+
+
+def finish(weight: Tensor, grad: Tensor | None) -> None:
+    """Give a weight a gradient that was put off: backward from the weight itself ends in its own accumulation."""
+    if grad is not None:
+        torch.autograd.backward(weight, grad)
 
 
 class WeightGradients:

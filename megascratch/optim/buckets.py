@@ -30,6 +30,7 @@ class BucketKey:
     decay: bool
     grad_axes: tuple[str, ...]
     tied: bool  # a second copy: where it is one depends on the pipeline rank alone, so tp ranks have equal buckets
+    data_axis: str  # replicas that see different tokens: the gradient is summed over them
     owned: bool  # whether this rank's copy counts, apart from replicas along dp and cp
 
 
@@ -55,7 +56,7 @@ class Bucket:
 
     def __init__(self, key: BucketKey, params: list[nn.Parameter], mesh: Mesh, zero: int) -> None:
         self.key, self.mesh = key, mesh
-        self.axis = mesh.data
+        self.axis = mesh.axis(key.data_axis)
         self.sharded = zero > 0 and self.axis.size > 1
         numel = sum(p.numel() for p in params)
         numel += -numel % (self.axis.size if self.sharded else 1)
@@ -129,7 +130,10 @@ def make_buckets(
     groups: dict[BucketKey, list[list[nn.Parameter]]] = {}
     for param in params:
         spec = spec_of(param)
-        key = BucketKey(rule_of(spec), spec.decay, spec.grad_axes, spec.tied, spec.is_owner(mesh))
+        if not param.requires_grad:  # frozen, or set outside the gradient
+            continue
+        owned = spec.is_owner(mesh)
+        key = BucketKey(rule_of(spec), spec.decay, spec.grad_axes, spec.tied, spec.data_axis, owned)
         runs = groups.setdefault(key, [[]])
         if runs[-1] and sum(p.numel() for p in runs[-1]) + param.numel() > max_numel:
             runs.append([])

@@ -78,7 +78,7 @@ def rank_shards(
             here = coords.get("pp", 0) == (pp - 1 if head in ("norm", "head") else 0)
         if not here:
             continue
-        replica = spec.split is None and coords.get("tp", 0) > 0
+        replica = not spec.splits and coords.get("tp", 0) > 0
         for name in (n for n in values if n.split("/")[-1] == spec.name):
             shard = cut(name, values[name], spec, sizes, coords, fill)
             if name.startswith("optim/"):

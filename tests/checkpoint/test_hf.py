@@ -37,6 +37,7 @@ SHAPE = {
 }
 ROPE = {"rope_theta": 500.0}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gqa": ("Llama", {"rope_parameters": {"rope_type": "default", **ROPE}}),
     "mha": ("Llama", {"num_key_value_heads": 4}),
@@ -52,6 +53,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 12}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen2-moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 20, "norm_topk_prob": False}),
+    "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}),
+    "qwen3-moe, every second layer": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": False, "decoder_sparse_step": 2}),
 }
 
 
@@ -191,7 +196,7 @@ def test_the_tokenizer_goes_along(tmp_path: Path, console: Console) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"norm": "layernorm"}, "model.norm = layernorm +llama, mistral, qwen2, qwen3 have norm = rmsnorm"),
+        ({"norm": "layernorm"}, "model.norm = layernorm +llama, mistral, qwen2, qwen3, .* have norm = rmsnorm"),
         ({"position": "learned"}, "model.position = learned .*have position = rope"),
         ({"activation": "gelu"}, "model.activation = gelu .*have activation = swiglu"),
         ({"norm_position": "post"}, "model.norm_position = post .*have norm_position = pre"),

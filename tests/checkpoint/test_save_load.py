@@ -44,7 +44,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_safetensors_opens_the_pieces(tmp_path: Path) -> None:
-    spec = ParamSpec("w", (4, 6), Split(1, "tp"))
+    spec = ParamSpec("w", (4, 6), (Split(1, "tp"),))
     value = torch.arange(24.0).view(4, 6)
     parts = [cut("w", value, spec, {"tp": 2}, {"tp": rank}) for rank in range(2)]
     path = save(tmp_path, 1, [*parts, whole("b", torch.ones(3, dtype=torch.bfloat16))], {}, WORLD)
@@ -74,11 +74,11 @@ def layouts(draw: st.DrawFn) -> tuple[ParamSpec, int, int]:
         return ParamSpec("w", tuple(shape)), tp, draw(st.integers(1, 5))
     if kind == "pad":
         pad = -shape[dim] % tp
-        return ParamSpec("w", tuple(shape), Split(dim, "tp", pad=pad)), tp, draw(st.integers(1, 5))
+        return ParamSpec("w", tuple(shape), (Split(dim, "tp", pad=pad),)), tp, draw(st.integers(1, 5))
     blocks = [n * tp for n in draw(st.lists(st.integers(1, 2), min_size=1, max_size=3))]
     shape[dim] = sum(blocks)
     split = Split(dim, "tp", tuple(blocks) if kind == "blocks" else ())
-    return ParamSpec("w", tuple(shape), split), tp, draw(st.integers(1, 5))
+    return ParamSpec("w", tuple(shape), (split,)), tp, draw(st.integers(1, 5))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -97,13 +97,13 @@ def test_random_splits_and_runs_round_trip(
     value = torch.arange(1.0, 1 + math.prod(spec.shape)).view(spec.shape)
     sizes = {"tp": saved_tp, "dp": saved_dp}
     shards = []
-    for rank in range(saved_tp if spec.split else 1):
+    for rank in range(saved_tp if spec.splits else 1):
         for data in range(saved_dp):
             coords = {"tp": rank, "dp": data}
             shards.append(cut_run(cut("w", value, spec, sizes, coords), spec, sizes, coords))
     path = save(tmp_path_factory.mktemp("run"), 1, shards, {}, WORLD)
-    splits = [None, Split(0, "tp", pad=-spec.shape[0] % tp)]
-    splits += [Split(d, "tp") for d, n in enumerate(spec.shape) if n % tp == 0]
+    splits: list[tuple[Split, ...]] = [(), (Split(0, "tp", pad=-spec.shape[0] % tp),)]
+    splits += [(Split(d, "tp"),) for d, n in enumerate(spec.shape) if n % tp == 0]
     for split in splits:
         other, sizes = ParamSpec("w", spec.shape, split), {"tp": tp, "dp": dp}
         for rank in range(tp):

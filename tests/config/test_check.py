@@ -8,6 +8,7 @@ from megascratch.errors import ConfigError
 
 # 4 layers, hidden 256, 8 heads, 4 kv heads, ffn_hidden 704.
 TINY = "model.preset=tiny"
+MOE = "model.moe={num_experts=8,ffn_hidden=16}"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +110,39 @@ TINY = "model.preset=tiny"
             None,
             r"layers_per_stage = \[3, 2\] +must be 2 numbers with the sum 4, only the first and last .* +use balanced",
         ),
+        ("_experts", "parallel.ep=2 parallel.dp=2", None, r"ep = 2 +needs experts: model.moe +set ep = 1"),
+        (
+            "_experts",
+            f"{MOE} parallel.ep=3 parallel.dp=3 train.global_batch=9",
+            None,
+            r"ep = 3 +must divide .*experts = 8",
+        ),
+        ("_experts", f"{MOE} parallel.ep=4 parallel.dp=2", None, r"ep = 4 +must divide dp = 2: experts .* +use 1 or 2"),
+        ("_experts", f"{MOE} parallel.ep=4", 2, r"ep = 4 +must divide dp = 2"),
+        ("_experts", "model.moe={num_experts=8,ffn_hidden=9} parallel.tp=2", None, r"tp = 2 +must divide .*hidden = 9"),
+        ("_experts", f"{MOE} model.moe.router_topk=9", None, r"router_topk = 9 +must not exceed .*num_experts = 8"),
+        ("_experts", f"{MOE} model.moe.router_num_groups=4", None, r"router_num_groups +goes with router_group_topk"),
+        (
+            "_experts",
+            f"{MOE} model.moe.router_num_groups=3 model.moe.router_group_topk=1",
+            None,
+            r"router_num_groups = 3 +must divide num_experts = 8, and be at least router_group_topk = 1",
+        ),
+        (
+            "_experts",
+            f"{MOE} model.moe.router_num_groups=4 model.moe.router_group_topk=2 model.moe.router_topk=3",
+            None,
+            r"router_topk = 3 +must be a multiple of router_group_topk = 2, within its 4 experts",
+        ),
+        (
+            "_experts",
+            f"{MOE} model.moe.aux_loss_coeff=0.1",
+            None,
+            r"aux_loss_coeff = 0.1 +needs router_load_balancing_",
+        ),
+        ("_experts", f"{MOE} model.moe.shared_expert_gate=true", None, r"shared_expert_gate = true +needs shared_exp"),
+        ("_experts", f"{MOE} model.moe.first_k_dense=4", None, r"first_k_dense = 4 +leaves none of 4 layers"),
+        ("_experts", f"{MOE} model.bias=true", None, r"model.bias = true +experts have no biases"),
         ("_recompute", "parallel.recompute=block", None, r"recompute = block +needs parallel.recompute_layers"),
         ("_recompute", "parallel.recompute=auto", None, r"recompute = auto +needs parallel.memory_budget_gib"),
         ("_recompute", "parallel.recompute_layers=2", None, r"recompute_layers = 2 +goes with recompute = block, not"),

@@ -1,8 +1,12 @@
 """Presets have the parameter counts that their owners publish, counted here by arithmetic of our own."""
 
+import math
+
 import pytest
 
-from megascratch.config import PRESETS, ModelConfig
+from megascratch.config import PRESETS, Config, ModelConfig, resolve
+from megascratch.nn import parameter_specs
+from megascratch.nn.active import active_numel
 
 # The shapes of the published weights, summed; GPT-2 without padding of its vocabulary.
 PUBLISHED = {
@@ -12,7 +16,11 @@ PUBLISHED = {
     "llama3-70b": 70_553_706_496,
     "llama3-405b": 405_853_388_800,
     "qwen3-8b": 8_190_735_360,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
 }
+# What works on one token: embedding and head included, as the owners count.
+ACTIVE = {"mixtral-8x7b": 12.9e9, "qwen3-30b-a3b": 3.3e9}
 
 
 def n_parameters(model: ModelConfig) -> int:
@@ -24,16 +32,37 @@ def n_parameters(model: ModelConfig) -> int:
     norm = 2 * h if model.norm == "layernorm" else h
 
     attention = h * (n + 2 * k) * d + n * d * h + (2 * d if model.qk_norm else 0)
-    mlp = (3 if gated else 2) * h * f
+    matrices = 3 if gated else 2
+    mlp = model.n_layers * matrices * h * f
+    if model.moe is not None:
+        moe = model.moe
+        experts = matrices * h * (moe.num_experts * moe.ffn_hidden + (moe.shared_expert_ffn_hidden or 0))
+        router = moe.num_experts * h + (moe.num_experts if moe.router_enable_expert_bias else 0)
+        n_moe = sum(model.has_experts(i) for i in range(model.n_layers))
+        mlp = (model.n_layers - n_moe) * matrices * h * f + n_moe * (experts + router)
     biases = (n + 2 * k) * d + h + f + h if model.bias else 0
     positions = model.max_seq_length * h if model.position == "learned" else 0
     head = 0 if model.tie_embeddings else v * h
-    return v * h + positions + model.n_layers * (attention + mlp + biases + 2 * norm) + norm + head
+    return v * h + positions + mlp + model.n_layers * (attention + biases + 2 * norm) + norm + head
 
 
 @pytest.mark.parametrize(("name", "published"), PUBLISHED.items())
 def test_preset_has_the_published_number_of_parameters(name: str, published: int) -> None:
     assert n_parameters(ModelConfig.model_validate(PRESETS[name])) == published
+
+
+@pytest.mark.parametrize(("name", "total"), PUBLISHED.items())
+def test_the_model_itself_has_as_many(name: str, total: int) -> None:
+    model = resolve(Config(model=ModelConfig.model_validate(PRESETS[name]))).model
+    assert sum(math.prod(spec.shape) for spec in parameter_specs(model) if not spec.tied) == total
+
+
+@pytest.mark.parametrize(("name", "published"), ACTIVE.items())
+def test_as_many_work_on_a_token_as_published(name: str, published: float) -> None:
+    model = resolve(Config(model=ModelConfig.model_validate(PRESETS[name]))).model
+    assert model.vocab_size is not None
+    active = sum(active_numel(model).values()) + model.vocab_size * model.hidden
+    assert active == pytest.approx(published, rel=0.02)
 
 
 def test_every_published_preset_is_counted() -> None:

@@ -25,11 +25,15 @@ def _local(spec: ParamSpec, tp: int, rank: int) -> torch.Tensor:
 
 
 def test_the_worked_examples() -> None:
-    fused = ParamSpec("gate_up", (8,), Split(0, "tp", blocks=(4, 4)))
+    fused = ParamSpec("gate_up", (8,), (Split(0, "tp", blocks=(4, 4)),))
     assert _local(fused, 2, 0).tolist() == [1, 2, 5, 6]
     assert _local(fused, 2, 1).tolist() == [3, 4, 7, 8]
-    vocabulary = ParamSpec("embed", (5,), Split(0, "tp", pad=1))
+    vocabulary = ParamSpec("embed", (5,), (Split(0, "tp", pad=1),))
     assert _local(vocabulary, 2, 1).tolist() == [4, 5, 0]
+    experts = ParamSpec("experts", (4, 6, 8), (Split(0, "ep"), Split(1, "tp")))
+    assert experts.local_shape({"ep": 2, "tp": 2}) == (2, 3, 8)
+    (extent,) = extents(experts, {"ep": 2, "tp": 2}, {"ep": 1, "tp": 0})
+    assert extent.logical == (slice(2, 4), slice(0, 3), slice(0, 8))
     assert list(run_boxes((2, 4), 1, 7)) == [(0, (slice(0, 1), slice(1, 4))), (3, (slice(1, 2), slice(0, 3)))]
 
 
@@ -42,17 +46,17 @@ def _specs(draw: st.DrawFn) -> tuple[ParamSpec, int]:
         return ParamSpec("w", tuple(shape)), tp
     dim = 0 if kind == "fused" else draw(st.integers(0, len(shape) - 1))
     if kind == "padded":
-        return ParamSpec("w", tuple(shape), Split(dim, "tp", pad=-shape[dim] % tp)), tp
+        return ParamSpec("w", tuple(shape), (Split(dim, "tp", pad=-shape[dim] % tp),)), tp
     blocks = tuple(tp * draw(st.integers(1, 2)) for _ in range(draw(st.integers(2, 3)))) if kind == "fused" else ()
     shape[dim] = sum(blocks) if blocks else shape[dim] * tp
-    return ParamSpec("w", tuple(shape), Split(dim, "tp", blocks)), tp
+    return ParamSpec("w", tuple(shape), (Split(dim, "tp", blocks),)), tp
 
 
 @given(_specs())
 def test_the_parts_of_all_ranks_make_the_whole_once(case: tuple[ParamSpec, int]) -> None:
     spec, tp = case
     seen = torch.zeros(spec.shape, dtype=torch.int64)
-    for rank in range(tp if spec.split else 1):
+    for rank in range(tp if spec.splits else 1):
         for extent in extents(spec, {"tp": tp}, {"tp": rank}):
             seen[extent.logical] += 1
     assert (seen == 1).all()
@@ -77,7 +81,7 @@ def test_initial_values_do_not_depend_on_the_layout(tp: int) -> None:
     whole = normal(stream_key(5, "embed.weight"), torch.arange(42)).view(shape) * 0.02
     got = torch.zeros(shape, dtype=torch.float64)
     for rank in range(tp):
-        spec = ParamSpec("embed.weight", shape, split, init=Init(std=0.02))
+        spec = ParamSpec("embed.weight", shape, (split,), init=Init(std=0.02))
         param = torch.empty(spec.local_shape({"tp": tp}), dtype=torch.float64)
         param.spec = spec  # type: ignore[attr-defined]
         mesh = replace(Mesh.serial(), spec=MeshSpec(tp=tp), rank=rank)
@@ -111,7 +115,6 @@ def test_splitmix64_matches_its_published_first_outputs() -> None:
 
 
 def test_a_parameter_carries_its_spec() -> None:
-    axis = Mesh.serial().tp
-    param = parameter((4, 2), split=Split(0, "tp"), axis=axis, dtype=torch.float32, device=torch.device("meta"))
+    param = parameter((4, 2), splits=(Split(0, "tp"),), sizes={"tp": 2}, dtype=torch.float32, device=torch.device("meta"))
     assert param.spec.shape == (4, 2)  # type: ignore[attr-defined]
     assert extents(param.spec, {}, {}) == [Extent((slice(0, 4), slice(0, 2)), (slice(0, 4), slice(0, 2)))]  # type: ignore[attr-defined]

@@ -13,6 +13,14 @@ def test_tensor_parallel_ranks_are_neighbours() -> None:
     assert list(spec.groups(("dp", "cp"))) == [(0, 2), (1, 3), (4, 6), (5, 7)]
 
 
+def test_experts_lie_on_neighbours_along_dp() -> None:
+    spec = MeshSpec(dp=4, cp=2, ep=2)
+    assert list(spec.groups(("ep",))) == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert list(spec.groups(("edp", "cp"))) == [(0, 1, 4, 5), (2, 3, 6, 7)]
+    assert list(spec.groups(("dp",))) == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    assert [spec.coords(rank)["ep"] for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
 @pytest.mark.parametrize("spec", [MeshSpec(), MeshSpec(pp=3, dp=2, tp=4), MeshSpec(2, 3, 5, 7)])
 def test_rank_and_coordinates_are_inverse(spec: MeshSpec) -> None:
     assert [spec.rank(spec.coords(rank)) for rank in range(spec.world_size)] == list(range(spec.world_size))

@@ -39,6 +39,8 @@ PAIRS = [
     ("pp2-zb-v-tied", "pp4-zb-h1"),
     ("pp2-dp2-zero1-dualpipe", "pp4-balanced"),
     ("pp2-dp2-dualpipe-v", "pp2-dualpipe-tied"),
+    ("dp4-ep2", "tp2-pp2-ep2-zb-h1-recompute"),
+    ("pp2-vp2-dp4-ep4-zero1-selective", "tp2-no-sp-moe"),
     ("tp2-cp2-dp2-zero1-muon", "dp4-zero1-muon"),
 ]
 

@@ -17,11 +17,13 @@ from megascratch.nn.layer_costs import LayerShape
 
 S, B = 32, 2
 PARTS = get_args(RecomputeModule)
+AT = Placement(Axis("tp"), False, torch.float32, torch.device("cpu"))
 SUBSETS = [Recompute(frozenset(parts)) for n in range(1, len(PARTS) + 1) for parts in combinations(PARTS, n)]
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt-2 with dropout": {"norm": "layernorm", "activation": "gelu", "position": "learned", "dropout": 0.1},
     "olmo-2": {"norm_position": "post", "qk_norm": True},
+    "moe": {"moe": {"num_experts": 4, "ffn_hidden": 20, "shared_expert_ffn_hidden": 8}},
     "qwen-2": {"qkv_bias": True, "bias": True, "activation": "geglu"},
 }
 
@@ -60,11 +62,11 @@ def test_every_part_saves_bytes(name: str) -> None:
     """As many as its results and insides have, and the prediction on the meta device counts the same."""
     s_b, n, f, h = S * B * 4, 4 * 6, 40, 24
     saved = {
-        "mlp_act": s_b * f,
+        "mlp_act": s_b * (2 * 20 + 8 if name == "moe" else f),
         "layernorm": 0 if name == "olmo-2" else 2 * s_b * h,
         "core_attn": s_b * n + B * 4 * S * S * 4,
     }
-    layer = LayerShape(_model(name), Placement(Axis("tp"), False, torch.float32, torch.device("cpu")), B, S, "softmax")
+    layer = LayerShape(_model(name), AT, B, S, "softmax", name == "moe")
     for part, least in saved.items():
         plan = Recompute(frozenset([part]))
         gain = layer.kept_bytes(NOTHING) - layer.kept_bytes(plan)
@@ -78,9 +80,7 @@ def test_the_prediction_is_what_a_run_keeps(plan: Recompute) -> None:
     for name in MODELS:
         kept: list[Tensor] = []
         _run(name, plan, kept=kept)
-        shape = LayerShape(
-            _model(name), Placement(Axis("tp"), False, torch.float32, torch.device("cpu")), B, S, "softmax"
-        )
+        shape = LayerShape(_model(name), AT, B, S, "softmax", name == "moe")
         sizes = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept if x.numel() % (S * B) == 0}
         # Parameters and tables are shown too: none of theirs is a multiple of the tokens.
         assert sum(sizes.values()) == pytest.approx(2 * shape.kept_bytes(plan), rel=0.02), name

@@ -31,7 +31,9 @@ def _model(dtype: torch.dtype, mesh: Mesh) -> torch.nn.Module:
     model, generator = torch.nn.Module(), torch.Generator().manual_seed(3)
     for name, (shape, matrices, split) in WEIGHTS.items():
         value = to_local(torch.randn(shape, dtype=torch.float64, generator=generator), split, mesh)
-        param = parameter(shape, split=split, matrices=matrices, axis=mesh.tp, dtype=dtype, device=CPU)
+        param = parameter(
+            shape, splits=(split,) if split else (), matrices=matrices, sizes=mesh.spec.sizes, dtype=dtype, device=CPU
+        )
         param.data.copy_(value)
         model.register_parameter(name, param)
     name_parameters(model)
