@@ -27,6 +27,9 @@ namespace megascratch {
     static void logit_gradient(const LogitGradientArguments& arguments, int64_t begin, int64_t end);                   \
     /* Rows are parameters. */                                                                                         \
     static void adamw(const AdamWArguments& arguments, int64_t begin, int64_t end);                                    \
+    /* Rows are tiles of `cast_transpose_tile()` rows. */                                                              \
+    static int64_t cast_transpose_tile();                                                                              \
+    static void cast_transpose(const CastTransposeArguments& arguments, int64_t begin, int64_t end);                   \
     /* Rows are parts of x. */                                                                                         \
     static void squared_norm(const SquaredNormArguments& arguments, int64_t begin, int64_t end);                       \
     /* Rows are those of a block's scores, over all its pairs. */                                                      \

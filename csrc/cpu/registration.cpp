@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "operators/activation.h"
 #include "operators/attention.h"
+#include "operators/cast_transpose.h"
 #include "operators/logits.h"
 #include "operators/matmul.h"
 #include "operators/norm.h"
@@ -90,6 +91,13 @@ struct Cpu {
         0, a.n, grain_elements, [&](int64_t begin, int64_t end) { Kernels::adamw(a, begin, end); });
   }
 
+  static void run(const CastTransposeArguments& a, const Tensor&) {
+    const int64_t tile = Kernels::cast_transpose_tile();
+    torch::stable::parallel_for(
+        0, (a.rows + tile - 1) / tile, grain_rows(tile * a.columns),
+        [&](int64_t begin, int64_t end) { Kernels::cast_transpose(a, begin, end); });
+  }
+
   static int64_t squared_norm_parts(int64_t n) { return (n + grain_elements - 1) / grain_elements; }
 
   static void run(const SquaredNormArguments& a, const Tensor&) {
@@ -138,6 +146,7 @@ void add_to(Library& library) {
   LogitOperators<Cpu<Kernels>>::add_to(library);
   OptimizerOperators<Cpu<Kernels>>::add_to(library);
   MatmulOperators<Cpu<Kernels>>::add_to(library);
+  CastTransposeOperators<Cpu<Kernels>>::add_to(library);
   AttentionOperators<Cpu<Kernels>>::add_to(library);
 }
 

@@ -13,6 +13,7 @@ int megascratch_cuda_activation(const megascratch::ActivationArguments* argument
 int megascratch_cuda_adamw(const megascratch::AdamWArguments* arguments, void* stream);
 int megascratch_cuda_logit_gradient(const megascratch::LogitGradientArguments* arguments, void* stream);
 int megascratch_cuda_logit_statistics(const megascratch::LogitStatisticsArguments* arguments, void* stream);
+int megascratch_cuda_cast_transpose(const megascratch::CastTransposeArguments* arguments, void* stream);
 int megascratch_cuda_norm(const megascratch::NormArguments* arguments, void* stream);
 int megascratch_cuda_norm_backward(const megascratch::NormBackwardArguments* arguments, void* stream);
 int megascratch_cuda_squared_norm(const megascratch::SquaredNormArguments* arguments, void* stream);

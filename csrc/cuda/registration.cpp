@@ -5,6 +5,7 @@
 
 #include "launchers.h"
 #include "operators/activation.h"
+#include "operators/cast_transpose.h"
 #include "operators/logits.h"
 #include "operators/norm.h"
 #include "operators/optimizer.h"
@@ -46,6 +47,7 @@ struct Cuda {
     launch(megascratch_cuda_scaled_softmax_backward, a, on);
   }
   static void run(const ActivationArguments& a, const Tensor& on) { launch(megascratch_cuda_activation, a, on); }
+  static void run(const CastTransposeArguments& a, const Tensor& on) { launch(megascratch_cuda_cast_transpose, a, on); }
   static void run(const AdamWArguments& a, const Tensor& on) { launch(megascratch_cuda_adamw, a, on); }
   static void run(const LogitGradientArguments& a, const Tensor& on) { launch(megascratch_cuda_logit_gradient, a, on); }
   static void run(const LogitStatisticsArguments& a, const Tensor& on) {
@@ -72,6 +74,7 @@ void add_to(Library& library) {
   ActivationOperators<Cuda>::add_to(library);
   LogitOperators<Cuda>::add_to(library);
   OptimizerOperators<Cuda>::add_to(library);
+  CastTransposeOperators<Cuda>::add_to(library);
 }
 
 }  // namespace

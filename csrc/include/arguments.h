@@ -135,6 +135,16 @@ struct AdamWArguments {
   DType dtype, model_dtype;
 };
 
+// x · scale in fp8, as it lies and transposed.
+struct CastTransposeArguments {
+  const void* x;         // [rows, columns]
+  const float* scale;    // one number
+  uint8_t *y, *transposed;  // [rows, columns], [columns, rows]
+  int64_t rows, columns, stride_x;
+  bool e5m2;             // else e4m3
+  DType dtype;
+};
+
 // Σ x² in double precision, by parts whose sums are added up at the end.
 struct SquaredNormArguments {
   const void* x;     // [n]

@@ -302,6 +302,25 @@ def _data(config: Config, _: int | None) -> Iterator[Problem]:
         )
 
 
+def _fp8(config: Config, _: int | None) -> Iterator[Problem]:
+    """Tensor cores take fp8 products of 16 numbers at a time, along every side."""
+    if config.train.dtype != "fp8":
+        return
+    model, parallel = config.model, config.parallel
+    head_dim = model.head_dim or model.hidden // model.n_heads
+    heads = (model.n_heads, model.n_heads + 2 * (model.n_kv_heads or model.n_heads))
+    tokens = config.train.micro_batch * config.data.seq_length
+    sizes = {
+        f"model.hidden = {model.hidden}": model.hidden,
+        f"model.ffn_hidden / tp = {model.ffn_hidden / parallel.tp:g}": model.ffn_hidden / parallel.tp,
+        **{f"{n} heads × head_dim {head_dim} / tp {parallel.tp}": n * head_dim / parallel.tp for n in heads},
+        f"micro_batch × seq_length / cp = {tokens / parallel.cp:g} tokens": tokens / parallel.cp,
+    }
+    for name, size in sizes.items():
+        if size % 16:
+            yield Problem(name, "must divide by 16 for train.dtype = fp8", "change it, or use bf16")
+
+
 def _steps(config: Config, _: int | None) -> Iterator[Problem]:
     optim, steps = config.optim, config.train.steps
     if optim.min_lr > optim.lr:
@@ -325,6 +344,7 @@ RULES: tuple[Rule, ...] = (
     _batch,
     _lengths,
     _data,
+    _fp8,
     _steps,
 )
 

@@ -29,7 +29,7 @@ ScheduleName = Literal[
     "dualpipe",
 ]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp_act"]
-DType = Literal["fp64", "fp32", "bf16", "fp16"]
+DType = Literal["fp64", "fp32", "bf16", "fp16", "fp8"]  # fp8: bf16 whose linear layers multiply in 8 bits
 
 
 class Section(BaseModel):

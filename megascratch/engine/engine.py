@@ -23,7 +23,7 @@ from megascratch.engine.objective import Objective, Outputs
 from megascratch.engine.recompute import recompute_plans
 from megascratch.engine.router_notes import RouterNotes, metrics_of, move_biases
 from megascratch.engine.stages import make_stages
-from megascratch.nn import DTYPES, Placement, SequenceInfo, Stage, WeightGradients, core_for
+from megascratch.nn import DTYPES, Placement, SequenceInfo, Stage, WeightGradients, core_for, require_fp8
 from megascratch.nn.context import token_index
 from megascratch.optim import LossScale, Optimizer, learning_rate
 from megascratch.pipeline import Action, Boundary, Kind, configured_routes, configured_schedule, run
@@ -67,12 +67,16 @@ class Engine:
     Args:
         config: resolved and checked, `model.vocab_size` included.
         mesh: this rank's place.
+
+    Raises: ConfigError: if the device does not have what the recipe asks for.
     """
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         assert config.model.vocab_size is not None
         self.config, self.mesh = config, mesh
         parallel, train = config.parallel, config.train
+        if train.dtype == "fp8":
+            require_fp8(mesh.device)
         self.weight_gradients = WeightGradients()
         placement = Placement(
             mesh.tp,
@@ -81,6 +85,7 @@ class Engine:
             mesh.device,
             mesh.cp,
             parallel.cp_algorithm,
+            fp8=train.dtype == "fp8",
             weight_gradients=self.weight_gradients,
             ep=mesh.ep,
         )

@@ -2,6 +2,7 @@
 
 from megascratch.nn.activations import NOTHING, WHOLE, Activations, Recompute
 from megascratch.nn.attention import LayerCache, core_for
+from megascratch.nn.fp8 import require_fp8
 from megascratch.nn.loss import linear_cross_entropy, linear_logprobs, token_logprobs
 from megascratch.nn.placement import DTYPES, Placement
 from megascratch.nn.sequence import SequenceInfo
@@ -25,5 +26,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprobs",
     "parameter_specs",
+    "require_fp8",
     "token_logprobs",
 ]

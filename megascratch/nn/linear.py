@@ -12,6 +12,7 @@ Without it they are `copy` (backward: all_reduce) and `all_reduce`, and x is [s,
 
 The backward is two products, and the weight's can be put off (`nn.weight_gradients`) until a schedule has time for it.
 It is added to the sum over micro-batches as it is computed, where the optimizer keeps one (`main_grad`).
+All three can run in 8 bits (`nn.fp8`).
 """
 
 from typing import Any
@@ -23,6 +24,7 @@ from megascratch import ops
 from megascratch.dist import comm
 from megascratch.dist.layout import Init, Matrices, Split
 from megascratch.dist.mesh import Axis
+from megascratch.nn.fp8 import Fp8Linear
 from megascratch.nn.placement import Placement
 from megascratch.nn.weight_gradients import WeightGradients, finish, main_grad
 
@@ -76,7 +78,12 @@ def _grad_weight(x: Tensor, grad: Tensor, weight: Tensor, gather: Axis | None) -
 
 
 def column_linear(
-    x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool, later: WeightGradients | None = None
+    x: Tensor,
+    weight: Tensor,
+    tp: Axis,
+    sequence_parallel: bool,
+    later: WeightGradients | None = None,
+    fp8: bool = False,
 ) -> Tensor:
     """Multiply by this rank's rows of the weight: Y_i = X W_iᵀ.
 
@@ -86,16 +93,23 @@ def column_linear(
         tp: tensor-parallel axis; size 1 makes this a plain linear.
         sequence_parallel: whether x is divided along s.
         later: takes the weight's gradient while it collects.
+        fp8: whether to multiply in 8 bits.
 
     Returns: [s, b, f/tp].
     """
+    linear = Fp8Linear if fp8 else _Linear
     if sequence_parallel and tp.size > 1:
-        return _Linear.apply(x, weight, tp, later)
-    return _Linear.apply(comm.copy(x, tp), weight, None, later)
+        return linear.apply(x, weight, tp, later)
+    return linear.apply(comm.copy(x, tp), weight, None, later)
 
 
 def row_linear(
-    x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool, later: WeightGradients | None = None
+    x: Tensor,
+    weight: Tensor,
+    tp: Axis,
+    sequence_parallel: bool,
+    later: WeightGradients | None = None,
+    fp8: bool = False,
 ) -> Tensor:
     """Multiply by this rank's columns of the weight and sum over ranks: Y = Σ_i X_i W_iᵀ.
 
@@ -105,10 +119,11 @@ def row_linear(
         tp: tensor-parallel axis.
         sequence_parallel: whether the result is to be divided along s.
         later: takes the weight's gradient while it collects.
+        fp8: whether to multiply in 8 bits.
 
     Returns: [s/tp, b, f] under sequence parallelism, else [s, b, f] and the same on every rank.
     """
-    y = _Linear.apply(x, weight, None, later)
+    y = (Fp8Linear if fp8 else _Linear).apply(x, weight, None, later)
     return comm.reduce_scatter(y, tp) if sequence_parallel else comm.all_reduce(y, tp)
 
 
@@ -145,7 +160,7 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [s/tp or s, b, n_in] to [s, b, n_out/tp]."""
         at = self.placement
-        y = column_linear(x, self.weight, at.tp, at.sequence_parallel, at.weight_gradients)
+        y = column_linear(x, self.weight, at.tp, at.sequence_parallel, at.weight_gradients, at.fp8)
         return y if self.bias is None else y + self.bias
 
 
@@ -167,5 +182,5 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [s, b, n_in/tp] to [s/tp or s, b, n_out]."""
         at = self.placement
-        y = row_linear(x, self.weight, at.tp, at.sequence_parallel, at.weight_gradients)
+        y = row_linear(x, self.weight, at.tp, at.sequence_parallel, at.weight_gradients, at.fp8)
         return y if self.bias is None else y + self.bias

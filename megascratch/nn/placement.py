@@ -11,7 +11,13 @@ from megascratch.nn.activations import Activations
 from megascratch.nn.weight_gradients import WeightGradients
 
 # By the names that `train.dtype` uses.
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,  # of parameters and activations; products alone are in 8 bits
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Placement:
         cp: context-parallel axis, over which the sequence is divided everywhere.
         ep: expert-parallel axis, over which experts are divided; a part of dp.
         cp_algorithm: how attention reaches over it, a key of `nn.context.ALGORITHMS`.
+        fp8: whether the products of linear layers run in 8 bits.
         weight_gradients: where linear layers put weight gradients off while a schedule splits their backward.
         activations: what layers ask for their parts that may be computed again instead of kept.
     """
@@ -36,6 +43,7 @@ class Placement:
     cp: Axis = field(default_factory=lambda: Axis("cp"))
     cp_algorithm: str = "ring"
     ep: Axis = field(default_factory=lambda: Axis("ep"))
+    fp8: bool = False
     weight_gradients: WeightGradients | None = field(default=None, compare=False)
     activations: Activations = field(default_factory=Activations, compare=False)
 

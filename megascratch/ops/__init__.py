@@ -15,6 +15,8 @@ from megascratch.ops.attention import attention, first_keys
 from megascratch.ops.attention_blocks import OPERATORS as attention_block_operators
 from megascratch.ops.attention_blocks import attend, attend_backward
 from megascratch.ops.backend import Backend, load
+from megascratch.ops.cast_transpose import OPERATORS as cast_operators
+from megascratch.ops.cast_transpose import cast_transpose
 from megascratch.ops.logits import OPERATORS as logit_operators
 from megascratch.ops.logits import logit_gradient, logit_statistics
 from megascratch.ops.matmul import OPERATORS as matmul_operators
@@ -36,6 +38,7 @@ __all__ = [
     "attention",
     "available",
     "backends",
+    "cast_transpose",
     "first_keys",
     "geglu",
     "geglu_tanh",
@@ -62,6 +65,7 @@ OPERATORS = (
     + logit_operators
     + optimizer_operators
     + matmul_operators
+    + cast_operators
     + attention_operators
     + attention_block_operators
 )

@@ -208,6 +208,24 @@ MOE = "model.moe={num_experts=8,ffn_hidden=16}"
         ("_data", "data.split=1e3,1", None, r"data\.split = '1e3,1' +must be one to three weights"),
         ("_data", "data.split=1,,1", None, r"data\.split = '1,,1' +must be one to three weights"),
         (
+            "_fp8",
+            "train.dtype=fp8 model.ffn_hidden=712",
+            None,
+            r"ffn_hidden / tp = 712 +must divide by 16 .* or use bf16",
+        ),
+        (
+            "_fp8",
+            "train.dtype=fp8 data.seq_length=1000",
+            None,
+            r"= 1000 tokens +must divide by 16 for train.dtype = fp8",
+        ),
+        (
+            "_fp8",
+            "train.dtype=fp8 model.head_dim=2 parallel.tp=2",
+            None,
+            r"8 heads × head_dim 2 / tp 2 +must divide by 16",
+        ),
+        (
             "_steps",
             "optim.lr=1e-4 optim.min_lr=1e-3",
             None,
