@@ -321,6 +321,24 @@ def _fp8(config: Config, _: int | None) -> Iterator[Problem]:
             yield Problem(name, "must divide by 16 for train.dtype = fp8", "change it, or use bf16")
 
 
+def _cuda_graph(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """What a recording would leave out: steps whose work Python decides anew each time."""
+    if not config.train.cuda_graph:
+        return
+    parallel, model = config.parallel, config.model
+    others = parallel.tp * parallel.pp * parallel.cp
+    dp = parallel.dp if parallel.dp is not None else max(1, (world_size or others) // others)
+    for name, value, only in (("pp", parallel.pp, 1), ("cp", parallel.cp, 1), ("dp", dp, 1)):
+        if value != only:
+            yield Problem(f"parallel.{name} = {value}", "does not go with train.cuda_graph", "leave cuda_graph out")
+    if config.train.dtype == "fp16":
+        rule = "does not go with train.cuda_graph: its loss scale changes"
+        yield Problem("train.dtype = fp16", rule, "use bf16, or leave cuda_graph out")
+    if model.moe is not None:
+        rule = "do not go with train.cuda_graph: how many tokens each gets changes"
+        yield Problem(f"model.moe: {model.moe.num_experts} experts", rule, "leave cuda_graph out")
+
+
 def _steps(config: Config, _: int | None) -> Iterator[Problem]:
     optim, steps = config.optim, config.train.steps
     if optim.min_lr > optim.lr:
@@ -345,6 +363,7 @@ RULES: tuple[Rule, ...] = (
     _lengths,
     _data,
     _fp8,
+    _cuda_graph,
     _steps,
 )
 

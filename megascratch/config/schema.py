@@ -169,6 +169,7 @@ class TrainConfig(Section):
     dtype: DType = "bf16"
     seed: Whole = 1234
     attention: Literal["auto", "softmax", "sdpa", "blocked"] = "auto"  # auto: blocked on a CPU, sdpa on CUDA
+    cuda_graph: bool = False  # replay forward and backward of the whole batch as one CUDA graph; GPUs only
     timeout_s: Count = 600  # a collective that waits longer ends the run
 
 

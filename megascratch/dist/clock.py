@@ -31,6 +31,7 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.naming = device, False
+        self._counting = True
         self._open: list[tuple[str, record_function | None]] = []
         self._since: Any = None
         self._spans: list[tuple[str, Any, Any]] = []
@@ -44,8 +45,19 @@ class StepClock:
         finally:
             self.leave()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the regions of the body uncounted: what is recorded in a CUDA graph has no time of its own."""
+        self._counting = False
+        try:
+            yield
+        finally:
+            self._counting = True
+
     def enter(self, kind: str, label: str = "") -> None:
         """Begin a region, inside the one that is open."""
+        if not self._counting:
+            return
         self._switch()
         named = record_function(label or kind) if self.naming else None
         if named is not None:
@@ -54,6 +66,8 @@ class StepClock:
 
     def leave(self) -> None:
         """End the innermost region."""
+        if not self._counting:
+            return
         self._switch()
         _, named = self._open.pop()
         if named is not None:

@@ -19,6 +19,7 @@ from megascratch.data.microbatch import Microbatch
 from megascratch.dist import comm
 from megascratch.dist.mesh import Mesh
 from megascratch.dist.rng import initialize
+from megascratch.engine.graph import cuda_step_graph
 from megascratch.engine.objective import Objective, Outputs
 from megascratch.engine.recompute import recompute_plans
 from megascratch.engine.router_notes import RouterNotes, metrics_of, move_biases
@@ -77,6 +78,7 @@ class Engine:
         parallel, train = config.parallel, config.train
         if train.dtype == "fp8":
             require_fp8(mesh.device)
+        self.graph = cuda_step_graph(mesh.device) if train.cuda_graph else None
         self.weight_gradients = WeightGradients()
         placement = Placement(
             mesh.tp,
@@ -153,12 +155,29 @@ class Engine:
         on_event: Callable[[Action, bool], None] | None = None,
     ) -> Totals:
         """Drive the pipeline over the micro-batches; `grad_seed` is the gradient of the loss, or None without one."""
-        sums: dict[str, Tensor] = {}
         self.router_notes.forget()
         clock = self.mesh.clock
         with clock.region("data"):
-            whole = [microbatch.to(self.mesh.device) for microbatch in microbatches]
-            moved = [(self._own_tokens(microbatch), microbatch.loss_mask.sum(1)) for microbatch in whole]
+            moved = [microbatch.to(self.mesh.device) for microbatch in microbatches]
+        drive = partial(self._drive, objective=objective, grad_seed=grad_seed, on_event=on_event)
+        # An observer has to see every action, so a step that has one is not replayed.
+        if self.graph is None or grad_seed is None or on_event is not None:
+            return self._reduce(drive(moved))
+        with clock.region("graph"), clock.paused():
+            sums = self.graph(drive, moved)
+        return self._reduce(sums)
+
+    def _drive(
+        self,
+        microbatches: Sequence[Microbatch],
+        objective: Objective,
+        grad_seed: float | None,
+        on_event: Callable[[Action, bool], None] | None,
+    ) -> dict[str, Tensor]:
+        """Run the pipeline's actions on microbatches that are on the device; return what the objective summed up."""
+        sums: dict[str, Tensor] = {}
+        clock = self.mesh.clock
+        moved = [(self._own_tokens(microbatch), microbatch.loss_mask.sum(1)) for microbatch in microbatches]
         functions = {
             index: partial(self._run_stage, stage, moved, objective, grad_seed, sums)
             for index, stage in self.stages.items()
@@ -182,7 +201,7 @@ class Engine:
             weight_gradients=self.weight_gradients,
             on_event=watch,
         )
-        return self._reduce(sums)
+        return sums
 
     def _run_stage(
         self,

@@ -45,7 +45,7 @@ class Meter:
             "mfu": None if self.peak is None else causal / self.peak,
             "mfu_palm": None if self.peak is None else palm / self.peak,
             "step_s": step_s,
-            **{f"{phase}_s": phases.get(phase, 0.0) for phase in PHASES},
+            **{f"{phase}_s": phases.get(phase, 0.0) for phase in (*PHASES, *(phases.keys() - PHASES))},
         }
 
 

@@ -225,6 +225,9 @@ MOE = "model.moe={num_experts=8,ffn_hidden=16}"
             None,
             r"8 heads × head_dim 2 / tp 2 +must divide by 16",
         ),
+        ("_cuda_graph", "train.cuda_graph=true parallel.pp=2", None, r"pp = 2 +does not go with train.cuda_graph"),
+        ("_cuda_graph", "train.cuda_graph=true", 4, r"dp = 4 +does not go with train.cuda_graph +leave cuda_graph out"),
+        ("_cuda_graph", "train.cuda_graph=true train.dtype=fp16", None, r"fp16 +does not .*: its loss scale changes"),
         (
             "_steps",
             "optim.lr=1e-4 optim.min_lr=1e-3",
