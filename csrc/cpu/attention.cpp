@@ -1,131 +1,112 @@
-// Rows of blocked causal attention on the CPU: what stands between its matrix products.
-//
-// A block holds the scores of some queries against the keys `start` to `start + w`. Row r is of query r / g; it sees the
-// keys of the block from `first[query] − start` on, up to `last + query`.
-//
-// Forward keeps for each row the maximum m and the sum l of the blocks so far. A new block with scores x gives
-//   m' = max(m, max x)    p = exp(x − m')    l' = exp(m − m') l + Σ p    out' = exp(m − m') out  (+ p V, outside)
-// Backward gets the logarithm of the whole row's sum, and gives with g the gradient of p
-//   p = exp(x − lse)      gradient of the scores = scale · p (g − delta)
+// Causal attention on the CPU, forward: see attention_task.h.
 
-#include "dispatch.h"
-#include "exponential.h"
-#include "kernels.h"
+#include "attention_task.h"
 
 namespace megascratch::MEGASCRATCH_LEVEL {
 namespace {
 
-constexpr float minus_infinity = -__builtin_inff();
+float logarithm(float x) { return __builtin_logf(x); }
+double logarithm(double x) { return __builtin_log(x); }
 
-struct Visible {
-  int64_t begin, end;
-};
+template <typename T, typename P, bool capped>
+class Forward : Task<T, P> {
+  using Base = Task<T, P>;
+  using typename Base::A;
+  using typename Base::Stored;
+  using Base::a, Base::z;
 
-// The columns that a row sees: an empty range where begin = end.
-Visible visible_columns(const AttentionBlock& a, int64_t row) {
-  const int64_t pair = row / a.r, query = row % a.r / a.g;
-  int64_t end = a.last + query + 1;
-  end = end < 0 ? 0 : end > a.w ? a.w : end;
-  int64_t begin = a.first ? a.first[pair * a.first_stride + query] - a.start : 0;
-  begin = begin < 0 ? 0 : begin > end ? end : begin;
-  return {begin, end};
-}
+ public:
+  explicit Forward(const AttentionArguments& a)
+      : Base(a),
+        keys(z.d_steps * z.t_padded),
+        values(z.t_steps * z.d_padded),
+        weights(Base::width == 1 ? 0 : z.rows * z.keys / Base::width),
+        out(z.rows * z.d_padded),
+        peak(z.rows),
+        total(z.rows) {}
 
-// tanh by the exponential of a negative number.
-template <typename A>
-MEGASCRATCH_DEVICE A hyperbolic_tangent(A x) {
-  const A magnitude = x < 0 ? -x : x;
-  const A e = exponential<A>(-2 * magnitude);
-  const A tangent = (1 - e) / (1 + e);
-  return x < 0 ? -tangent : tangent;
-}
+  void run(int64_t task) {
+    Base::enter(task);
+    const View<T> k = Base::keys_of(a.k), v = Base::keys_of(a.v);
+    pack(View<T>{k.at, k.column, k.row}, z.d, a.t, static_cast<P*>(keys));
+    pack(v, a.t, z.d, static_cast<P*>(values));
+    for (int64_t begin = Base::part * z.queries(); begin < a.s; begin += a.parts * z.queries()) attend(begin);
+  }
 
-// A score as it enters the exponential.
-template <bool capped, typename A>
-MEGASCRATCH_DEVICE A scaled(A score, A scale, A cap) {
-  if constexpr (capped) return cap * hyperbolic_tangent(score * scale / cap);
-  return score * scale;
-}
+ private:
+  void attend(int64_t begin) {
+    const Rows rows = Base::look(begin);
+    Base::gather(a.q, begin, rows, Base::queries_left);
+    memset(static_cast<void*>(out), 0, sizeof(A) * rows.padded * z.d_padded);
+    for (int64_t row = 0; row < rows.padded; ++row) peak[row] = minus_infinity, total[row] = 0;
+    // In float and double the probabilities take the place of the scores.
+    P* const probabilities = Base::width == 1 ? reinterpret_cast<P*>(static_cast<A*>(Base::scores)) : weights;
+    const int64_t columns = Base::columns;
+    for (int64_t key = rows.seen.begin / columns * columns; key < rows.seen.end; key += block_keys) {
+      const Range block{key, smaller(key + block_keys, rows.seen.end)};
+      Base::multiply_by_keys(rows, block, Base::queries_left, keys, Base::scores);
+      for (int64_t row = 0; row < rows.padded; ++row) {
+        normalise(row, rows.of_row[row], block, reinterpret_cast<Stored*>(probabilities) + row * z.keys);
+      }
+      Base::add_over_keys(rows, block, probabilities, values, out);
+    }
+    for (int64_t row = 0; row < rows.count; ++row) write(row, Base::place(begin + row / z.g, row % z.g));
+  }
 
-template <typename T>
-void clear_hidden(T* row, Visible visible, int64_t w) {
-  memset(static_cast<void*>(row), 0, static_cast<size_t>(visible.begin) * sizeof(T));
-  memset(static_cast<void*>(row + visible.end), 0, static_cast<size_t>(w - visible.end) * sizeof(T));
-}
-
-template <typename T, bool capped>
-void forward_rows(const AttentionArguments& a, int64_t begin, int64_t end) {
-  using A = Acc<T>;
-  const A scale = static_cast<A>(a.block.scale), cap = static_cast<A>(a.block.softcap);
-  for (int64_t row = begin; row < end; ++row) {
-    T* x = static_cast<T*>(a.scores) + row * a.block.w;
-    A& peak = static_cast<A*>(a.peak)[row];
-    A& total = static_cast<A*>(a.total)[row];
-    const Visible visible = visible_columns(a.block, row);
-    clear_hidden(x, visible, a.block.w);
-    if (visible.begin == visible.end) continue;
-
+  // Scores to probabilities, up to the division by their sum.
+  void normalise(int64_t row, Range seen, Range block, Stored* p) {
+    using V = VectorOf<A>;
+    const A scale = static_cast<A>(a.scale), cap = static_cast<A>(a.softcap);
+    const auto columns = Base::clip(seen, block);
+    Base::clear_around(p, columns);
+    if (columns.begin == columns.end) return;
+    const A* x = Base::scores + row * z.keys;
+    const int64_t first = columns.first_vector(), last = columns.last_vector();
+    V maxima = V{} + minus_infinity;
+    for (int64_t j = first; j < last; j += Base::lanes) {
+      const V score = columns.has(j) ? load_vector(x + j) : V{} + minus_infinity;
+      maxima = score > maxima ? score : maxima;
+    }
     // The scale is positive and tanh grows, so the largest score is the largest afterwards.
-    A maximum = minus_infinity;
-#pragma omp simd reduction(max : maximum)
-    for (int64_t j = visible.begin; j < visible.end; ++j) maximum = load(x[j]) > maximum ? load(x[j]) : maximum;
-    maximum = scaled<capped>(maximum, scale, cap);
-    const A new_peak = maximum > peak ? maximum : peak;
+    const A maximum = scaled<capped>(V{} + largest_of<A>(maxima), scale, cap)[0];
+    const A old_peak = peak[row], new_peak = maximum > old_peak ? maximum : old_peak;
     const A shift = new_peak == minus_infinity ? A(0) : new_peak;
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = visible.begin; j < visible.end; ++j) {
-      const A p = exponential<A>(scaled<capped>(load(x[j]), scale, cap) - shift);
-      x[j] = store<T>(p);
-      sum += p;
+    V sums = {};
+    for (int64_t j = first; j < last; j += Base::lanes) {
+      const V probability = exponential(scaled<capped>(load_vector(x + j), scale, cap) - shift);
+      const V seen_probability = columns.has(j) ? probability : V{};
+      store_vector(p + j, seen_probability);
+      sums += seen_probability;
     }
-    const A factor = exponential<A>(peak - shift);
-    total = total * factor + sum;
-    if (a.out && factor != 1) {
-      A* out = static_cast<A*>(a.out) + row * a.d;
+    peak[row] = new_peak;
+    if (old_peak == minus_infinity) {
+      total[row] = sum_of<A>(sums);
+      return;
+    }
+    const A factor = exponential<A>(old_peak - shift);
+    total[row] = total[row] * factor + sum_of<A>(sums);
+    if (factor == 1) return;
+    A* o = out + row * z.d_padded;
 #pragma omp simd
-      for (int64_t j = 0; j < a.d; ++j) out[j] *= factor;
-    }
-    peak = new_peak;
+    for (int64_t j = 0; j < z.d_padded; ++j) o[j] *= factor;
   }
-}
 
-template <typename T, bool capped>
-void backward_rows(const AttentionBackwardArguments& a, int64_t begin, int64_t end) {
-  using A = Acc<T>;
-  const A scale = static_cast<A>(a.block.scale), cap = static_cast<A>(a.block.softcap);
-  for (int64_t row = begin; row < end; ++row) {
-    T* x = static_cast<T*>(a.scores) + row * a.block.w;
-    T* g = static_cast<T*>(a.grad) + row * a.block.w;
-    const A lse = static_cast<const A*>(a.lse)[row], delta = static_cast<const A*>(a.delta)[row];
-    const Visible visible = visible_columns(a.block, row);
-    clear_hidden(x, visible, a.block.w), clear_hidden(g, visible, a.block.w);
+  void write(int64_t row, int64_t place) {
+    T* to = static_cast<T*>(a.result) + place * z.d;
+    const A* from = out + row * z.d_padded;
+    // The largest score counts exp(0): a sum below 1 is that of a query that saw no key.
+    const A factor = total[row] < 1 ? A(1) : 1 / total[row];
 #pragma omp simd
-    for (int64_t j = visible.begin; j < visible.end; ++j) {
-      const A score = scaled<capped>(load(x[j]), scale, cap);
-      const A p = exponential<A>(score - lse < 0 ? score - lse : A(0));
-      A slope = scale;
-      if constexpr (capped) slope *= 1 - score / cap * (score / cap);
-      x[j] = store<T>(p);
-      g[j] = store<T>(slope * p * (load(g[j]) - delta));
-    }
+    for (int64_t j = 0; j < z.d; ++j) to[j] = store<T>(from[j] * factor);
+    static_cast<A*>(a.lse)[place] = peak[row] + logarithm(total[row]);
   }
-}
+
+  const Buffer<P> keys, values, weights;
+  const Buffer<A> out, peak, total;
+};
 
 }  // namespace
 
-void Kernels::attention(const AttentionArguments& a, int64_t begin, int64_t end) {
-  for_dtype(a.block.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    a.block.softcap > 0 ? forward_rows<T, true>(a, begin, end) : forward_rows<T, false>(a, begin, end);
-  });
-}
-
-void Kernels::attention_backward(const AttentionBackwardArguments& a, int64_t begin, int64_t end) {
-  for_dtype(a.block.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    a.block.softcap > 0 ? backward_rows<T, true>(a, begin, end) : backward_rows<T, false>(a, begin, end);
-  });
-}
+void Kernels::attention(const AttentionArguments& a, int64_t begin, int64_t end) { run_tasks<Forward>(a, begin, end); }
 
 }  // namespace megascratch::MEGASCRATCH_LEVEL

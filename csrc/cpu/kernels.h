@@ -32,12 +32,12 @@ namespace megascratch {
     static void cast_transpose(const CastTransposeArguments& arguments, int64_t begin, int64_t end);                   \
     /* Rows are parts of x. */                                                                                         \
     static void squared_norm(const SquaredNormArguments& arguments, int64_t begin, int64_t end);                       \
-    /* Rows are those of a block's scores, over all its pairs. */                                                      \
+    /* Rows are tasks: parts of the queries of a sample's key/value head; then keys. */                                \
     static void attention(const AttentionArguments& arguments, int64_t begin, int64_t end);                            \
-    static void attention_backward(const AttentionBackwardArguments& arguments, int64_t begin, int64_t end);           \
-    /* Rows are panels of `product_columns()` columns of b, over all pairs; `packed` has room for k rows of one. */    \
-    static int64_t product_columns();                                                                                  \
-    static void product(const ProductArguments& arguments, float* packed, int64_t begin, int64_t end);                 \
+    static void attention_backward(const AttentionArguments& arguments, int64_t begin, int64_t end);                   \
+    static void attention_add_parts(const AttentionArguments& arguments, int64_t begin, int64_t end);                  \
+    /* The elements of `partial` that a part adds to the gradient of keys, or of values. */                            \
+    static int64_t attention_partial(const AttentionArguments& arguments);                                             \
     /* Rows are blocks of the result. */                                                                               \
     static int64_t matmul_units(const MatmulArguments& arguments);                                                     \
     static void matmul(const MatmulArguments& arguments, int64_t begin, int64_t end);                                  \

@@ -106,15 +106,26 @@ struct Cpu {
     *a.out = std::accumulate(a.partial, a.partial + a.parts, 0.0);
   }
 
-  static void run(const AttentionArguments& a, const Tensor&) {
-    torch::stable::parallel_for(0, a.block.p * a.block.r, grain_rows(a.block.w), [&](int64_t begin, int64_t end) {
-      Kernels::attention(a, begin, end);
-    });
+  // Parts of a sample's and key/value head's queries: so many that few heads still keep several processors busy, and as
+  // many whatever the number of threads, so that the sums over queries do not depend on it.
+  static int64_t attention_parts(const AttentionArguments& a) {
+    const int64_t rows = a.s * (a.n / a.kv);
+    return std::clamp<int64_t>(8 / (a.b * a.kv), 1, std::max<int64_t>(rows / 768, 1));
   }
 
-  static void run(const AttentionBackwardArguments& a, const Tensor&) {
-    torch::stable::parallel_for(0, a.block.p * a.block.r, grain_rows(a.block.w), [&](int64_t begin, int64_t end) {
-      Kernels::attention_backward(a, begin, end);
+  static int64_t attention_partial(const AttentionArguments& a) { return Kernels::attention_partial(a); }
+
+  static void run(const AttentionArguments& a, const Tensor&) {
+    const int64_t tasks = a.b * a.kv * a.parts, scores = a.s * a.t * a.n / a.kv / a.parts;
+    if (!a.grad_k) {
+      torch::stable::parallel_for(
+          0, tasks, grain_rows(scores), [&](int64_t begin, int64_t end) { Kernels::attention(a, begin, end); });
+      return;
+    }
+    torch::stable::parallel_for(
+        0, tasks, grain_rows(scores), [&](int64_t begin, int64_t end) { Kernels::attention_backward(a, begin, end); });
+    torch::stable::parallel_for(0, a.t * a.b * a.kv, grain_rows(a.d), [&](int64_t begin, int64_t end) {
+      Kernels::attention_add_parts(a, begin, end);
     });
   }
 
@@ -124,16 +135,6 @@ struct Cpu {
     const int64_t grain = grain_rows(a.m * a.n * a.k / 32 / units);
     torch::stable::parallel_for(
         0, units, grain, [&](int64_t begin, int64_t end) { Kernels::matmul(a, begin, end); });
-  }
-
-  static void run(const ProductArguments& a, const Tensor&) {
-    const int64_t columns = Kernels::product_columns(), panels = (a.n + columns - 1) / columns;
-    // A product of 32 numbers takes as long as an element elsewhere.
-    const int64_t grain = grain_rows(a.m * columns * a.k / 32);
-    torch::stable::parallel_for(0, a.p * panels, grain, [&](int64_t begin, int64_t end) {
-      std::vector<float> packed(static_cast<size_t>(a.k * columns));
-      Kernels::product(a, packed.data(), begin, end);
-    });
   }
 };
 

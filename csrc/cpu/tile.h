@@ -12,26 +12,27 @@
 
 #pragma once
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-#include "numeric.h"
+#include "vectors.h"
 
 namespace megascratch {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int vector_bytes = 64, tile_rows = 12;
+constexpr int tile_rows = 12;
 #elif defined(__AVX__)
-constexpr int vector_bytes = 32, tile_rows = 6;
+constexpr int tile_rows = 6;
 #else
-constexpr int vector_bytes = 16, tile_rows = 4;
+constexpr int tile_rows = 4;
 #endif
 
 struct BFloat16Pair {
   BFloat16 even, odd;
 };
+
+MEGASCRATCH_DEVICE void store_pairs(BFloat16Pair* to, VectorOf<float> even, VectorOf<float> odd) {
+  const IntegersOf<float> bits = (rounded_bits(even) >> 16) | (rounded_bits(odd) & 0xffff0000u);
+  memcpy(static_cast<void*>(to), &bits, sizeof bits);
+}
 
 // What a product multiplies: the type it is stored in, how many steps one operand holds, and the type of the sums.
 template <typename P>
@@ -48,26 +49,14 @@ struct Operand<BFloat16Pair> {
 };
 
 template <typename A>
-constexpr int tile_columns_of = 2 * vector_bytes / static_cast<int>(sizeof(A));
-
-template <typename A>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(vector_bytes), aligned(sizeof(A))));
-};
-
-template <typename A>
-MEGASCRATCH_DEVICE typename VectorOf<A>::type load_vector(const A* from) {
-  typename VectorOf<A>::type v;
-  memcpy(&v, from, sizeof v);
-  return v;
-}
+constexpr int tile_columns_of = 2 * lanes_of<A>;
 
 // out = a b, or out + a b: `tile_rows` rows of a, of which `a_row` leads from row to row and `a_step` from step to step.
 template <bool add, typename A>
 void multiply_tile(
     const A* a, int64_t a_row, int64_t a_step, const A* packed, int64_t steps, A* out, int64_t out_row) {
-  using Vector = typename VectorOf<A>::type;
-  constexpr int lanes = vector_bytes / sizeof(A);
+  using Vector = VectorOf<A>;
+  constexpr int lanes = lanes_of<A>;
   Vector sums[tile_rows][2] = {};
   for (int64_t i = 0; i < steps; ++i, packed += 2 * lanes, a += a_step) {
     const Vector first = load_vector(packed), second = load_vector(packed + lanes);
@@ -115,6 +104,44 @@ __attribute__((target("avx512bf16"))) void multiply_tile(
 inline bool multiplies_pairs() { return false; }
 
 #endif
+
+// A matrix of a tensor's elements.
+template <typename T>
+struct View {
+  const T* at;
+  int64_t row, column;
+};
+
+// Pack x [steps, columns] into panels of `tile_columns`, padded with zeros: panel, step, column.
+template <typename T, typename P>
+void pack(View<T> x, int64_t steps, int64_t columns, P* packed) {
+  using A = typename Operand<P>::Sum;
+  using Stored = typename Operand<P>::Stored;
+  constexpr int width = Operand<P>::width, lanes = tile_columns_of<A>;
+  const auto element = [&](int64_t step, int64_t column) {
+    const T value = x.at[step * x.row + column * x.column];
+    if constexpr (__is_same(T, Stored)) return value;
+    else return static_cast<Stored>(load(value));
+  };
+  for (int64_t panel = 0; panel < columns; panel += lanes) {
+    const int64_t count = columns - panel < lanes ? columns - panel : lanes;
+    for (int64_t step = 0; step < steps; step += width, packed += lanes) {
+      const auto operand = [&](int64_t j) -> P {
+        if constexpr (width == 1) {
+          return element(step, panel + j);
+        } else {
+          return {element(step, panel + j), step + 1 < steps ? element(step + 1, panel + j) : Stored{}};
+        }
+      };
+      if (count == lanes) {
+#pragma GCC unroll 8
+        for (int64_t j = 0; j < lanes; ++j) packed[j] = operand(j);
+      } else {
+        for (int64_t j = 0; j < lanes; ++j) packed[j] = j < count ? operand(j) : P{};
+      }
+    }
+  }
+}
 
 }  // namespace
 }  // namespace megascratch

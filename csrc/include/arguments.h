@@ -154,30 +154,26 @@ struct SquaredNormArguments {
   DType dtype;
 };
 
-// Scores of a block: p pairs of sample and key/value head, r rows = queries × g heads of a group, w keys.
-struct AttentionBlock {
-  const int64_t* first;   // [p, r/g], the first key that each query sees; null: key 0
-  int64_t first_stride;
-  int64_t p, r, w, g;
-  int64_t start;          // the first key of the block
-  int64_t last;           // query i sees the keys of the block up to last + i
-  double scale, softcap;  // softcap 0: none
-  DType dtype;
+// One tensor of attention, [s, b, n, d] or [t, b, k, d].
+struct AttentionHeads {
+  const void* at;
+  int64_t stride_s, stride_b, stride_n;
 };
 
+// Causal attention: query i is token t − s + i. A task is a part of the queries of one sample and key/value head.
 struct AttentionArguments {
-  AttentionBlock block;
-  void* scores;        // [p, r, w], in place → exp(score − peak)
-  void *peak, *total;  // [p, r], in the accumulation type: largest score and sum of exponentials so far
-  void* out;           // [p, r, d], in the accumulation type, rescaled to the new peak
-  int64_t d;
-};
-
-struct AttentionBackwardArguments {
-  AttentionBlock block;
-  void* scores;        // [p, r, w], in place → probabilities
-  void* grad;          // [p, r, w], of the probabilities, in place → of the unscaled scores
-  const void *lse, *delta;  // [p, r], in the accumulation type: log Σ exp(score), Σ probability × its gradient
+  AttentionHeads q, k, v;
+  AttentionHeads out, grad;  // read in the backward pass
+  void* result;              // [s, b, n, d]: the output, or the gradient of q
+  void* lse;                 // [s, b, n], log Σ exp(score), in the accumulation type: written forward, read backward
+  void *grad_k, *grad_v;     // [t, b, k, d]; null in the forward pass
+  void* partial;             // [b, k, parts, 2, t_padded, d_padded], in the accumulation type: what parts add to them
+  const int64_t* first;      // [b or 1, s], the first key that each query sees; null: key 0
+  int64_t first_stride_b, first_stride_s;
+  int64_t s, t, b, n, kv, d;
+  int64_t parts;             // of a sample's and key/value head's queries
+  double scale, softcap;     // softcap 0: none
+  DType dtype;
 };
 
 // out = a b, or added to it: [m, n] = [m, k] [k, n], a and b of any strides; out's rows are contiguous.
@@ -188,15 +184,6 @@ struct MatmulArguments {
   int64_t a_row, a_column, b_row, b_column, out_row;
   bool add, wide_result;
   DType dtype;       // of a and b
-};
-
-// out[p] = a[p] b[p], or added to it: [m, n] = [m, k] [k, n], float32. Any strides; out's rows are contiguous.
-struct ProductArguments {
-  const float *a, *b;
-  float* out;
-  int64_t p, m, n, k;
-  int64_t a_pair, a_row, a_column, b_pair, b_row, b_column, out_pair, out_row;
-  bool add;
 };
 
 }  // namespace megascratch

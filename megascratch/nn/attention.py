@@ -94,14 +94,8 @@ def sdpa_core(
     return out.permute(2, 0, 1, 3)
 
 
-# Scores a head from which blocks are faster than whole products. Those of bfloat16 are so fast that more of them must
-# be saved; those of float16 are slow on every CPU, and blocks compute in float32.
-_LEAST_SCORES = {
-    torch.float64: 128 * 128,
-    torch.float32: 128 * 128,
-    torch.bfloat16: 1024 * 1024,
-    torch.float16: 0,
-}
+# Blocks pack keys and values for their products first, which so few queries (decoding) do not pay for.
+_LEAST_QUERIES = 16
 
 
 def blocked_core(
@@ -109,9 +103,11 @@ def blocked_core(
 ) -> Tensor:
     """Attend in blocks that stay in a CPU's cache, without the [s, t] scores; shapes as in `softmax_core`.
 
-    That one serves short sequences, and what blocks do not know: masks, and dropout of probabilities.
+    That one serves decoding, and what blocks do not know: masks, and dropout of probabilities.
     """
-    if mask is not None or not causal or drop is not None or len(q) * len(k) < _LEAST_SCORES[q.dtype]:
+    # Whole products of float16 are slow on every CPU; blocks compute in float32.
+    decoding = len(q) < _LEAST_QUERIES and q.dtype != torch.float16
+    if mask is not None or not causal or drop is not None or decoding:
         return softmax_core(q, k, v, mask, causal, drop)
     return ops.attention(q, k, v)
 

@@ -12,8 +12,6 @@ from megascratch.ops.adamw import OPERATORS as optimizer_operators
 from megascratch.ops.adamw import adamw, squared_norm
 from megascratch.ops.attention import OPERATORS as attention_operators
 from megascratch.ops.attention import attention, first_keys
-from megascratch.ops.attention_blocks import OPERATORS as attention_block_operators
-from megascratch.ops.attention_blocks import attend, attend_backward
 from megascratch.ops.backend import Backend, load
 from megascratch.ops.cast_transpose import OPERATORS as cast_operators
 from megascratch.ops.cast_transpose import cast_transpose
@@ -67,16 +65,12 @@ OPERATORS = (
     + matmul_operators
     + cast_operators
     + attention_operators
-    + attention_block_operators
 )
 
 # torch unregisters a namespace when its Library object dies; this one lives as long as the process.
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 for _operator in OPERATORS:
     define(_operator, _LIBRARY)
-# Kernels that are written in Python, out of other operators.
-_LIBRARY.impl("attention", attend, "CPU")
-_LIBRARY.impl("attention_backward", attend_backward, "CPU")
 _BACKENDS = (load("cpu"), load("cuda"))
 
 

@@ -14,7 +14,7 @@ keys up to its own. `first_keys` says for each query where its keys begin. One n
 Worked example, one head, d = 1, scale 1: queries 0, ln 3 against keys 0, 1 with values 8, 4. Query 0 sees key 0 only
 → 8; query 1 has scores 0, ln 3, so probabilities 1/4, 3/4 → 8/4 + 3 · 4/4 = 5.
 
-On a CPU the operator runs in blocks, `attention_blocks.py`; elsewhere this module's reference does, in plain PyTorch.
+On a CPU the operator runs in blocks, csrc/cpu/attention_task.h; elsewhere this module's reference does.
 
 Legend: `s` queries, `t` keys, `b` micro-batch, `n` query heads, `k` key/value heads, `g` = n/k, `d` head dimension.
 Sources: Vaswani et al. 2017, arXiv:1706.03762, equation 1; Dao 2023, arXiv:2307.08691 (backward by the log-sum-exp).
@@ -159,21 +159,11 @@ def _backward_reference(
     return grad_q.to(q.dtype).contiguous(), grad_k.to(k.dtype).contiguous(), grad_v.to(v.dtype).contiguous()
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=acc_dtype(q))
 
 
-def _backward_fake(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    first: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

@@ -8,15 +8,13 @@ from megascratch.dist.mesh import Mesh
 from megascratch.dist.rng import initialize
 from megascratch.nn import Placement, SequenceInfo, Stage, attention
 from megascratch.nn.attention import blocked_core, core_for, softmax_core
-from megascratch.ops import attention_blocks
 
 S, B = 80, 2
 
 
 @pytest.fixture(autouse=True)
 def _blocks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_LEAST_SCORES", {torch.float64: 0, torch.float32: 0})
-    monkeypatch.setattr(attention_blocks, "_KEYS", 48)
+    monkeypatch.setattr(attention, "_LEAST_QUERIES", 0)
 
 
 @pytest.mark.parametrize(("s", "t"), [(S, S), (1, 9), (3, 70)])

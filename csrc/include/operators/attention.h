@@ -1,4 +1,4 @@
-// Blocked attention: what stands between the matrix products, scores [p, r, w] changed in place, and the products.
+// Causal attention: q [s, b, n, d], k and v [t, b, k, d] → out [s, b, n, d] and the logarithm of each row's sum [s, b, n].
 
 #pragma once
 
@@ -8,81 +8,70 @@ namespace megascratch {
 
 template <typename Backend>
 struct AttentionOperators {
-  static void attention_block(
-      Tensor scores, Tensor peak, Tensor total, Tensor out, std::optional<Tensor> first, int64_t start, int64_t last,
-      int64_t group, double scale, double softcap) {
-    AttentionArguments a{};
-    a.block = block_of(scores, first, start, last, group, scale, softcap);
-    const int64_t rows = a.block.p * a.block.r;
-    a.scores = scores.mutable_data_ptr();
-    a.peak = per_row(peak, rows, a.block.dtype), a.total = per_row(total, rows, a.block.dtype);
-    a.out = per_row(out, out.numel(), a.block.dtype);
-    STD_TORCH_CHECK(rows == 0 || out.numel() % rows == 0, "attention_block: out must be [p, r, d]");
-    a.d = rows == 0 ? 0 : out.numel() / rows;
-    if (scores.numel() > 0) Backend::run(a, scores);
-  }
-
-  static void attention_block_backward(
-      Tensor scores, Tensor grad, Tensor lse, Tensor delta, std::optional<Tensor> first, int64_t start, int64_t last,
-      int64_t group, double scale, double softcap) {
-    AttentionBackwardArguments a{};
-    a.block = block_of(scores, first, start, last, group, scale, softcap);
-    check_same_shape(scores, grad, "attention_block_backward: scores and grad");
-    STD_TORCH_CHECK(grad.is_contiguous(), "attention_block_backward: grad must be contiguous");
-    a.scores = scores.mutable_data_ptr(), a.grad = grad.mutable_data_ptr();
-    a.lse = per_row(lse, a.block.p * a.block.r, a.block.dtype);
-    a.delta = per_row(delta, a.block.p * a.block.r, a.block.dtype);
-    if (scores.numel() > 0) Backend::run(a, scores);
-  }
-
-  static void product(Tensor out, Tensor a, Tensor b, bool add) {
-    STD_TORCH_CHECK(out.dim() == 3 && a.dim() == 3 && b.dim() == 3, "product: out, a and b must be [p, m, n]");
-    ProductArguments args{};
-    args.p = out.size(0), args.m = out.size(1), args.n = out.size(2), args.k = a.size(2);
-    STD_TORCH_CHECK(a.size(0) == args.p && b.size(0) == args.p && a.size(1) == args.m && b.size(1) == args.k &&
-                        b.size(2) == args.n, "product: out [p, m, n], a [p, m, k] and b [p, k, n] disagree");
-    for (const Tensor* x : {&out, &a, &b}) {
-      STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float, "product: only float32 is supported");
+  static std::tuple<Tensor, Tensor> attention(
+      Tensor q, Tensor k, Tensor v, std::optional<Tensor> first, double scale, double softcap) {
+    q = with_contiguous_rows(q), k = with_contiguous_rows(k), v = with_contiguous_rows(v);
+    AttentionArguments a = arguments(q, k, v, first, scale, softcap);
+    Tensor out = empty_output(q), lse = torch::stable::new_empty(q, {a.s, a.b, a.n}, acc_type(a.dtype));
+    a.result = out.mutable_data_ptr(), a.lse = lse.mutable_data_ptr();
+    if (lse.numel() > 0) {
+      a.parts = Backend::attention_parts(a);
+      Backend::run(a, q);
     }
-    STD_TORCH_CHECK(out.stride(2) == 1 || args.n <= 1, "product: the rows of out must be contiguous");
-    args.a = static_cast<const float*>(a.const_data_ptr()), args.b = static_cast<const float*>(b.const_data_ptr());
-    args.out = static_cast<float*>(out.mutable_data_ptr());
-    args.a_pair = a.stride(0), args.a_row = a.stride(1), args.a_column = a.stride(2);
-    args.b_pair = b.stride(0), args.b_row = b.stride(1), args.b_column = b.stride(2);
-    args.out_pair = out.stride(0), args.out_row = out.stride(1);
-    args.add = add;
-    if (out.numel() > 0) Backend::run(args, out);
+    return {out, lse};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> attention_backward(
+      Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, std::optional<Tensor> first, double scale,
+      double softcap) {
+    check_same_shape(grad, q, "attention_backward: grad and q");
+    check_same_shape(out, q, "attention_backward: out and q");
+    q = with_contiguous_rows(q), k = with_contiguous_rows(k), v = with_contiguous_rows(v);
+    grad = with_contiguous_rows(grad), out = with_contiguous_rows(out), lse = torch::stable::contiguous(lse);
+    AttentionArguments a = arguments(q, k, v, first, scale, softcap);
+    STD_TORCH_CHECK(lse.scalar_type() == acc_type(a.dtype) && lse.numel() == a.s * a.b * a.n,
+                    "attention_backward: lse must be what the forward pass gave");
+    Tensor grad_q = empty_output(q), grad_k = empty_output(k), grad_v = empty_output(v);
+    if (lse.numel() == 0) return {grad_q, torch::stable::zero_(grad_k), torch::stable::zero_(grad_v)};
+    a.out = heads(out), a.grad = heads(grad);
+    a.result = grad_q.mutable_data_ptr(), a.lse = lse.mutable_data_ptr();
+    a.grad_k = grad_k.mutable_data_ptr(), a.grad_v = grad_v.mutable_data_ptr();
+    a.parts = Backend::attention_parts(a);
+    Tensor partial =
+        torch::stable::new_empty(q, {a.b, a.kv, a.parts, 2, Backend::attention_partial(a)}, acc_type(a.dtype));
+    a.partial = partial.mutable_data_ptr();
+    Backend::run(a, q);
+    return {grad_q, grad_k, grad_v};
   }
 
   static void add_to(Library& library) {
-    library.impl("attention_block", TORCH_BOX(&attention_block));
-    library.impl("attention_block_backward", TORCH_BOX(&attention_block_backward));
-    library.impl("product", TORCH_BOX(&product));
+    library.impl("attention", TORCH_BOX(&attention));
+    library.impl("attention_backward", TORCH_BOX(&attention_backward));
   }
 
  private:
-  static AttentionBlock block_of(
-      const Tensor& scores, const std::optional<Tensor>& first, int64_t start, int64_t last, int64_t group,
-      double scale, double softcap) {
-    STD_TORCH_CHECK(scores.dim() == 3 && scores.is_contiguous(), "attention: scores must be contiguous [p, r, w]");
-    AttentionBlock block{};
-    block.p = scores.size(0), block.r = scores.size(1), block.w = scores.size(2), block.g = group;
-    STD_TORCH_CHECK(group > 0 && block.r % group == 0, "attention: the rows must divide into groups");
-    if (first) {
-      STD_TORCH_CHECK(first->scalar_type() == ScalarType::Long && first->dim() == 2 && first->size(0) == block.p &&
-                          first->size(1) == block.r / group && (first->stride(1) == 1 || first->size(1) == 1),
-                      "attention: first must be int64 [p, r/g], its rows contiguous");
-      block.first = first->const_data_ptr<int64_t>(), block.first_stride = first->stride(0);
-    }
-    block.start = start, block.last = last;
-    block.scale = scale, block.softcap = softcap, block.dtype = dtype_of(scores);
-    return block;
-  }
+  static AttentionHeads heads(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
-  static void* per_row(const Tensor& x, int64_t count, DType dtype) {
-    STD_TORCH_CHECK(x.is_contiguous() && x.numel() == count && x.scalar_type() == acc_type(dtype),
-                    "attention: the rows' numbers must be contiguous and in the accumulation dtype");
-    return x.mutable_data_ptr();
+  static AttentionArguments arguments(
+      const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& first, double scale,
+      double softcap) {
+    check_same_shape(k, v, "attention: k and v");
+    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && q.size(1) == k.size(1) && q.size(3) == k.size(3) &&
+                        q.scalar_type() == k.scalar_type(),
+                    "attention: q must be [s, b, n, d], k and v [t, b, k, d], of one dtype");
+    AttentionArguments a{};
+    a.q = heads(q), a.k = heads(k), a.v = heads(v);
+    a.s = q.size(0), a.t = k.size(0), a.b = q.size(1), a.n = q.size(2), a.kv = k.size(2), a.d = q.size(3);
+    STD_TORCH_CHECK(a.kv > 0 ? a.n % a.kv == 0 : a.n == 0, "attention: query heads must divide into groups");
+    if (first) {
+      STD_TORCH_CHECK(first->scalar_type() == ScalarType::Long && first->dim() == 2 && first->size(1) == a.s &&
+                          (first->size(0) == a.b || first->size(0) == 1),
+                      "attention: first must be int64 [b or 1, s]");
+      a.first = first->const_data_ptr<int64_t>();
+      a.first_stride_b = first->size(0) == 1 ? 0 : first->stride(0), a.first_stride_s = first->stride(1);
+    }
+    a.scale = scale, a.softcap = softcap, a.dtype = dtype_of(q);
+    return a;
   }
 };
 

@@ -1,0 +1,202 @@
+// Vectors of numbers as wide as the instruction set's registers, for the loops that compilers do not vectorise well.
+
+#pragma once
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include "exponential.h"
+#include "numeric.h"
+
+namespace megascratch {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+template <typename A>
+constexpr int lanes_of = vector_bytes / static_cast<int>(sizeof(A));
+
+template <typename A>
+struct VectorTypes {
+  using Index = typename ExponentialOf<A>::type::Bits;
+  typedef A numbers __attribute__((vector_size(vector_bytes)));
+  typedef Index integers __attribute__((vector_size(vector_bytes)));
+};
+template <typename A>
+using VectorOf = typename VectorTypes<A>::numbers;
+// Unsigned integers as wide as the numbers.
+template <typename A>
+using IntegersOf = typename VectorTypes<A>::integers;
+
+MEGASCRATCH_DEVICE VectorOf<float> load_vector(const float* from) {
+  VectorOf<float> v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+MEGASCRATCH_DEVICE VectorOf<double> load_vector(const double* from) {
+  VectorOf<double> v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+MEGASCRATCH_DEVICE void store_vector(float* to, VectorOf<float> v) { memcpy(to, &v, sizeof v); }
+MEGASCRATCH_DEVICE void store_vector(double* to, VectorOf<double> v) { memcpy(to, &v, sizeof v); }
+
+// 0, 1, 2, …
+template <typename A>
+MEGASCRATCH_DEVICE IntegersOf<A> lane_numbers() {
+  IntegersOf<A> numbers;
+  for (int i = 0; i < lanes_of<A>; ++i) numbers[i] = static_cast<typename VectorTypes<A>::Index>(i);
+  return numbers;
+}
+
+MEGASCRATCH_DEVICE VectorOf<float> exponential(VectorOf<float> x) {
+  return exponential_of<ExponentialFloat, IntegersOf<float>>(x);
+}
+MEGASCRATCH_DEVICE VectorOf<double> exponential(VectorOf<double> x) {
+  return exponential_of<ExponentialDouble, IntegersOf<double>>(x);
+}
+
+// erfc(z), as curves.h asks for it; the parity tests' double precision may take its time.
+MEGASCRATCH_DEVICE VectorOf<double> upper_tail(VectorOf<double> z, VectorOf<double>) {
+  for (int i = 0; i < lanes_of<double>; ++i) z[i] = __builtin_erfc(z[i]);
+  return z;
+}
+
+// The sum of a vector's numbers, by halves: one after the other, each would wait for the one before.
+template <typename A>
+MEGASCRATCH_DEVICE A sum_of(VectorOf<A> v) {
+  A x[lanes_of<A>];
+  memcpy(x, &v, sizeof v);
+#pragma GCC unroll 8
+  for (int half = lanes_of<A> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  }
+  return x[0];
+}
+
+template <typename A>
+MEGASCRATCH_DEVICE A largest_of(VectorOf<A> v) {
+  A x[lanes_of<A>];
+  memcpy(x, &v, sizeof v);
+#pragma GCC unroll 8
+  for (int half = lanes_of<A> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+  }
+  return x[0];
+}
+
+// bfloat16 numbers, each in the upper half of 32 bits, rounded to nearest even. NaN stays NaN, unless all of the 16 bits
+// that are rounded away are set: no arithmetic on bfloat16 numbers gives that.
+MEGASCRATCH_DEVICE IntegersOf<float> rounded_bits(VectorOf<float> v) {
+  const IntegersOf<float> u = bits_of<IntegersOf<float>>(v);
+  return u + 0x7fffu + ((u >> 16) & 1u);
+}
+
+typedef uint16_t NarrowIntegers __attribute__((vector_size(vector_bytes / 2)));
+
+// Integers of 16 bits to 32 and back: GCC takes ten instructions for what AVX-512 does in one, and warns of the plain
+// intrinsics.
+#ifdef __AVX512F__
+MEGASCRATCH_DEVICE IntegersOf<float> widened(NarrowIntegers x) {
+  return bits_of<IntegersOf<float>>(_mm512_maskz_cvtepu16_epi32(0xffff, bits_of<__m256i>(x)));
+}
+MEGASCRATCH_DEVICE NarrowIntegers narrowed(IntegersOf<float> x) {
+  return bits_of<NarrowIntegers>(_mm512_maskz_cvtepi32_epi16(0xffff, bits_of<__m512i>(x)));
+}
+#else
+MEGASCRATCH_DEVICE IntegersOf<float> widened(NarrowIntegers x) {
+  return __builtin_convertvector(x, IntegersOf<float>);
+}
+MEGASCRATCH_DEVICE NarrowIntegers narrowed(IntegersOf<float> x) { return __builtin_convertvector(x, NarrowIntegers); }
+#endif
+
+// A vector of 16-bit numbers, widened; and back.
+MEGASCRATCH_DEVICE VectorOf<float> load_vector(const BFloat16* from) {
+  NarrowIntegers bits;
+  memcpy(&bits, from, sizeof bits);
+  return bits_of<VectorOf<float>>(widened(bits) << 16);
+}
+
+MEGASCRATCH_DEVICE void store_vector(BFloat16* to, VectorOf<float> v) {
+  const IntegersOf<float> u = bits_of<IntegersOf<float>>(v);
+  const IntegersOf<float> rounded = v == v ? rounded_bits(v) : u | 0x400000u;
+  const NarrowIntegers bits = narrowed(rounded >> 16);
+  memcpy(static_cast<void*>(to), &bits, sizeof bits);
+}
+
+MEGASCRATCH_DEVICE VectorOf<float> load_vector(const Half* from) {
+  float wide[lanes_of<float>];
+#pragma omp simd
+  for (int i = 0; i < lanes_of<float>; ++i) wide[i] = load(from[i]);
+  return load_vector(wide);
+}
+
+MEGASCRATCH_DEVICE void store_vector(Half* to, VectorOf<float> v) {
+  float wide[lanes_of<float>];
+  store_vector(wide, v);
+#pragma omp simd
+  for (int i = 0; i < lanes_of<float>; ++i) to[i] = store<Half>(wide[i]);
+}
+
+// The first `count` numbers of a vector; the others are 0.
+template <typename T>
+MEGASCRATCH_DEVICE VectorOf<Acc<T>> load_vector(const T* from, int64_t count) {
+  if (count == lanes_of<Acc<T>>) return load_vector(from);
+  T some[lanes_of<Acc<T>>] = {};
+  memcpy(static_cast<void*>(some), from, static_cast<size_t>(count) * sizeof(T));
+  return load_vector(some);
+}
+
+// A number in the first `count` places, 0 in the others.
+template <typename A>
+MEGASCRATCH_DEVICE VectorOf<A> first_numbers(A x, int64_t count) {
+  if (count == lanes_of<A>) return VectorOf<A>{} + x;
+  return lane_numbers<A>() < static_cast<typename VectorTypes<A>::Index>(count) ? VectorOf<A>{} + x : VectorOf<A>{};
+}
+
+template <typename T>
+MEGASCRATCH_DEVICE void store_vector(T* to, VectorOf<Acc<T>> v, int64_t count) {
+  if (count == lanes_of<Acc<T>>) return store_vector(to, v);
+  T some[lanes_of<Acc<T>>];
+  store_vector(some, v);
+  memcpy(static_cast<void*>(to), some, static_cast<size_t>(count) * sizeof(T));
+}
+
+// Visit the n numbers of a row a vector at a time: `visit(j, count)` takes the numbers j to j + count − 1.
+template <typename A, typename Visit>
+MEGASCRATCH_DEVICE void for_vectors(int64_t n, const Visit& visit) {
+  constexpr int64_t lanes = lanes_of<A>;
+  int64_t j = 0;
+  for (; j + lanes <= n; j += lanes) visit(j, lanes);
+  if (j < n) visit(j, n - j);
+}
+
+// Sums over a row: `add(j, count, sums)` adds what the numbers j to j + count − 1 contribute to `n_sums` vectors. There
+// are four of each, in turn: one alone would wait for each addition's latency.
+template <typename A, int n_sums, typename Add>
+MEGASCRATCH_DEVICE void sum_vectors(int64_t n, A (&totals)[n_sums], const Add& add) {
+  constexpr int64_t lanes = lanes_of<A>;
+  VectorOf<A> sums[4][n_sums] = {};
+  int64_t j = 0;
+  for (; j + 4 * lanes <= n; j += 4 * lanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) add(j + i * lanes, lanes, sums[i]);
+  }
+  for (; j + lanes <= n; j += lanes) add(j, lanes, sums[0]);
+  if (j < n) add(j, n - j, sums[1]);
+#pragma GCC unroll 4
+  for (int k = 0; k < n_sums; ++k) totals[k] = sum_of<A>((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]));
+}
+
+}  // namespace
+}  // namespace megascratch
