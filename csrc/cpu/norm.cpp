@@ -1,12 +1,13 @@
 // RMSNorm, residual-add + RMSNorm and LayerNorm on the CPU, and their backward passes.
 //
-// A row is widened into a buffer of the accumulation type that stays in the first-level cache; so each row is read
-// from memory once. The sums over tokens (dweight, dbias) are kept for each part of the rows and added up at the end,
-// in an order that does not depend on the number of threads. The formulas stand in megascratch/ops/norm.py.
+// A row is short enough to stay in the first-level cache while it is read several times. The sums over tokens (dweight,
+// dbias) are kept for each part of the rows and added up at the end, in an order that does not depend on the number of
+// threads. The formulas stand in megascratch/ops/norm.py.
 
 #include "buffer.h"
 #include "dispatch.h"
 #include "kernels.h"
+#include "vectors.h"
 
 namespace megascratch::MEGASCRATCH_LEVEL {
 namespace {
@@ -24,56 +25,36 @@ void widen_parameter(const void* parameter, bool is_wide, Acc<T>* wide, int64_t 
   }
 }
 
-// Σ term(j) over j < n, in four sums side by side: one alone would wait for each addition's latency.
-template <typename A, typename Term>
-inline __attribute__((always_inline)) A sum_of(int64_t n, const Term& term) {
-  const int64_t quarter = n / 64 * 16;
-  A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t j = 0; j < quarter; ++j) {
-    s0 += term(j);
-    s1 += term(j + quarter);
-    s2 += term(j + 2 * quarter);
-    s3 += term(j + 3 * quarter);
-  }
-#pragma omp simd reduction(+ : s0)
-  for (int64_t j = 4 * quarter; j < n; ++j) s0 += term(j);
-  return (s0 + s1) + (s2 + s3);
-}
-
-// Widen a row, or the sum of two rounded as it is stored, and return the sum of squares.
-template <typename T>
-Acc<T> widen_rms_row(const NormArguments& a, int64_t row, Acc<T>* __restrict wide) {
-  using A = Acc<T>;
-  const T* __restrict x = static_cast<const T*>(a.x) + row * a.stride_x;
-  if (!a.residual) {
-    return sum_of<A>(a.h, [=](int64_t j) {
-      wide[j] = load(x[j]);
-      return wide[j] * wide[j];
-    });
-  }
-  const T* __restrict residual = static_cast<const T*>(a.residual) + row * a.stride_residual;
-  T* __restrict sum = static_cast<T*>(a.sum) + row * a.h;
-  return sum_of<A>(a.h, [=](int64_t j) {
-    sum[j] = store<T>(load(x[j]) + load(residual[j]));
-    wide[j] = load(sum[j]);
-    return wide[j] * wide[j];
-  });
-}
-
 template <typename T>
 void rms_rows(const NormArguments& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const Buffer<A> weight_buffer(a.h), wide_buffer(a.h);
+  using V = VectorOf<A>;
+  const Buffer<A> weight_buffer(a.h);
   widen_parameter<T>(a.weight, a.wide_parameters, weight_buffer, a.h);
   const A* __restrict weight = weight_buffer;
-  A* __restrict wide = wide_buffer;
   for (int64_t row = begin; row < end; ++row) {
-    const A squares = widen_rms_row<T>(a, row, wide);
-    const A rstd = 1 / square_root(squares / static_cast<A>(a.h) + static_cast<A>(a.eps));
-    T* __restrict y = static_cast<T*>(a.y) + row * a.h;
-#pragma omp simd
-    for (int64_t j = 0; j < a.h; ++j) y[j] = store<T>(wide[j] * rstd * weight[j]);
+    const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
+    A squares[1];
+    if (a.residual) {
+      const T* residual = static_cast<const T*>(a.residual) + row * a.stride_residual;
+      T* sum = static_cast<T*>(a.sum) + row * a.h;
+      sum_vectors(a.h, squares, [=](int64_t j, int64_t count, V* sums) {
+        store_vector(sum + j, load_vector(x + j, count) + load_vector(residual + j, count), count);
+        const V rounded = load_vector(sum + j, count);
+        sums[0] += rounded * rounded;
+      });
+      x = sum;
+    } else {
+      sum_vectors(a.h, squares, [=](int64_t j, int64_t count, V* sums) {
+        const V value = load_vector(x + j, count);
+        sums[0] += value * value;
+      });
+    }
+    const A rstd = 1 / square_root(squares[0] / static_cast<A>(a.h) + static_cast<A>(a.eps));
+    T* y = static_cast<T*>(a.y) + row * a.h;
+    for_vectors<A>(a.h, [=](int64_t j, int64_t count) {
+      store_vector(y + j, load_vector(x + j, count) * rstd * load_vector(weight + j, count), count);
+    });
     static_cast<A*>(a.rstd)[row] = rstd;
   }
 }
@@ -81,22 +62,30 @@ void rms_rows(const NormArguments& a, int64_t begin, int64_t end) {
 template <typename T>
 void layer_rows(const NormArguments& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const Buffer<A> weight_buffer(a.h), bias_buffer(a.h), wide_buffer(a.h);
+  using V = VectorOf<A>;
+  const Buffer<A> weight_buffer(a.h), bias_buffer(a.h);
   widen_parameter<T>(a.weight, a.wide_parameters, weight_buffer, a.h);
   widen_parameter<T>(a.bias, a.wide_parameters, bias_buffer, a.h);
   const A* __restrict weight = weight_buffer;
   const A* __restrict bias = bias_buffer;
-  A* __restrict wide = wide_buffer;
   for (int64_t row = begin; row < end; ++row) {
-    const T* __restrict x = static_cast<const T*>(a.x) + row * a.stride_x;
-    const A sum = sum_of<A>(a.h, [=](int64_t j) { return wide[j] = load(x[j]); });
-    const A mean = sum / static_cast<A>(a.h);
-    // A second pass over the differences: Σ x² − h mean² would cancel.
-    const A squares = sum_of<A>(a.h, [=](int64_t j) { return (wide[j] - mean) * (wide[j] - mean); });
-    const A rstd = 1 / square_root(squares / static_cast<A>(a.h) + static_cast<A>(a.eps));
-    T* __restrict y = static_cast<T*>(a.y) + row * a.h;
-#pragma omp simd
-    for (int64_t j = 0; j < a.h; ++j) y[j] = store<T>((wide[j] - mean) * rstd * weight[j] + bias[j]);
+    const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
+    // One pass, over the differences from a number near the mean: Σ x² − h mean² would cancel.
+    const int64_t some = a.h < lanes_of<A> ? a.h : lanes_of<A>;
+    const A near = sum_of<A>(load_vector(x, some)) / static_cast<A>(some);
+    A sums[2];
+    sum_vectors(a.h, sums, [=](int64_t j, int64_t count, V* sums) {
+      const V difference = load_vector(x + j, count) - first_numbers<A>(near, count);
+      sums[0] += difference;
+      sums[1] += difference * difference;
+    });
+    const A n = static_cast<A>(a.h), offset = sums[0] / n, variance = sums[1] / n - offset * offset;
+    const A mean = near + offset, rstd = 1 / square_root((variance > 0 ? variance : A(0)) + static_cast<A>(a.eps));
+    T* y = static_cast<T*>(a.y) + row * a.h;
+    for_vectors<A>(a.h, [=](int64_t j, int64_t count) {
+      const V normalised = (load_vector(x + j, count) - mean) * rstd;
+      store_vector(y + j, normalised * load_vector(weight + j, count) + load_vector(bias + j, count), count);
+    });
     static_cast<A*>(a.mean)[row] = mean;
     static_cast<A*>(a.rstd)[row] = rstd;
   }
@@ -129,33 +118,30 @@ void backward_through(
     const BackwardRow<T>& row, const Acc<T>* __restrict weight, Acc<T>* __restrict dweight, Acc<T>* __restrict dbias,
     int64_t h) {
   using A = Acc<T>;
-  const T* __restrict grad = row.grad;
-  const T* __restrict x = row.x;
-  T* __restrict dx = row.dx;
+  using V = VectorOf<A>;
+  const T* grad = row.grad;
+  const T* x = row.x;
+  const T* grad_sum = row.grad_sum;
+  T* dx = row.dx;
   const A mean = row.mean, rstd = row.rstd;
-  A dot = 0, sum = 0;
-#pragma omp simd reduction(+ : dot, sum)
-  for (int64_t j = 0; j < h; ++j) {
-    const A g = load(grad[j]), product = g * (load(x[j]) - mean) * rstd;
-    dweight[j] += product;
-    dot += product * weight[j];
-    if (centred) {
-      dbias[j] += g;
-      sum += g * weight[j];
+  A totals[2];
+  sum_vectors(h, totals, [=](int64_t j, int64_t count, V* sums) {
+    const V g = load_vector(grad + j, count), w = load_vector(weight + j, count);
+    const V product = g * ((load_vector(x + j, count) - mean) * rstd);
+    store_vector(dweight + j, load_vector(dweight + j, count) + product, count);
+    sums[0] += product * w;
+    if constexpr (centred) {
+      store_vector(dbias + j, load_vector(dbias + j, count) + g, count);
+      sums[1] += g * w;
     }
-  }
-  dot /= static_cast<A>(h), sum /= static_cast<A>(h);
-  const auto gradient = [=](int64_t j) {
-    return rstd * (load(grad[j]) * weight[j] - (load(x[j]) - mean) * rstd * dot - sum);
-  };
-  if (row.grad_sum) {
-    const T* __restrict grad_sum = row.grad_sum;
-#pragma omp simd
-    for (int64_t j = 0; j < h; ++j) dx[j] = store<T>(gradient(j) + load(grad_sum[j]));
-  } else {
-#pragma omp simd
-    for (int64_t j = 0; j < h; ++j) dx[j] = store<T>(gradient(j));
-  }
+  });
+  const A dot = totals[0] / static_cast<A>(h), sum = totals[1] / static_cast<A>(h);
+  for_vectors<A>(h, [=](int64_t j, int64_t count) {
+    const V normalised = (load_vector(x + j, count) - mean) * rstd;
+    V gradient = rstd * (load_vector(grad + j, count) * load_vector(weight + j, count) - normalised * dot - sum);
+    if (grad_sum) gradient += load_vector(grad_sum + j, count);
+    store_vector(dx + j, gradient, count);
+  });
 }
 
 template <typename T, bool centred>
