@@ -1,5 +1,7 @@
 // Activations of the feed-forward layer on the CPU, plain and gated, and their backward passes.
 
+#include "vectors.h"
+// After the vectors, whose exponential it calls.
 #include "curves.h"
 #include "dispatch.h"
 #include "kernels.h"
@@ -8,34 +10,34 @@ namespace megascratch::MEGASCRATCH_LEVEL {
 namespace {
 
 template <typename T, typename F>
-void plain_row(const T* __restrict x, T* __restrict y, int64_t f) {
-#pragma omp simd
-  for (int64_t j = 0; j < f; ++j) y[j] = store<T>(F::at(load(x[j])).value);
+void plain_row(const T* x, T* y, int64_t f) {
+  for_vectors<Acc<T>>(f, [=](int64_t j, int64_t count) {
+    store_vector(y + j, F::at(load_vector(x + j, count)).value, count);
+  });
 }
 
 template <typename T, typename F>
-void gated_row(const T* __restrict gate, const T* __restrict up, T* __restrict y, int64_t f) {
-#pragma omp simd
-  for (int64_t j = 0; j < f; ++j) y[j] = store<T>(F::at(load(gate[j])).value * load(up[j]));
+void gated_row(const T* gate, const T* up, T* y, int64_t f) {
+  for_vectors<Acc<T>>(f, [=](int64_t j, int64_t count) {
+    store_vector(y + j, F::at(load_vector(gate + j, count)).value * load_vector(up + j, count), count);
+  });
 }
 
 template <typename T, typename F>
-void plain_backward_row(const T* __restrict grad, const T* __restrict x, T* __restrict dx, int64_t f) {
-#pragma omp simd
-  for (int64_t j = 0; j < f; ++j) dx[j] = store<T>(load(grad[j]) * F::at(load(x[j])).slope);
+void plain_backward_row(const T* grad, const T* x, T* dx, int64_t f) {
+  for_vectors<Acc<T>>(f, [=](int64_t j, int64_t count) {
+    store_vector(dx + j, load_vector(grad + j, count) * F::at(load_vector(x + j, count)).slope, count);
+  });
 }
 
 template <typename T, typename F>
-void gated_backward_row(
-    const T* __restrict grad, const T* __restrict gate, const T* __restrict up, T* __restrict dgate,
-    T* __restrict dup, int64_t f) {
-#pragma omp simd
-  for (int64_t j = 0; j < f; ++j) {
-    const Acc<T> g = load(grad[j]);
-    const ValueAndSlope<Acc<T>> a = F::at(load(gate[j]));
-    dgate[j] = store<T>(g * load(up[j]) * a.slope);
-    dup[j] = store<T>(g * a.value);
-  }
+void gated_backward_row(const T* grad, const T* gate, const T* up, T* dgate, T* dup, int64_t f) {
+  for_vectors<Acc<T>>(f, [=](int64_t j, int64_t count) {
+    const auto g = load_vector(grad + j, count);
+    const auto a = F::at(load_vector(gate + j, count));
+    store_vector(dgate + j, g * load_vector(up + j, count) * a.slope, count);
+    store_vector(dup + j, g * a.value, count);
+  });
 }
 
 template <typename T, typename F>
