@@ -59,27 +59,6 @@ void pack_rows(const MatmulArguments& a, int64_t row, int64_t rows, int64_t step
   }
 }
 
-typedef uint32_t Eight __attribute__((vector_size(32), aligned(4)));
-
-// Eight columns of eight operands each, all of four bytes, to eight rows.
-MEGASCRATCH_DEVICE void transpose_eight(const char* from, int64_t column_bytes, uint32_t* to, int64_t to_row) {
-  Eight x[8], y[8];
-  for (int j = 0; j < 8; ++j) memcpy(&x[j], from + j * column_bytes, sizeof x[j]);
-  for (int j = 0; j < 8; j += 2) {
-    y[j] = __builtin_shuffle(x[j], x[j + 1], Eight{0, 8, 2, 10, 4, 12, 6, 14});
-    y[j + 1] = __builtin_shuffle(x[j], x[j + 1], Eight{1, 9, 3, 11, 5, 13, 7, 15});
-  }
-  for (int j = 0; j < 8; j += (j & 1) ? 3 : 1) {
-    x[j] = __builtin_shuffle(y[j], y[j + 2], Eight{0, 1, 8, 9, 4, 5, 12, 13});
-    x[j + 2] = __builtin_shuffle(y[j], y[j + 2], Eight{2, 3, 10, 11, 6, 7, 14, 15});
-  }
-  for (int j = 0; j < 4; ++j) {
-    y[j] = __builtin_shuffle(x[j], x[j + 4], Eight{0, 1, 2, 3, 8, 9, 10, 11});
-    y[j + 4] = __builtin_shuffle(x[j], x[j + 4], Eight{4, 5, 6, 7, 12, 13, 14, 15});
-  }
-  for (int j = 0; j < 8; ++j) memcpy(to + j * to_row, &y[j], sizeof y[j]);
-}
-
 // Columns [column, column + count) and steps [step, step + steps) of b, padded with zeros.
 template <typename P, typename T>
 void pack_columns(const MatmulArguments& a, int64_t column, int64_t count, int64_t step, int64_t steps, P* packed) {

@@ -105,6 +105,27 @@ inline bool multiplies_pairs() { return false; }
 
 #endif
 
+typedef uint32_t Eight __attribute__((vector_size(32), aligned(4)));
+
+// Eight columns of eight operands each, all of four bytes, to eight rows.
+MEGASCRATCH_DEVICE void transpose_eight(const char* from, int64_t column_bytes, uint32_t* to, int64_t to_row) {
+  Eight x[8], y[8];
+  for (int j = 0; j < 8; ++j) memcpy(&x[j], from + j * column_bytes, sizeof x[j]);
+  for (int j = 0; j < 8; j += 2) {
+    y[j] = __builtin_shuffle(x[j], x[j + 1], Eight{0, 8, 2, 10, 4, 12, 6, 14});
+    y[j + 1] = __builtin_shuffle(x[j], x[j + 1], Eight{1, 9, 3, 11, 5, 13, 7, 15});
+  }
+  for (int j = 0; j < 8; j += (j & 1) ? 3 : 1) {
+    x[j] = __builtin_shuffle(y[j], y[j + 2], Eight{0, 1, 8, 9, 4, 5, 12, 13});
+    x[j + 2] = __builtin_shuffle(y[j], y[j + 2], Eight{2, 3, 10, 11, 6, 7, 14, 15});
+  }
+  for (int j = 0; j < 4; ++j) {
+    y[j] = __builtin_shuffle(x[j], x[j + 4], Eight{0, 1, 2, 3, 8, 9, 10, 11});
+    y[j + 4] = __builtin_shuffle(x[j], x[j + 4], Eight{4, 5, 6, 7, 12, 13, 14, 15});
+  }
+  for (int j = 0; j < 8; ++j) memcpy(to + j * to_row, &y[j], sizeof y[j]);
+}
+
 // A matrix of a tensor's elements.
 template <typename T>
 struct View {
@@ -125,7 +146,17 @@ void pack(View<T> x, int64_t steps, int64_t columns, P* packed) {
   };
   for (int64_t panel = 0; panel < columns; panel += lanes) {
     const int64_t count = columns - panel < lanes ? columns - panel : lanes;
-    for (int64_t step = 0; step < steps; step += width, packed += lanes) {
+    int64_t step = 0;
+    if constexpr (sizeof(P) == 4 && __is_same(T, Stored)) {
+      for (; count == lanes && x.row == 1 && step + 8 * width <= steps; step += 8 * width, packed += 8 * lanes) {
+        for (int64_t j = 0; j < lanes; j += 8) {
+          transpose_eight(
+              reinterpret_cast<const char*>(x.at + (panel + j) * x.column + step),
+              x.column * static_cast<int64_t>(sizeof(T)), reinterpret_cast<uint32_t*>(packed + j), lanes);
+        }
+      }
+    }
+    for (; step < steps; step += width, packed += lanes) {
       const auto operand = [&](int64_t j) -> P {
         if constexpr (width == 1) {
           return element(step, panel + j);
