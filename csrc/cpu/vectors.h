@@ -64,6 +64,24 @@ MEGASCRATCH_DEVICE VectorOf<double> exponential(VectorOf<double> x) {
   return exponential_of<ExponentialDouble, IntegersOf<double>>(x);
 }
 
+// x between −bound and bound; NaN stays NaN. And 1 / x to a few units in the last place, for x between 1e-30 and 1e30.
+#ifdef __AVX512F__
+MEGASCRATCH_DEVICE VectorOf<float> clamped(VectorOf<float> x, float bound) {
+  const __m512 end = _mm512_set1_ps(bound), above = _mm512_maskz_max_ps(0xffff, -end, bits_of<__m512>(x));
+  return bits_of<VectorOf<float>>(_mm512_maskz_min_ps(0xffff, end, above));
+}
+MEGASCRATCH_DEVICE VectorOf<float> reciprocal(VectorOf<float> x) {
+  const VectorOf<float> estimate = bits_of<VectorOf<float>>(_mm512_maskz_rcp14_ps(0xffff, bits_of<__m512>(x)));
+  return estimate * (2.0f - x * estimate);
+}
+#else
+MEGASCRATCH_DEVICE VectorOf<float> clamped(VectorOf<float> x, float bound) {
+  const VectorOf<float> above = x < -bound ? VectorOf<float>{} - bound : x;
+  return above > bound ? VectorOf<float>{} + bound : above;
+}
+MEGASCRATCH_DEVICE VectorOf<float> reciprocal(VectorOf<float> x) { return 1.0f / x; }
+#endif
+
 // erfc(z), as curves.h asks for it; the parity tests' double precision may take its time.
 MEGASCRATCH_DEVICE VectorOf<double> upper_tail(VectorOf<double> z, VectorOf<double>) {
   for (int i = 0; i < lanes_of<double>; ++i) z[i] = __builtin_erfc(z[i]);
