@@ -5,8 +5,12 @@ The three run in turn, several times, and the best time of each counts. Time is 
 other work on the machine takes none of it away (it still takes cache and clock). "% of copy" compares the bytes that an
 operator must at least move, forward and backward, with what copying a tensor of its input's size moves in its time.
 
+torch.compile takes some seconds for each row the first time, and keeps what it made on disk: a part of the table that
+was run once before (`--repeats 1`) comes at once. Attention has a table of its own, attention.py.
+
     OMP_NUM_THREADS=1 python tools/bench/ops.py
-    OMP_NUM_THREADS=1 python tools/bench/ops.py --ops rms_norm swiglu --no-compile
+    OMP_NUM_THREADS=1 python tools/bench/ops.py --ops rms_norm swiglu --dtypes bf16 --shapes 0 1
+    OMP_NUM_THREADS=1 python tools/bench/ops.py --no-compile
 """
 
 import argparse
@@ -166,6 +170,19 @@ def adamw_columns(n: int, dtype: torch.dtype, compiled: bool) -> tuple[dict[str,
     return columns, value, 7 if model is None else 7.5
 
 
+def squared_norm_columns(n: int, dtype: torch.dtype, compiled: bool) -> tuple[dict[str, Callable[[], object]], Tensor]:
+    """The sum of squares of n gradients, as clipping needs it; it has no backward pass."""
+    x = torch.randn(n).to(dtype)
+
+    def eager() -> Tensor:
+        return torch.linalg.vector_norm(x, dtype=torch.float32).square()
+
+    columns: dict[str, Callable[[], object]] = {"ours": lambda: ops.squared_norm(x), "eager": eager}
+    if compiled:
+        columns["compile"] = torch.compile(eager)
+    return columns, x
+
+
 def best_seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Run the functions in turn, `repeats` times after a first, and return each one's best time of this thread."""
     best = dict.fromkeys(functions, float("inf"))
@@ -178,43 +195,51 @@ def best_seconds(functions: dict[str, Callable[[], object]], repeats: int) -> di
     return best
 
 
+def columns_of(
+    name: str, tokens: int, h: int, dtype: torch.dtype, compiled: bool
+) -> tuple[dict[str, Callable[[], object]], Tensor, float]:
+    """Return what runs in each column, the tensor whose copy is the measure, and how many of its sizes are moved."""
+    if name == "adamw":
+        return adamw_columns(tokens * h, dtype, compiled)
+    if name == "squared_norm":
+        return *squared_norm_columns(tokens * h, dtype, compiled), 1
+    case = cases(tokens, h, dtype)[name]
+    columns = {"ours": run(case.ours, case), "eager": run(case.eager, case)}
+    if compiled:
+        columns["compile"] = run(torch.compile(case.eager, dynamic=False), case)
+    return columns, case.inputs[0].detach(), case.moved
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [*cases(256, 64, torch.float32), "adamw"]
+    names = [*cases(256, 64, torch.float32), "adamw", "squared_norm"]
     parser.add_argument("--ops", choices=names, nargs="+", default=names)
     parser.add_argument("--dtypes", choices=["fp32", "bf16"], nargs="+", default=["fp32", "bf16"])
-    parser.add_argument(
-        "--no-compile", action="store_true", help="leave torch.compile out: it takes minutes to warm up"
-    )
+    parser.add_argument("--shapes", type=int, choices=range(len(SHAPES)), nargs="+", default=range(len(SHAPES)))
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(1)
     console = make_console()
-    table = Table(title="forward + backward, milliseconds of one thread")
-    for column in ("operator", "tokens × h", "dtype", "ours", "eager", "compile", "best peer / ours", "% of copy"):
+    table = Table(title="forward + backward, milliseconds of one thread; peers' times over ours")
+    for column in (
+        "operator", "tokens × h", "dtype", "ours", "eager", "compile", "eager / ours", "compile / ours", "% of copy",
+    ):  # fmt: skip
         table.add_column(column, justify="left" if column == "operator" else "right")
-    for tokens, h in SHAPES:
+    for name in args.ops:
         for dtype in args.dtypes:
-            all_cases = cases(tokens, h, DTYPES[dtype])
-            for name in args.ops:
-                if name == "adamw":
-                    columns, copied, moved = adamw_columns(tokens * h, DTYPES[dtype], not args.no_compile)
-                else:
-                    case = all_cases[name]
-                    columns = {"ours": run(case.ours, case), "eager": run(case.eager, case)}
-                    if not args.no_compile:
-                        columns["compile"] = run(torch.compile(case.eager, dynamic=False), case)
-                    copied, moved = case.inputs[0].detach(), case.moved
+            for tokens, h in (SHAPES[i] for i in args.shapes):
+                columns, copied, moved = columns_of(name, tokens, h, DTYPES[dtype], not args.no_compile)
                 target = torch.empty_like(copied)
                 seconds = best_seconds({**columns, "copy": lambda a=target, b=copied: a.copy_(b)}, args.repeats)
-                peer = min(seconds[column] for column in ("eager", "compile") if column in seconds)
+                ours = seconds["ours"]
                 row = (
                     name,
                     f"{tokens} × {h}",
                     dtype,
                     *(f"{1e3 * seconds[c]:.3f}" if c in seconds else "–" for c in ("ours", "eager", "compile")),
-                    f"{peer / seconds['ours']:.2f}",
-                    f"{50 * moved * seconds['copy'] / seconds['ours']:.0f}%",
+                    *(f"{seconds[c] / ours:.2f}" if c in seconds else "–" for c in ("eager", "compile")),
+                    f"{50 * moved * seconds['copy'] / ours:.0f}%",
                 )
                 table.add_row(*row)
                 console.print(*row)
