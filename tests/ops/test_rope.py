@@ -85,6 +85,16 @@ def test_misaligned_rows_take_the_narrow_path(backend, close):
     close(q_out, oracle(x, angles.unsqueeze(1), False), torch.bfloat16)
 
 
+def test_offsets_beyond_32_bits(backend, close):
+    if backend.device == "cuda":
+        pytest.skip("the tokens that lie between would have to be there")
+    apart = torch.empty(2, 2**31 + 8, dtype=torch.bfloat16)[:, :16].view(2, 1, 2, 8)  # memory that is never touched
+    apart.copy_(draw(2, 1, 2, 8))
+    angles, cos, sin = table(2, 8, torch.bfloat16)
+    for out in backend.ops.rope(apart, apart, cos, sin, None, 0, False, False):
+        close(out, oracle(apart, angles.unsqueeze(1), False), torch.bfloat16)
+
+
 @pytest.mark.parametrize("position", [-1, 5])
 def test_a_position_outside_the_table_never_reads_it(backend, position):
     q = draw(2, 1, 1, 4, dtype=torch.float32)

@@ -91,6 +91,18 @@ def test_strided_and_misaligned_rows(backend, close, dtype):
             close(grads, expected_grad, dtype)
 
 
+def test_offsets_beyond_32_bits(backend, close):
+    if backend.device == "cuda":
+        pytest.skip("the rows that lie between would have to be there")
+    apart = torch.empty(2, 2**31 + 8, dtype=torch.bfloat16)[:, :16].view(2, 1, 2, 8)  # memory that is never touched
+    apart.copy_(torch.randn(2, 1, 2, 8))
+    expected = oracle(apart, 0.5, True, None)
+    close(backend.ops.scaled_softmax(apart, 0.5, True, None), expected, torch.bfloat16)
+    g, p = apart.double(), apart.double()
+    expected_grad = 0.5 * p * (g - (p * g).sum(dim=-1, keepdim=True))
+    close(backend.ops.scaled_softmax_backward(apart, apart, 0.5, False), expected_grad, torch.bfloat16)
+
+
 @pytest.mark.parametrize("length", [1, 3, 1024, 1025, 8192, 8193, 20011])
 def test_any_length_sums_to_one(backend, length):
     for _ in backend.schedules(10):
