@@ -41,19 +41,46 @@ MEGASCRATCH_DEVICE P operand(const T* at, int64_t stride, int64_t i, int64_t k) 
   }
 }
 
-// Rows [row, row + rows) and steps [step, step + steps) of a, in panels of tile_rows rows, padded with zeros.
+// The same for neighbouring rows or columns, `n` of them.
+template <int n, typename P, typename T>
+MEGASCRATCH_DEVICE void operands(const T* at, int64_t stride, int64_t i, int64_t k, P* to) {
+  if constexpr (Operand<P>::width == 1) {
+#pragma omp simd
+    for (int j = 0; j < n; ++j) to[j] = load(at[i * stride + j]);
+  } else {
+    const T* even = at + 2 * i * stride;
+    const T* odd = even + stride;
+    uint32_t pairs[n];
+    if (2 * i + 1 < k) {
+#pragma omp simd
+      for (int j = 0; j < n; ++j) pairs[j] = even[j].bits | static_cast<uint32_t>(odd[j].bits) << 16;
+    } else {
+      for (int j = 0; j < n; ++j) pairs[j] = even[j].bits;
+    }
+    memcpy(static_cast<void*>(to), pairs, sizeof pairs);
+  }
+}
+
+// Rows [row, row + rows) and steps [step, step + steps) of a, in panels of tile_rows rows, padded with zeros. Where a
+// runs along m, a few steps go through all panels before the next: each cache line is then fetched once.
 template <typename P, typename T>
 void pack_rows(const MatmulArguments& a, int64_t row, int64_t rows, int64_t step, int64_t steps, P* packed) {
-  const T* from = static_cast<const T*>(a.a);
-  for (int64_t end = row + rows; row < end; row += tile_rows) {
-    const int64_t count = smaller(tile_rows, end - row);
-    for (int64_t i = step; i < step + steps; ++i, packed += tile_rows) {
-      if (count == tile_rows && a.a_row == 1) {
-#pragma omp simd
-        for (int64_t j = 0; j < tile_rows; ++j) packed[j] = operand<P>(from + row + j, a.a_column, i, a.k);
-      } else {
-        for (int64_t j = 0; j < count; ++j) packed[j] = operand<P>(from + (row + j) * a.a_row, a.a_column, i, a.k);
-        for (int64_t j = count; j < tile_rows; ++j) packed[j] = P{};
+  constexpr int64_t few = 16;
+  const T* from = static_cast<const T*>(a.a) + row * a.a_row;
+  for (int64_t begin = 0; begin < steps; begin += few) {
+    const int64_t end = smaller(begin + few, steps);
+    for (int64_t first = 0; first < rows; first += tile_rows) {
+      const int64_t count = smaller(tile_rows, rows - first);
+      for (int64_t i = begin; i < end; ++i) {
+        P* to = packed + first * steps + i * tile_rows;
+        if (count == tile_rows && a.a_row == 1) {
+          operands<tile_rows>(from + first, a.a_column, step + i, a.k, to);
+        } else {
+          for (int64_t j = 0; j < count; ++j) {
+            to[j] = operand<P>(from + (first + j) * a.a_row, a.a_column, step + i, a.k);
+          }
+          for (int64_t j = count; j < tile_rows; ++j) to[j] = P{};
+        }
       }
     }
   }
@@ -77,8 +104,7 @@ void pack_columns(const MatmulArguments& a, int64_t column, int64_t count, int64
   }
   for (; i < step + steps; ++i, packed += columns) {
     if (count == columns && a.b_column == 1) {
-#pragma omp simd
-      for (int64_t j = 0; j < columns; ++j) packed[j] = operand<P>(from + j, a.b_row, i, a.k);
+      operands<columns>(from, a.b_row, i, a.k, packed);
     } else {
       for (int64_t j = 0; j < count; ++j) packed[j] = operand<P>(from + j * a.b_column, a.b_row, i, a.k);
       for (int64_t j = count; j < columns; ++j) packed[j] = P{};
@@ -101,6 +127,16 @@ void write_tile(const A* sums, O* out, int64_t out_row, int64_t rows, int64_t co
     }
   }
 }
+
+#ifdef __AVX512F__
+// Whole rows of a tile, rounded by the processor's own instruction.
+__attribute__((target("avx512bf16"))) void write_tile(const float* sums, BFloat16* out, int64_t out_row, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row, sums += 32, out += out_row) {
+    const __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + 16), _mm512_loadu_ps(sums));
+    memcpy(static_cast<void*>(out), &pair, sizeof pair);
+  }
+}
+#endif
 
 // P: what is multiplied, T: what a and b are stored in, O: what the result is.
 template <typename P, typename T, typename O>
@@ -171,6 +207,11 @@ struct Matmul {
     }
     Sum sums[tile_rows * columns];
     multiply_tile<false>(left, left_row, left_step, panel, count, sums, columns);
+#ifdef __AVX512F__
+    if constexpr (__is_same(P, BFloat16Pair) && __is_same(O, BFloat16)) {
+      if (width == columns && !add) return write_tile(sums, out, a.out_row, height);
+    }
+#endif
     write_tile(sums, out, a.out_row, height, width, add);
   }
 };

@@ -6,6 +6,8 @@ The vocabulary is padded so that it divides over any tp and fills whole tiles of
 physical only: they are zero, no token reads them, no logit of theirs enters a loss, and no checkpoint holds them.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from megascratch.dist import comm
 from megascratch.dist.layout import Init, Split
 from megascratch.nn.placement import Placement
+from megascratch.nn.weight_gradients import main_grad
 
 VOCABULARY_TILE = 64  # rows a rank is padded to: 128 bytes of 16-bit logits, what tensor cores want aligned
 
@@ -20,6 +23,24 @@ VOCABULARY_TILE = 64  # rows a rank is padded to: 128 bytes of 16-bit logits, wh
 def vocabulary_split(vocab_size: int, tp: int) -> Split:
     """Return how a [v, h] weight is divided over tp ranks, with the padding that makes it divide."""
     return Split(0, "tp", pad=-vocab_size % (tp * VOCABULARY_TILE))
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a weight [v, h] by index. Its gradient touches few rows: they are added to the main gradient in place."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.weight = weight
+        return F.embedding(rows, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:
+        (rows,), total = ctx.saved_tensors, main_grad(ctx.weight)
+        if total is None or grad.is_cuda:  # there index_add_ adds in no fixed order
+            return None, torch.ops.aten.embedding_dense_backward(grad, rows, len(ctx.weight), -1, False)
+        total.index_add_(0, rows.flatten(), grad.flatten(0, -2).to(total.dtype))
+        return None, None
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -38,9 +59,9 @@ class VocabParallelEmbedding(nn.Module):
         tp = self.placement.tp
         local = tokens.t() - tp.rank * self.weight.shape[0]
         if tp.size == 1:
-            return F.embedding(local, self.weight)
+            return _Lookup.apply(local, self.weight)
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
-        x = F.embedding(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        x = _Lookup.apply(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
         return comm.reduce_scatter(x, tp) if self.placement.sequence_parallel else comm.all_reduce(x, tp)
 
 
@@ -53,7 +74,7 @@ class LearnedPositions(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """Look up positions of this rank's tokens, [s/tp or s, b]. Returns: [s/tp or s, b, h]."""
-        return F.embedding(positions, self.weight)
+        return _Lookup.apply(positions, self.weight)
 
 
 def local_positions(length: int, offset: int, placement: Placement) -> Tensor:

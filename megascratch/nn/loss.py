@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from megascratch import ops
 from megascratch.dist import comm
 from megascratch.dist.mesh import Axis
+from megascratch.nn.weight_gradients import main_grad
 
 # Enough rows for a product at full speed, few enough that 128k words take half a gigabyte in float32.
 CHUNK_TOKENS = 1024
@@ -107,15 +108,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         logprobs, grad_x, grad_weight = _go_through(x, weight, labels, -weights if needed else None, vocab_size, tp)
         ctx.save_for_backward(grad_x, grad_weight)
-        ctx.dtype = weight.dtype
+        ctx.weight = weight
         return -(logprobs * weights).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        # Rounded as it is scaled: the largest tensor here has no third copy.
-        scaled = torch.mul(grad_weight, grad, out=grad_weight.new_empty(grad_weight.shape, dtype=ctx.dtype))
+        (grad_x, grad_weight), total = ctx.saved_tensors, main_grad(ctx.weight)
+        if total is not None:  # the largest tensor here has no third copy
+            total.addcmul_(grad_weight, grad)
+            return grad_x * grad, None, None, None, None, None
+        # Rounded as it is scaled, for the same reason.
+        scaled = torch.mul(grad_weight, grad, out=torch.empty_like(ctx.weight))
         return grad_x * grad, scaled, None, None, None, None
 
 

@@ -10,7 +10,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize(
-    ("recipe", "world_size"), [("demo/pretrain.toml", 4), ("single_node/pretrain.toml", 8), ("slurm/pretrain.toml", 64)]
+    ("recipe", "world_size"),
+    [
+        ("demo/pretrain.toml", 4),
+        ("single_node/pretrain.toml", 8),
+        ("slurm/pretrain.toml", 64),
+        ("tinyshakespeare/pretrain.toml", 1),
+    ],
 )
 def test_recipe_fits_its_machines(recipe: str, world_size: int) -> None:
     parallel = load_config(EXAMPLES / recipe, world_size=world_size).parallel
