@@ -173,6 +173,8 @@ LAYOUTS = [
     _layout("tp4-muon", "qwen", optim="muon", tp=4),
     _layout("tp2-pp2-muon-no-sp", "gpt2", optim="muon", tp=2, pp=2, sequence_parallel=False),
     _layout("tp2-dp2-muon", optim="muon", tp=2, dp=2),
+    _layout("dp2-ep2-muon-moe", "moe", optim="muon", dp=2, ep=2),
+    _layout("tp2-dp2-ep2-zero1-muon-moe", "moe", optim="muon", tp=2, dp=2, ep=2, zero=1),
     _layout("dp4-zero1-muon", "tied", optim="muon", dp=4, zero=1),
     _layout("tp2-cp2-dp2-zero1-muon", optim="muon", tp=2, cp=2, dp=2, zero=1),
     _layout("pp2-dp2-zero1-dualpipe-muon", "gpt2", optim="muon", pp=2, dp=2, zero=1, schedule="dualpipe"),

@@ -13,9 +13,10 @@ unfused model, whatever is fused or divided here. What is no matrix of a linear 
 is left to AdamW.
 
 Communication. A matrix must be whole on some rank, and no rank needs all of them. The ranks that hold a bucket whole
-among them (tp under ZeRO-0, where data-parallel ranks do the same work as they do in AdamW; tp × dp × cp under ZeRO-1)
-deal the weights out; two all-to-alls bring the momentum to the owner and the update back (`whole.WholeTensors`). They
-move twice the rank's run in the model's dtype, beside the reduce-scatter and the all-gather that every rule has.
+among them (tp under ZeRO-0, where data-parallel ranks do the same work as they do in AdamW; tp × dp × cp under ZeRO-1,
+and where dp divides experts) deal the weights out; two all-to-alls bring the momentum to the owner and the update back
+(`whole.WholeTensors`). They move twice the rank's run in the model's dtype, beside the reduce-scatter and the
+all-gather that every rule has.
 """
 
 import math
@@ -78,7 +79,8 @@ class Muon:
     def __init__(self, optim: OptimConfig, runs: Sequence[OwnedRun], mesh: Mesh) -> None:
         self.optim, self.runs = optim, runs
         self.scale = SCALES[optim.muon_scale]
-        axis = mesh.stage if any(run.bucket.sharded for run in runs) else mesh.tp
+        divided = mesh.ep.size > 1 or any(run.bucket.sharded for run in runs)
+        axis = mesh.stage if divided else mesh.tp
         self.wholes = WholeTensors(runs, mesh, axis, runs[0].bucket.values.dtype)
 
     @torch.no_grad()

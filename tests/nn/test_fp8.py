@@ -65,6 +65,22 @@ def test_three_products_against_float64(dtype: torch.dtype) -> None:
         assert 0.01 < loss < 0.08, "three and two bits after the leading one cost a few per cent, and not nothing"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that this torch can use")
+def test_a_gpu_multiplies_as_a_cpu_does() -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no fp8")
+    x, weight, grad = torch.randn(64, 1, 48), torch.randn(32, 48), torch.randn(64, 1, 32)
+    results = []
+    for device in ("cpu", "cuda"):
+        own, rows = x.to(device).requires_grad_(), weight.to(device).requires_grad_()
+        y = column_linear(own, rows, Axis("tp"), False, fp8=True)
+        y.backward(grad.to(device))
+        assert own.grad is not None and rows.grad is not None
+        results.append([tensor.detach().cpu() for tensor in (y, own.grad, rows.grad)])
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2 * want.abs().max().item())
+
+
 def test_zeros_and_what_is_not_finite() -> None:
     assert not column_linear(torch.zeros(16, 1, 16), torch.ones(16, 16), Axis("tp"), False, fp8=True).any()
     for bad in (torch.inf, torch.nan):

@@ -28,6 +28,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tools/bench"
 TAIL_CHARACTERS = 4000
+# The operators' CUDA backend, and what else skips itself without a GPU; not the host run of the same kernels.
+GPU_TESTS = ("tests/ops", "tests/nn/test_fp8.py", "tests/engine/test_graph.py")
+GPU_TESTS += ("-k", "(cuda and not host) or a_gpu or their_kernels")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def parts(python: str = sys.executable) -> list[Part]:
     ]
     return [
         Part("build", "build", (python, "setup.py", "build_ext", "--inplace"), 150),
-        Part("tests", "tests", (python, "-m", "pytest", "-q", "tests/ops", "-k", "cuda and not host"), 120),
+        Part("tests", "tests", (python, "-m", "pytest", "-q", *GPU_TESTS), 120),
         Part("ops", "ops", (python, str(BENCH / "gpu_ops.py")), 60, measures=True),
         *(
             Part(
