@@ -1,12 +1,13 @@
-"""The one list of layouts, shared by the tests of parity, resume and conversion, and what it takes to run on them."""
+"""What a layout under test is, and what it takes to run on one. `matrix.py` chooses the layouts."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 
-from megascratch.config import Config, config_from_dict
+from megascratch.config import Config, ParallelConfig, config_from_dict
 from megascratch.data.microbatch import Microbatch
 from megascratch.data.sampler import Batches
 from megascratch.data.samples import Sample
@@ -17,7 +18,6 @@ from megascratch.engine import Engine, StepReport, next_token
 VOCAB_SIZE, SEQ_LENGTH, GLOBAL_BATCH = 61, 16, 8
 
 BASE = {
-    "n_layers": 4,
     "hidden": 32,
     "n_heads": 8,
     "n_kv_heads": 4,
@@ -78,6 +78,25 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+# Keys of [parallel] that mean nothing where another has a certain value.
+MEANINGLESS = {
+    "sequence_parallel": ("tp", 1),
+    "cp_algorithm": ("cp", 1),
+    "layers_per_stage": ("pp", 1),
+    "schedule": ("pp", 1),
+    "zero_ranks": ("zero", 0),
+}
+
+
+# What a way of recomputation needs beside it; keys that are given win.
+BESIDE = {"block": {"recompute_layers": 1}, "auto": {"memory_budget_gib": 2e-3}}
+
+
+def choices(key: str, section: type[BaseModel] = ParallelConfig) -> tuple[Any, ...]:
+    """Return what the schema lets a key be."""
+    return get_args(section.model_fields[key].annotation)
+
+
 @dataclass(frozen=True)
 class Layout:
     """A layout of up to 8 ranks and the model that it is tried with.
@@ -102,84 +121,16 @@ class Layout:
     def world(self) -> int:
         return int(np.prod([self.parallel.get(axis, 1) for axis in ("tp", "pp", "cp", "dp")]))
 
+    @property
+    def n_layers(self) -> int:
+        """Few: a collective of ranks that share two cores takes a millisecond, and each layer has a dozen of them."""
+        stages = self.parallel.get("pp", 1) * self.parallel.get("vp", 1)
+        alone = self.parallel.get("tp", 1) * self.parallel.get("cp", 1) == 1
+        return max(stages, 4 if alone or "moe" in self.model else 2)
 
-def _layout(
-    name: str,
-    model: str = "llama",
-    micro_batch: int = 1,
-    packed: bool = False,
-    optim: str = "adamw",
-    **parallel: Any,
-) -> Layout:
-    return Layout(name, parallel, model, micro_batch, packed, optim)
-
-
-LAYOUTS = [
-    _layout("tp2", tp=2),
-    _layout("tp2-no-sp", "gpt2", tp=2, sequence_parallel=False),
-    _layout("tp4-qwen", "qwen", tp=4),
-    _layout("tp2-no-sp-qwen", "qwen", tp=2, sequence_parallel=False),
-    _layout("pp2-gpipe", "tied", pp=2, schedule="gpipe"),
-    _layout("pp2-1f1b", "gpt2", micro_batch=2, pp=2),
-    _layout("pp4-1f1b-recompute", "olmo", pp=4, recompute="full"),
-    _layout("pp2-vp2-interleaved", "tied", pp=2, vp=2),
-    _layout("dp2", "olmo", dp=2),
-    _layout("dp4-zero1", "tied", dp=4, zero=1),
-    _layout("dp2-zero1-mb2", dp=2, zero=1, micro_batch=2),
-    _layout("tp2-dp2-zero1", "gpt2", tp=2, dp=2, zero=1),
-    _layout("tp2-pp2", "tied", tp=2, pp=2),
-    _layout("tp2-pp2-dropout-recompute", "dropout", tp=2, pp=2, recompute="full"),
-    _layout("tp2-pp2-vp2-no-sp", "qwen", tp=2, pp=2, vp=2, sequence_parallel=False),
-    _layout("pp2-dp2-zero1-gpipe", "qwen", pp=2, dp=2, zero=1, schedule="gpipe"),
-    _layout("tp2-pp2-dp2-zero1", "tied", tp=2, pp=2, dp=2, zero=1),
-    _layout("tp2-pp2-dp2-vp2-dropout", "dropout", tp=2, pp=2, dp=2, vp=2),
-    _layout("tp4-dp2-recompute", "olmo", tp=4, dp=2, recompute="full"),
-    _layout("tp2-packed", packed=True, tp=2),
-    _layout("cp2-ring", "qwen", cp=2),
-    _layout("cp4-ring-packed", packed=True, cp=4),
-    _layout("cp2-ulysses-packed", packed=True, cp=2, cp_algorithm="ulysses"),
-    _layout("cp2-all-gather-learned", "gpt2", cp=2, cp_algorithm="all_gather"),
-    _layout("cp2-tp2-dp2-zero1", "tied", cp=2, tp=2, dp=2, zero=1),
-    _layout("cp2-tp2-pp2-packed", packed=True, cp=2, tp=2, pp=2),
-    _layout("cp2-pp2-vp2-dp2-ulysses", "olmo", cp=2, pp=2, vp=2, dp=2, cp_algorithm="ulysses"),
-    _layout("pp4-zb-h1", "tied", pp=4, schedule="zb-h1"),
-    _layout("tp2-pp2-zb-h1-recompute", "qwen", tp=2, pp=2, schedule="zb-h1", recompute="full"),
-    _layout("pp2-dp2-zero1-zb-h2", "olmo", pp=2, dp=2, zero=1, schedule="zb-h2"),
-    _layout("pp2-zb-v-tied", "tied", pp=2, vp=2, schedule="zb-v"),
-    _layout("tp2-pp2-zb-v-no-sp", "gpt2", tp=2, pp=2, vp=2, schedule="zb-v", sequence_parallel=False),
-    _layout("pp2-v-half-dropout", "dropout", pp=2, vp=2, schedule="v-half"),
-    _layout("pp2-v-min", pp=2, vp=2, schedule="v-min", micro_batch=2),
-    _layout("pp2-dp2-dualpipe-v", "tied", pp=2, dp=2, vp=2, schedule="dualpipe-v"),
-    _layout("pp2-dualpipe-tied", "tied", pp=2, schedule="dualpipe"),
-    _layout("tp2-pp4-dualpipe", "qwen", tp=2, pp=4, schedule="dualpipe"),
-    _layout("pp2-dp2-zero1-dualpipe", "gpt2", pp=2, dp=2, zero=1, schedule="dualpipe"),
-    _layout("pp2-uneven", "qwen", pp=2, layers_per_stage=[3, 1]),
-    _layout("tp2-pp2-zb-h1-selective", "dropout", tp=2, pp=2, schedule="zb-h1", recompute="selective"),
-    _layout("pp2-vp2-zb-v-block", "tied", pp=2, vp=2, schedule="zb-v", recompute="block", recompute_layers=1),
-    _layout("cp2-dp2-selective-named", packed=True, cp=2, dp=2, recompute="selective", recompute_modules=["core_attn"]),
-    _layout("tp2-auto-offload", "qwen", tp=2, recompute="auto", memory_budget_gib=1e-3, offload_activations=True),
-    _layout("dp4-ep2", "moe", dp=4, ep=2),
-    _layout("dp2-ep2-zero1", "moe", dp=2, ep=2, zero=1),
-    _layout("tp2-ep2", "moe", tp=2, dp=2, ep=2),
-    _layout("tp2-no-sp-moe", "moe", tp=2, sequence_parallel=False),
-    _layout("cp2-ep2-capacity", "moe-capacity", cp=2, dp=2, ep=2),
-    _layout("tp2-cp2-dp2-ep2-zero1-capacity", "moe-capacity", tp=2, cp=2, dp=2, ep=2, zero=1),
-    _layout("tp2-pp2-ep2-zb-h1-recompute", "moe", tp=2, pp=2, dp=2, ep=2, schedule="zb-h1", recompute="full"),
-    _layout("pp2-vp2-dp4-ep4-zero1-selective", "moe", pp=2, vp=2, dp=4, ep=4, zero=1, recompute="selective"),
-    _layout("pp2-dp2-ep2-dualpipe", "moe", pp=2, dp=2, ep=2, schedule="dualpipe"),
-    _layout("pp4-balanced", "tied", pp=4, layers_per_stage="balanced"),
-    # 8 microbatches over 3 ranks: rounds of unequal length; and no layer on the first and the last stage.
-    _layout("pp3-vp2-ragged-bare-ends", "olmo", pp=3, vp=2, layers_per_stage=[0, 1, 1, 1, 1, 0]),
-    _layout("tp4-muon", "qwen", optim="muon", tp=4),
-    _layout("tp2-pp2-muon-no-sp", "gpt2", optim="muon", tp=2, pp=2, sequence_parallel=False),
-    _layout("tp2-dp2-muon", optim="muon", tp=2, dp=2),
-    _layout("dp2-ep2-muon-moe", "moe", optim="muon", dp=2, ep=2),
-    _layout("tp2-dp2-ep2-zero1-muon-moe", "moe", optim="muon", tp=2, dp=2, ep=2, zero=1),
-    _layout("dp4-zero1-muon", "tied", optim="muon", dp=4, zero=1),
-    _layout("tp2-cp2-dp2-zero1-muon", optim="muon", tp=2, cp=2, dp=2, zero=1),
-    _layout("pp2-dp2-zero1-dualpipe-muon", "gpt2", optim="muon", pp=2, dp=2, zero=1, schedule="dualpipe"),
-]
-BY_NAME = {layout.name: layout for layout in LAYOUTS}
+    def config(self, **train: Any) -> Config:
+        """Return the configuration of a run; see `make_config`."""
+        return make_config(self.model, self.parallel, self.micro_batch, self.packed, self.n_layers, self.optim, **train)
 
 
 def make_config(
@@ -187,20 +138,30 @@ def make_config(
     parallel: dict[str, Any] | None = None,
     micro_batch: int = 1,
     packed: bool = False,
+    n_layers: int = 4,
     optim: str = "adamw",
     **train: Any,
 ) -> Config:
     """Return a resolved configuration for a few float64 steps."""
+    parallel = parallel or {}
     return config_from_dict(
         {
-            "model": MODELS[model],
-            "parallel": parallel or {},
+            "model": {**MODELS[model], "n_layers": n_layers},
+            "parallel": {**BESIDE.get(parallel.get("recompute", "none"), {}), **parallel},
             "data": {"seq_length": SEQ_LENGTH, "reset_position_ids": packed, "reset_attention_mask": packed},
             "train": {"dtype": "fp64", "steps": 6, "global_batch": GLOBAL_BATCH, "micro_batch": micro_batch, **train},
             # Buckets of a few parameters each, so that bucket borders are part of what is tested.
             "optim": {"name": optim, "lr": 0.01, "warmup_steps": 2, "clip": 0.5, "bucket_numel": 4000, "eps": 1e-4},
         }
     )
+
+
+# What the matrix does not draw: layers given one by one. Unequal stages; and 8 micro-batches over 3 ranks, in rounds of
+# unequal length, with no layer on the first and the last stage.
+GIVEN = (
+    Layout("pp2-uneven", {"pp": 2, "layers_per_stage": [3, 1]}, "qwen"),
+    Layout("pp3-vp2-ragged-bare-ends", {"pp": 3, "vp": 2, "layers_per_stage": [0, 1, 2, 1, 2, 0]}, "olmo"),
+)
 
 
 class RandomSamples:
@@ -264,12 +225,13 @@ def train_steps(engine: Engine, n_steps: int, consumed_samples: int = 0) -> Trai
 
 def local_weights(engine: Engine) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]]:
     """Return this rank's parts of every weight, with the box of the logical tensor that each is."""
-    return [
-        (spec.name, spec.shape, extent.logical, param.detach()[extent.local].clone())
-        for param in engine.parameters()
-        for spec in [spec_of(param)]
-        for extent in extents(spec, engine.mesh.spec.sizes, engine.mesh.coords)
-    ]
+    with engine.gathered():
+        return [
+            (spec.name, spec.shape, extent.logical, param.detach()[extent.local].clone())
+            for param in engine.parameters()
+            for spec in [spec_of(param)]
+            for extent in extents(spec, engine.mesh.spec.sizes, engine.mesh.coords)
+        ]
 
 
 def whole_weights(ranks: list[Trained]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from megascratch.config.schema import (
     MoEConfig,
     OptimConfig,
     ParallelConfig,
+    ParamGroup,
     RopeScaling,
     TrainConfig,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ParamGroup",
     "RopeScaling",
     "TrainConfig",
     "config_from_dict",

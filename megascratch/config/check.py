@@ -214,6 +214,22 @@ def _context_parallel(config: Config, _: int | None) -> Iterator[Problem]:
         )
 
 
+def _zero(config: Config, world_size: int | None) -> Iterator[Problem]:
+    parallel, n = config.parallel, config.parallel.zero_ranks
+    if n is None:
+        return
+    others = parallel.tp * parallel.pp
+    data = parallel.cp * parallel.dp if parallel.dp is not None else max(1, (world_size or others) // others)
+    if data % n:
+        yield Problem(
+            f"parallel.zero_ranks = {n}", f"must divide dp × cp = {data}", f"use {_divisors(data)}, or leave it out"
+        )
+    elif parallel.zero == 0:
+        yield Problem(f"parallel.zero_ranks = {n}", "needs parallel.zero > 0", "set parallel.zero, or leave it out")
+    elif parallel.ep > 1:
+        yield Problem(f"parallel.zero_ranks = {n}", f"does not go with parallel.ep = {parallel.ep}", "leave it out")
+
+
 def _world(config: Config, world_size: int | None) -> Iterator[Problem]:
     if world_size is None:
         return
@@ -358,6 +374,7 @@ RULES: tuple[Rule, ...] = (
     _experts,
     _recompute,
     _context_parallel,
+    _zero,
     _world,
     _batch,
     _lengths,

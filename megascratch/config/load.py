@@ -126,7 +126,11 @@ def _write_table(table: Mapping[str, Any], name: str, lines: list[str]) -> None:
 
 
 def _toml_value(value: Any) -> str:
-    """Write strings, numbers, booleans and flat lists as JSON does, but for the delete character: TOML escapes it."""
+    """Write strings, numbers, booleans and lists as JSON does, but for the delete character: TOML escapes it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key} = {_toml_value(item)}' for key, item in value.items())}}}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -195,7 +199,8 @@ def _unknown_keys(raw: Any, schema: type[BaseModel], prefix: str) -> Iterator[Pr
             continue
         for candidate in (field.annotation, *get_args(field.annotation)):
             if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                yield from _unknown_keys(value, candidate, f"{prefix}{key}.")
+                for item in value if isinstance(value, list) else [value]:
+                    yield from _unknown_keys(item, candidate, f"{prefix}{key}.")
 
 
 def _problem_of(error: Any) -> Problem | None:

@@ -135,7 +135,8 @@ class ParallelConfig(Section):
     max_in_flight: Count | None = None  # most activations a rank may hold, in stages × micro-batches; checked
     layers_per_stage: list[Whole] | Literal["balanced"] | None = None  # even when left out; balanced weighs the head
     sequence_parallel: bool | None = None  # on when tp > 1; without effect on tp = 1
-    zero: Literal[0, 1] = 0
+    zero: Literal[0, 1, 2, 3] = 0  # what dp × cp divides: 1 optimizer state, 2 gradients too, 3 weights too
+    zero_ranks: Count | None = None  # consecutive ranks that divide it, as those of a node (HSDP); all when left out
     # What is computed again in backward instead of kept. selective: the modules below; full: every layer; block: the
     # first recompute_layers of each stage; auto: as little as fits memory_budget_gib. Gradients are the same bits.
     recompute: Literal["none", "selective", "full", "block", "auto"] = "none"
@@ -173,6 +174,14 @@ class TrainConfig(Section):
     timeout_s: Count = 600  # a collective that waits longer ends the run
 
 
+class ParamGroup(Section):
+    """Parameters that move in their own way, by patterns over their names (`layers.[0-3].*`)."""
+
+    params: list[str]
+    lr_scale: Annotated[float, Field(ge=0)] = 1.0  # times the learning rate
+    weight_decay: Annotated[float, Field(ge=0)] | None = None  # optim.weight_decay, or none for vectors, when left out
+
+
 class OptimConfig(Section):
     """Optimizer and learning-rate schedule."""
 
@@ -193,6 +202,8 @@ class OptimConfig(Section):
     # How an orthogonal update grows with the matrix [rows, columns]: Keller Jordan's √max(1, rows/columns), or
     # Moonshot's 0.2 · √max(rows, columns), whose root mean square is that of AdamW, so that its lr and decay serve.
     muon_scale: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
+    groups: list[ParamGroup] = []  # the first that fits a parameter counts
+    frozen: list[str] = []  # patterns over names of parameters that keep their values
     clip: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 switches clipping off
     loss_scale: Positive = 65536.0  # fp16 only: where dynamic loss scaling starts
     loss_scale_window: Count = 1000  # fp16 only: good steps before the scale doubles

@@ -194,18 +194,27 @@ def reduce_buffer(buffer: Tensor, axis: Axis) -> None:
             dist.all_reduce(buffer, group=axis.group)
 
 
-def reduce_scatter_buffer(buffer: Tensor, axis: Axis) -> Tensor:
-    """Sum a flat buffer over the axis and return this rank's part of the sum, [n / size]."""
-    return buffer if axis.size == 1 else _reduce_scattered(buffer, axis, 0)
+def start_all_reduce(buffer: Tensor, axis: Axis) -> Work | None:
+    """Start to sum a buffer over the axis in place; None where there is nothing to wait for."""
+    return None if axis.size == 1 else dist.all_reduce(buffer, group=axis.group, async_op=True)
 
 
-def all_gather_buffer(buffer: Tensor, part: Tensor, axis: Axis) -> None:
-    """Fill a flat buffer [n] with every rank's part [n / size], in rank order."""
+def start_reduce_scatter(buffer: Tensor, part: Tensor, axis: Axis) -> Work | None:
+    """Start to sum a flat buffer [n] over the axis, and to fill `part` [n / size] with this rank's part of the sum."""
+    if axis.size == 1:
+        part.copy_(buffer)
+        return None
+    work: Work = _REDUCE_SCATTER(part, buffer, group=axis.group, async_op=True)
+    return work
+
+
+def start_all_gather(buffer: Tensor, part: Tensor, axis: Axis) -> Work | None:
+    """Start to fill a flat buffer [n] with every rank's part [n / size], in rank order."""
     if axis.size == 1:
         buffer.copy_(part)
-    else:
-        with axis.waiting("all_gather"):
-            _ALL_GATHER(buffer, part.contiguous(), group=axis.group)
+        return None
+    work: Work = _ALL_GATHER(buffer, part, group=axis.group, async_op=True)
+    return work
 
 
 def exchange(parts: Sequence[Tensor], sizes: Sequence[int], axis: Axis) -> list[Tensor]:

@@ -231,18 +231,17 @@ def run_extents(
     Returns: extents whose local boxes are one-dimensional, relative to the run's start. A box that is several rows high
         is contiguous in the run, because the rows of the local part follow each other there.
     """
-    local_shape = spec.local_shape(sizes or {})
+    local_shape = spec.local_shape(sizes)
     result = []
     for offset, box in run_boxes(local_shape, start, stop):
         for extent in extents(spec, sizes, coords):
             common = intersect(box, extent.local)
             if common is None:
                 continue
-            first = offset + _flat_offset(common, local_shape) - _flat_offset(box, local_shape)
-            numel = math.prod(s.stop - s.start for s in common)
-            # A padded or fused dimension is only ever cut by whole rows of it, so the common box stays contiguous.
-            assert _is_contiguous(common, local_shape)
-            result.append(Extent((slice(first, first + numel),), shift(common, extent.local, extent.logical)))
+            for piece in _contiguous_pieces(common, local_shape):
+                first = offset + _flat_offset(piece, local_shape) - _flat_offset(box, local_shape)
+                numel = math.prod(lengths(piece))
+                result.append(Extent((slice(first, first + numel),), shift(piece, extent.local, extent.logical)))
     return result
 
 
@@ -253,11 +252,15 @@ def _flat_offset(box: Box, shape: tuple[int, ...]) -> int:
     return offset
 
 
-def _is_contiguous(box: Box, shape: tuple[int, ...]) -> bool:
-    """Return whether a box is one run of the flattened tensor: partial in at most one dimension, length 1 before it."""
-    lengths = [s.stop - s.start for s in box]
-    first_long = next((i for i, length in enumerate(lengths) if length > 1), len(lengths))
-    return all(lengths[i] == shape[i] for i in range(first_long + 1, len(shape)))
+def _contiguous_pieces(box: Box, shape: tuple[int, ...]) -> Iterator[Box]:
+    """Cut a box into pieces that are one run of the flattened tensor each: all of a dimension, or one index of those
+    before it. Only a padded or fused dimension that is not the first one needs more than one piece."""
+    first_long = next((i for i, length in enumerate(lengths(box)) if length > 1), len(box))
+    if all(s.stop - s.start == n for s, n in zip(box[first_long + 1 :], shape[first_long + 1 :])):
+        yield box
+        return
+    for index in range(box[first_long].start, box[first_long].stop):
+        yield from _contiguous_pieces((*box[:first_long], slice(index, index + 1), *box[first_long + 1 :]), shape)
 
 
 def parameter(

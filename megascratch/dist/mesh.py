@@ -10,9 +10,12 @@ pp=2, dp=1, cp=1, tp=2:
     3      1  0  0  1
 
 Expert parallelism lies inside dp: `ep` neighbours along dp hold different experts, and `expert_data`, the other dp × cp
-ranks, hold the same ones. So dp = 4 with ep = 2 has ep groups (0, 1) (2, 3), and experts are replicated over (0, 2) (1, 3).
+ranks, hold the same ones. So dp = 4 with ep = 2 has ep groups (0, 1) (2, 3), and experts are replicated over (0, 2)
+(1, 3).
 
-Four more derived axes are used by gradients: `data` = dp × cp, over which every gradient is summed; `stage` = dp × cp × tp,
+Six more derived axes are used by gradients: `data` = dp × cp, over which every gradient is summed; `shard` and
+`replicas`, into which ZeRO takes it apart: consecutive ranks, which divide what ZeRO divides, and those that hold the
+same part; `stage` = dp × cp × tp,
 which together hold whole layers; `ends` = the first and the last pipeline rank, which hold the two copies of a tied
 embedding; and `mirror` = ranks i and pp − 1 − i, which hold the same two stages where a schedule runs two copies of the
 model in opposite directions.
@@ -41,11 +44,19 @@ class MeshSpec:
     cp: int = 1
     tp: int = 1
     ep: int = 1  # divides dp
+    shard: int | None = None  # consecutive ranks of dp × cp that divide what ZeRO divides; all of them when None
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> "MeshSpec":
         """Take the sizes from a resolved `[parallel]` section."""
-        return cls(pp=parallel.pp, dp=parallel.dp or 1, cp=parallel.cp, tp=parallel.tp, ep=parallel.ep)
+        return cls(
+            pp=parallel.pp,
+            dp=parallel.dp or 1,
+            cp=parallel.cp,
+            tp=parallel.tp,
+            ep=parallel.ep,
+            shard=parallel.zero_ranks,
+        )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -141,12 +152,14 @@ class Mesh:
     cp: Axis
     tp: Axis
     data: Axis  # dp × cp
-    stage: Axis  # dp × cp × tp: the ranks that hold the same layers
     ends: Axis  # first and last pipeline rank; size 1 elsewhere
     world: Axis
     mirror: Axis  # pipeline ranks i and pp − 1 − i
     ep: Axis  # neighbours along dp, which hold different experts
     expert_data: Axis  # the others along dp × cp, which hold the same
+    stage: Axis  # dp × cp × tp: the ranks that hold the same layers
+    shard: Axis  # consecutive ranks of data
+    replicas: Axis  # ranks of data at the same place of their shard
     clock: StepClock  # the same one as its axes'
 
     def axis(self, name: str) -> Axis:
@@ -162,7 +175,7 @@ class Mesh:
     @classmethod
     def serial(cls, device: torch.device | None = None) -> "Mesh":
         """Return the mesh of one rank, without any process group: the serial model is the parallel model."""
-        names = ("pp", "dp", "cp", "tp", "data", "stage", "ends", "world", "mirror", "ep", "expert_data")
+        names = ("pp", "dp", "cp", "tp", "data", "ends", "world", "mirror", "stage", "shard", "replicas", "ep", "expert_data")
         device = device or torch.device("cpu")
         return cls(MeshSpec(), 0, device, **{name: Axis(name) for name in names}, clock=StepClock(device))
 
@@ -196,12 +209,23 @@ class Mesh:
             for group in spec.groups(("pp",))
             for i in range((spec.pp + 1) // 2)
         ]
+        data = make("data", ("dp", "cp"))
+        n = spec.shard or data.size
+        assert data.size % n == 0, f"shard {n} must divide dp × cp = {data.size}"
+        if n == data.size:
+            shard, replicas = data, Axis("replicas", ranks=(rank,))
+        else:
+            groups = list(spec.groups(("dp", "cp")))
+            shard = _own_axis("shard", [g[i : i + n] for g in groups for i in range(0, len(g), n)], rank, clock)
+            replicas = _own_axis("replicas", [g[i::n] for g in groups for i in range(n)], rank, clock)
         return cls(
             spec,
             rank,
             device,
             **single,
-            data=make("data", ("dp", "cp")),
+            data=data,
+            shard=shard,
+            replicas=replicas,
             stage=make("stage", ("dp", "cp", "tp")),
             ends=_own_axis("ends", ends, rank, clock),
             mirror=_own_axis("mirror", mirror, rank, clock),

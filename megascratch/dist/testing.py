@@ -7,10 +7,12 @@
 
 Ranks are processes forked from a server that has torch loaded already, so that starting four takes a fraction of a
 second and inherits no thread of the test runner. They meet through a file, not a port. The first failing rank's
-traceback becomes the test's failure; a rank that hangs ends all of them at the time-out.
+traceback becomes the test's failure; a rank that hangs ends all of them at the time-out. Many short jobs share a
+`RankPool`, whose processes start once.
 """
 
 import functools
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -21,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -56,37 +59,84 @@ def run_ranks(
 
     Raises: AssertionError: with the failing rank's traceback, or naming the ranks that did not finish in time.
     """
-    context = multiprocessing.get_context("forkserver")
-    # What this process has imported of ours, the ranks will want too: imported once, before they fork.
-    context.set_forkserver_preload(sorted(name for name in sys.modules if name.split(".")[0] == "megascratch"))
-    source = inspect.getsourcefile(function)
-    assert source is not None
-    where = (source, function.__module__, function.__qualname__)
-    with tempfile.TemporaryDirectory(prefix="megascratch-test-") as folder:
-        pipes: list[Connection] = []
-        processes = []
-        for rank in range(world):
-            ours, theirs = context.Pipe(duplex=False)
-            target_args = (where, rank, world, folder, theirs, args, kwargs, timeout_s)
-            process = context.Process(target=_rank_main, args=target_args, daemon=True)
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
-        try:
-            return _collect(pipes, processes, timeout_s)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+    with RankPool() as pool:
+        return pool.run(world, function, *args, timeout_s=timeout_s, **kwargs)
 
 
-def _collect(pipes: list[Connection], processes: list[Any], timeout_s: float) -> list[Any]:
+# What autograd's C++ side keeps of a job holds its process groups, each with threads of its own: they must not pile up.
+_JOBS_OF_A_PROCESS = 16
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+
+
+class RankPool:
+    """Processes that run one job after another, each as the ranks of a world of their own.
+
+    A job gets a new process group, so nothing of one can reach the next but what it leaves in module globals. After a
+    failure, and after some jobs, all processes are ended, and the next job starts new ones.
+    """
+
+    def __init__(self) -> None:
+        self._workers: list[_Worker] = []
+        self._jobs = 0
+        self._context = multiprocessing.get_context("forkserver")
+
+    def run(
+        self, world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0, **kwargs: Any
+    ) -> list[Any]:
+        """Run a job, as `run_ranks` does."""
+        source = inspect.getsourcefile(function)
+        assert source is not None
+        where = (source, function.__module__, function.__qualname__)
+        self._jobs += 1
+        if self._jobs % _JOBS_OF_A_PROCESS == 0:
+            self.close()
+        while len(self._workers) < world:
+            self._workers.append(self._start())
+        workers = self._workers[:world]
+        with tempfile.TemporaryDirectory(prefix="megascratch-test-") as folder:
+            try:
+                for rank, worker in enumerate(workers):
+                    worker.pipe.send_bytes(pickle.dumps((where, rank, world, folder, args, kwargs, timeout_s)))
+                return _collect(workers, timeout_s)
+            except BaseException:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.join()
+            worker.pipe.close()
+        self._workers.clear()
+
+    def __enter__(self) -> "RankPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> _Worker:
+        # What this process has imported of ours, the ranks will want too: imported once, before they fork.
+        self._context.set_forkserver_preload(sorted(name for name in sys.modules if name.startswith("megascratch")))
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_worker_main, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+
+def _collect(workers: list[_Worker], timeout_s: float) -> list[Any]:
     """Wait for every rank's result; the first failure ends the wait."""
     deadline = time.monotonic() + timeout_s
     results: dict[int, Any] = {}
-    while len(results) < len(pipes):
-        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
+    while len(results) < len(workers):
+        waiting = {worker.pipe: rank for rank, worker in enumerate(workers) if rank not in results}
         ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise AssertionError(f"rank(s) {sorted(waiting.values())} did not finish within {timeout_s:g} s")
@@ -95,42 +145,49 @@ def _collect(pipes: list[Connection], processes: list[Any], timeout_s: float) ->
             rank = waiting[pipe]
             try:
                 error, value = pickle.loads(pipe.recv_bytes())
-            except EOFError:
-                processes[rank].join(timeout=1)
-                raise AssertionError(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
+            except (EOFError, ConnectionResetError):
+                process = workers[rank].process
+                process.join(timeout=1)
+                raise AssertionError(f"rank {rank} died with exit code {process.exitcode}") from None
             if error is not None:
                 raise AssertionError(f"rank {rank} failed:\n{error}")
             results[rank] = value
-    return [results[rank] for rank in range(len(pipes))]
+    return [results[rank] for rank in range(len(workers))]
 
 
-def _rank_main(
+def _worker_main(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job = pickle.loads(pipe.recv_bytes())
+        except EOFError:  # the test runner is gone
+            return
+        # Plain pickle copies tensors; the pipe's own pickler would share memory that ends with this process.
+        pipe.send_bytes(pickle.dumps(_run_job(*job)))
+
+
+def _run_job(
     where: tuple[str, str, str],
     rank: int,
     world: int,
     folder: str,
-    pipe: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     timeout_s: float,
-) -> None:
-    def report(error: str | None, value: Any = None) -> None:
-        # Plain pickle copies tensors; the pipe's own pickler would share memory that ends with this process.
-        pipe.send_bytes(pickle.dumps((error, value)))
-
-    torch.set_num_threads(1)
+) -> tuple[str | None, Any]:
+    """Return the failure, or None, and the result of one rank."""
     try:
         store = dist.FileStore(str(Path(folder) / "store"), world)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
-        function = _undecorated(*where)
-        value = function(*args, **kwargs)
+        value = _undecorated(*where)(*args, **kwargs)
+        gc.collect()  # what the job leaves in cycles holds process groups, each with threads and sockets of its own
         dist.barrier()
-        report(None, value)
         dist.destroy_process_group()
+        return None, value
     except UserError as error:
-        report(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        return f"{type(error).__name__}: {error}\n{traceback.format_exc()}", None
     except BaseException:
-        report(traceback.format_exc())
+        return traceback.format_exc(), None
 
 
 def _undecorated(source: str, module_name: str, name: str) -> Callable[..., Any]:

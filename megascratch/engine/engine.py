@@ -7,7 +7,9 @@ A micro-batch's loss is a sum. It is differentiated as it is (times a constant t
 and everything is divided once by the weight of the whole global batch: no layout can weigh a token differently.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -17,16 +19,26 @@ from torch import Tensor, nn
 from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
 from megascratch.dist import comm
+from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
 from megascratch.dist.rng import initialize
 from megascratch.engine.graph import cuda_step_graph
 from megascratch.engine.objective import Objective, Outputs
 from megascratch.engine.recompute import recompute_plans
 from megascratch.engine.router_notes import RouterNotes, metrics_of, move_biases
-from megascratch.engine.stages import make_stages
-from megascratch.nn import DTYPES, Placement, SequenceInfo, Stage, WeightGradients, core_for, require_fp8
+from megascratch.engine.stages import make_stages, units_of
+from megascratch.nn import (
+    DTYPES,
+    Placement,
+    SequenceInfo,
+    Stage,
+    WeightGradients,
+    core_for,
+    parameter_specs,
+    require_fp8,
+)
 from megascratch.nn.context import token_index
-from megascratch.optim import LossScale, Optimizer, learning_rate
+from megascratch.optim import LossScale, Optimizer, is_frozen, learning_rate, require_names
 from megascratch.pipeline import Action, Boundary, Kind, configured_routes, configured_schedule, run
 
 _PHASES = {Kind.F: "forward", Kind.B: "backward", Kind.I: "backward", Kind.W: "backward"}
@@ -96,7 +108,20 @@ class Engine:
         self.stages = make_stages(config, mesh, placement, configured_routes(parallel), core, plans)
         for stage in self.stages.values():
             initialize(dict(stage.named_parameters()), mesh, train.seed)
-        self.optimizer = Optimizer(self.parameters(), mesh, config.optim, parallel.zero)
+        if config.optim.frozen or config.optim.groups:
+            require_names(config.optim, [spec.name for spec in parameter_specs(config.model)])
+        for stage in self.stages.values():
+            for param in stage.parameters():
+                if is_frozen(config.optim, spec_of(param).name):
+                    param.requires_grad_(False)
+        self.optimizer = Optimizer(units_of(self.stages), mesh, config.optim, parallel.zero)
+        overlap = self.optimizer.overlap
+        self._told_of = {
+            Kind.F: (overlap.start_forward, overlap.end_forward),
+            Kind.B: (overlap.start_backward, overlap.end_backward),
+            Kind.I: (overlap.start_input_backward, overlap.end_input_backward),
+            Kind.W: (overlap.start_weight_backward, overlap.end_weight_backward),
+        }
         self.loss_scale = LossScale.of(config.optim, train.dtype)
         self.step = 0  # training steps done, skipped ones included
         self.router_notes = RouterNotes(config.model, mesh, placement.sequence_parallel)
@@ -104,8 +129,21 @@ class Engine:
         self.schedule = cache(partial(configured_schedule, parallel))  # by number of micro-batches
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return this rank's parameters, each once, in the order of its stages."""
+        """Return this rank's parameters, each once, in the order of its stages.
+
+        Their values are up to date, but for those that ZeRO-3 divides, which are here while `gathered` only.
+        """
+        self.optimizer.overlap.settle()
         return list(dict.fromkeys(param for stage in self.stages.values() for param in stage.parameters()))
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Have all weights of this rank's stages whole, for what reads them outside of a step."""
+        self.optimizer.overlap.gather()
+        try:
+            yield
+        finally:
+            self.optimizer.overlap.release()
 
     def train_step(
         self,
@@ -176,32 +214,38 @@ class Engine:
     ) -> dict[str, Tensor]:
         """Run the pipeline's actions on microbatches that are on the device; return what the objective summed up."""
         sums: dict[str, Tensor] = {}
-        clock = self.mesh.clock
         moved = [(self._own_tokens(microbatch), microbatch.loss_mask.sum(1)) for microbatch in microbatches]
         functions = {
             index: partial(self._run_stage, stage, moved, objective, grad_seed, sums)
             for index, stage in self.stages.items()
         }
         backward = grad_seed is not None
-
-        def watch(action: Action, starts: bool) -> None:
-            if starts and action.kind in _PHASES:
-                clock.enter(_PHASES[action.kind], f"{_PHASES[action.kind]} {action}")
-            if on_event is not None:
-                on_event(action, starts)
-            if not starts and action.kind in _PHASES:
-                clock.leave()
-
+        schedule = self.schedule(len(moved), backward=backward)
+        if backward:
+            self.optimizer.overlap.begin_step(
+                Counter(a.stage for a in schedule.actions[self.mesh.pp.rank] if a.kind in (Kind.B, Kind.W))
+            )
         run(
-            self.schedule(len(moved), backward=backward),
+            schedule,
             functions,
             self.mesh.pp,
             self.boundary,
             backward=backward,
             weight_gradients=self.weight_gradients,
-            on_event=watch,
+            on_event=partial(self._on_event, on_event),
         )
         return sums
+
+    def _on_event(self, on_event: Callable[[Action, bool], None] | None, action: Action, starts: bool) -> None:
+        """Pass an event of the pipeline on to the clock, to the buckets, and to who else wants to know."""
+        if action.kind.is_compute and starts:
+            self.mesh.clock.enter(_PHASES[action.kind], f"{_PHASES[action.kind]} {action}")
+            self._told_of[action.kind][0](action.stage)
+        if on_event is not None:
+            on_event(action, starts)
+        if action.kind.is_compute and not starts:
+            self._told_of[action.kind][1](action.stage)
+            self.mesh.clock.leave()
 
     def _run_stage(
         self,

@@ -1,14 +1,14 @@
 """Device memory of a rank, predicted before anything is allocated.
 
-Legend: P parameters of the rank, `d` ranks that share state under ZeRO (dp × cp). Bytes a parameter, 16-bit model:
+Legend: P parameters of the rank, `d` ranks that share state under ZeRO. Bytes a parameter, 16-bit model:
 
     weights      2, ÷ d under ZeRO-3
     gradients    4 (summed in float32), ÷ d from ZeRO-2 on
     optimizer    12: float32 masters and two moments, ÷ d from ZeRO-1 on
 
 Activations are what one layer keeps (`nn.layer_costs`, counted on the meta device), times the layers of a stage, times
-the micro-batches in flight (the schedule's checker). To them comes what exists a moment only: one recomputed layer, and
-the head's gradients.
+the micro-batches in flight (the schedule's checker). To them comes what exists a moment only: one recomputed layer, the
+head's gradients, and under ZeRO gradients on their way and the layers whose weights are whole while in use.
 """
 
 from collections.abc import Mapping
@@ -24,6 +24,7 @@ from megascratch.engine.stages import layers_per_stage, make_stages
 from megascratch.nn import NOTHING, Placement, Recompute, layer_range
 from megascratch.nn.layer_costs import META, LayerShape
 from megascratch.nn.loss import CHUNK_TOKENS
+from megascratch.optim import BUCKETS_UNDER_WAY
 from megascratch.pipeline import check, configured_routes, configured_schedule
 
 GIB = 1 << 30
@@ -79,6 +80,8 @@ class MemoryModel:
         stages = make_stages(config, mesh, meta, routes, core)
         unique = {id(param): param for stage in stages.values() for param in stage.parameters()}
         self.numel = sum(param.numel() for param in unique.values())
+        layers = [sum(p.numel() for p in block.parameters()) for s in stages.values() for block in s.layers.values()]
+        self.layer_numel, self.rest_numel = max(layers, default=0), self.numel - sum(layers)
         self.has_head = any(stage.is_last for stage in stages.values())
         n_microbatches = train.global_batch // (train.micro_batch * (parallel.dp or 1))
         self.in_flight = check(configured_schedule(parallel, n_microbatches)).peak_in_flight[mesh.pp.rank]
@@ -86,7 +89,8 @@ class MemoryModel:
     def with_plans(self, plans: Mapping[int, Recompute]) -> RankMemory:
         """Return the memory when each layer, by its number, does without what its plan says."""
         value, sum_ = self._item_bytes
-        zero, shards = self.config.parallel.zero, self.mesh.data.size
+        shards = self.mesh.spec.shard or self.mesh.data.size
+        zero = self.config.parallel.zero if shards > 1 else 0
         kept = cache(lambda experts, plan: self.kinds[experts].kept_bytes(plan))
         has_experts = self.config.model.has_experts
         of_stages = [
@@ -101,8 +105,15 @@ class MemoryModel:
             gradients=self.numel * sum_ // (shards if zero >= 2 else 1),
             optimizer=self.numel * (masters + 2 * sum_) // (shards if zero >= 1 else 1),
             activations=max(of_stages) * self.in_flight,
-            passing=passing + (self._head_bytes() if self.has_head else 0),
+            passing=passing + (self._head_bytes() if self.has_head else 0) + self._travelling_bytes(zero),
         )
+
+    def _travelling_bytes(self, zero: int) -> int:
+        """Return what ZeRO has whole on its way: gradients of a few buckets, weights of two layers and of the ends."""
+        value, sum_ = self._item_bytes
+        buckets = min((BUCKETS_UNDER_WAY + 1) * self.config.optim.bucket_numel, self.numel) * sum_
+        weights = min(2 * self.layer_numel + self.rest_numel, self.numel) * value
+        return (buckets if zero >= 2 else 0) + (weights if zero == 3 else 0)
 
     @property
     def _item_bytes(self) -> tuple[int, int]:

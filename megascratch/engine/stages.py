@@ -1,7 +1,10 @@
 """The stages of this rank: which, of how many layers, and how their copies on other ranks are kept equal."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
+
+from torch import nn
 
 from megascratch.config import Config
 from megascratch.dist.layout import spec_of
@@ -9,6 +12,7 @@ from megascratch.dist.mesh import Mesh
 from megascratch.errors import LayoutError, Problem
 from megascratch.nn import Placement, Recompute, Stage
 from megascratch.nn.balance import balanced_layers
+from megascratch.optim import Unit
 from megascratch.pipeline import Route
 
 
@@ -74,3 +78,24 @@ def _sum_with_mirror(stage: Stage, second_copy: bool) -> None:
             continue
         tied = spec.tied or second_copy
         param.spec = replace(spec, grad_axes=(*spec.grad_axes, "mirror"), tied=tied)  # type: ignore[attr-defined]
+
+
+def units_of(stages: Mapping[int, Stage]) -> list[Unit]:
+    """Return the parameters of stages, each once, in units that are used together: layers, and what is around them."""
+    users: dict[nn.Parameter, set[int]] = defaultdict(set)
+    for index, stage in stages.items():
+        for param in stage.parameters():
+            users[param].add(index)
+    units = []
+    for stage in stages.values():
+        layers = {param: block for block in stage.layers.values() for param in block.parameters()}
+        rest: dict[frozenset[int], list[nn.Parameter]] = defaultdict(list)
+        for param in stage.parameters():
+            if param not in layers and param in users:
+                rest[frozenset(users.pop(param))].append(param)
+        units += [Unit(stages, tuple(params)) for stages, params in rest.items()]
+        units += [
+            Unit(frozenset(users[next(block.parameters())]), tuple(block.parameters()), block)
+            for block in stage.layers.values()
+        ]
+    return units

@@ -18,6 +18,16 @@ _NOT_ARCHITECTURE |= {f"moe.{key}" for key in ("router_load_balancing_type", "au
 _NOT_ARCHITECTURE |= {"moe.router_bias_update_rate", "moe.expert_capacity_factor"}
 
 
+def engine_shards(engine: Engine) -> list[Shard]:
+    """Return this rank's parts of the weights: whole parameters, and runs of those that ZeRO-3 divides."""
+    divided = [
+        Shard(part.spec.name, part.spec.shape, part.tensor, part.extents, part.counts)
+        for part in engine.optimizer.weight_parts()
+    ]
+    whole = [param for param in engine.parameters() if not engine.optimizer.divides(param)]
+    return [*weight_shards(whole, engine.mesh), *divided]
+
+
 def optimizer_shards(engine: Engine) -> list[Shard]:
     """Return this rank's runs of the optimizer's state."""
     return [
@@ -36,7 +46,7 @@ def save_engine(engine: Engine, root: Path, consumed_samples: int) -> Path:
         "rng": {"seed": engine.config.train.seed},
         "config": engine.config.model_dump(mode="json"),
     }
-    shards = [*weight_shards(engine.parameters(), engine.mesh), *optimizer_shards(engine)]
+    shards = [*engine_shards(engine), *optimizer_shards(engine)]
     return save(
         root,
         engine.step,
@@ -59,10 +69,10 @@ def load_engine(engine: Engine, path: Path) -> int:
     state = read_state(path)
     _require_same_model(engine.config.model, state, path)
     if "updates" not in state:
-        load(path, weight_shards(engine.parameters(), engine.mesh), cast=True)
+        load(path, engine_shards(engine), cast=True)
         engine.optimizer.refresh_masters()
         return 0
-    load(path, [*weight_shards(engine.parameters(), engine.mesh), *optimizer_shards(engine)])
+    load(path, [*engine_shards(engine), *optimizer_shards(engine)])
     engine.optimizer.publish_masters()
     engine.optimizer.updates = int(state["updates"])
     engine.loss_scale.value = float(state["loss_scale"]["value"])

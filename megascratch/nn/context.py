@@ -197,7 +197,7 @@ def _scores(queries: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
     """Return scaled scores [b, k, g, s, t] of queries [b, k, g, s, d] and keys [t, b, k, d]; −inf where hidden."""
     columns = keys.permute(1, 2, 3, 0).unsqueeze(2)
     scores = (queries @ columns.to(queries.dtype)).to(ops.acc_dtype(queries)) / math.sqrt(queries.shape[-1])
-    return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+    return scores if hidden is None else scores.masked_fill(hidden.to(scores.device), -torch.inf)
 
 
 def _hidden(part: _Part, documents: Tensor | None, rank: int, source: int) -> Tensor | None:

@@ -24,8 +24,10 @@ def main_grad(weight: Tensor) -> Tensor | None:
     """Return the sum over micro-batches that a parameter's gradient belongs in, like it but wide, or None.
 
     Whoever computes the gradient adds to it and hands autograd none; a gradient that autograd does get is added later.
+    The parameter has a function for it, since a sum that ZeRO-2 divides is there only while gradients come in.
     """
-    return getattr(weight, "main_grad", None)
+    find: Callable[[], Tensor] | None = getattr(weight, "main_grad", None)
+    return None if find is None else find()
 
 
 def finish(weight: Tensor, grad: Tensor | None) -> None:

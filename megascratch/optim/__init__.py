@@ -1,7 +1,20 @@
 """From accumulated gradients to updated parameters: buckets, ZeRO, clipping, update rules, schedules."""
 
+from megascratch.optim.buckets import Unit
+from megascratch.optim.groups import is_frozen, require_names
 from megascratch.optim.loss_scale import LossScale
 from megascratch.optim.optimizer import Optimizer, StatePart, StepResult
+from megascratch.optim.overlap import BUCKETS_UNDER_WAY
 from megascratch.optim.schedule import learning_rate
 
-__all__ = ["LossScale", "Optimizer", "StatePart", "StepResult", "learning_rate"]
+__all__ = [
+    "BUCKETS_UNDER_WAY",
+    "LossScale",
+    "Optimizer",
+    "StatePart",
+    "StepResult",
+    "Unit",
+    "is_frozen",
+    "learning_rate",
+    "require_names",
+]

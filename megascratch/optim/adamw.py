@@ -16,7 +16,7 @@ class AdamW:
     """AdamW: elementwise, so that any run is updated where it lies, in one pass over memory.
 
     Args:
-        optim: `beta1`, `beta2`, `eps` and `weight_decay` are read.
+        optim: `beta1`, `beta2` and `eps` are read.
         runs: what this rank updates.
         mesh: not needed.
     """
@@ -37,11 +37,11 @@ class AdamW:
                 run.state["exp_avg"],
                 run.state["exp_avg_sq"],
                 step=step,
-                lr=lr,
+                lr=lr * run.bucket.key.pace.lr_scale,
                 beta1=optim.beta1,
                 beta2=optim.beta2,
                 eps=optim.eps,
-                weight_decay=optim.weight_decay if run.bucket.key.decay else 0.0,
+                weight_decay=run.bucket.key.pace.weight_decay,
                 grad_factor=grad_factor,
                 model=run.model,
             )

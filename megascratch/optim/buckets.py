@@ -4,12 +4,23 @@
     values   [numel]              one tensor in the model's dtype, and its gradient a view of
     grads    [numel]              one tensor in float32 (float64 for float64 models), summed over micro-batches
 
-A bucket holds parameters with the same update rule, decay, grad_axes and owners, so every rule about gradients is one
-operation on a whole bucket. Under ZeRO-1 (Rajbhandari et al. 2020, arXiv:1910.02054, section 5.1) data-parallel rank r
-owns elements r · numel/dp … (r + 1) · numel/dp of it: gradients are reduce-scattered, the owner updates its run, and
-the values are all-gathered. `numel` is padded so that it divides.
+A bucket holds parameters of one stage with the same update rule, pace, grad_axes and owners, so every rule about
+gradients is one operation on a whole bucket; what makes a bucket is the same on all ranks that hold the stage. ZeRO
+(Rajbhandari et al. 2020, arXiv:1910.02054, section 5) divides a bucket over the `shard` axis, whose rank r owns its
+*run*, elements r · numel/n … (r + 1) · numel/n; `numel` is padded so that it divides:
+
+    stage   whole on every rank          divided                       when it travels
+    0       values, gradients            –                             gradients: all-reduce, once a step
+    1       values, gradients            optimizer state               gradients: reduce-scatter, once a step; values:
+                                                                       all-gather after the update
+    2       values                       gradients, optimizer state    gradients: reduce-scatter after every backward
+    3       vectors (norms, biases)      values too                    values: all-gather before every use
+
+Where the shard axis is shorter than the data-parallel one (HSDP), the run's gradient is summed over its replicas too.
+What starts a transfer, and when, is `overlap.py`'s business: here every one is started and finished apart.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -19,7 +30,8 @@ from torch import Tensor, nn
 from megascratch import ops
 from megascratch.dist import comm
 from megascratch.dist.layout import ParamSpec, spec_of
-from megascratch.dist.mesh import Mesh
+from megascratch.dist.mesh import Axis, Mesh
+from megascratch.optim.groups import Pace
 
 
 @dataclass(frozen=True)
@@ -27,11 +39,12 @@ class BucketKey:
     """What the parameters of one bucket have in common."""
 
     rule: str  # name of the update rule
-    decay: bool
+    pace: Pace
     grad_axes: tuple[str, ...]
     tied: bool  # a second copy: where it is one depends on the pipeline rank alone, so tp ranks have equal buckets
     data_axis: str  # replicas that see different tokens: the gradient is summed over them
-    owned: bool  # whether this rank's copy counts, apart from replicas along dp and cp
+    replicated: bool  # over tp, where one copy counts
+    divided: bool  # whether ZeRO-3 divides the values too
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,26 @@ class Span:
     stop: int
 
 
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Parameters that are used together.
+
+    Attributes:
+        stages: numbers of the stages that use them.
+        params: each with its `ParamSpec`.
+        module: whose forward uses them; None where they are used at any time while a stage runs.
+    """
+
+    stages: frozenset[int]
+    params: tuple[nn.Parameter, ...]
+    module: nn.Module | None = None
+
+    @classmethod
+    def one(cls, params: Iterable[nn.Parameter]) -> "Unit":
+        """Take all parameters of a model of one stage as one unit."""
+        return cls(frozenset({0}), tuple(params))
+
+
 class Bucket:
     """Parameters with a common key, contiguous, with their gradients.
 
@@ -51,18 +84,30 @@ class Bucket:
         key: what they have in common.
         params: whose data become views of `values`.
         mesh: this rank's place.
-        zero: ZeRO stage, 0 or 1.
+        zero: ZeRO stage.
+        stages: numbers of the stages that use them.
     """
 
-    def __init__(self, key: BucketKey, params: list[nn.Parameter], mesh: Mesh, zero: int) -> None:
-        self.key, self.mesh = key, mesh
-        self.axis = mesh.axis(key.data_axis)
-        self.sharded = zero > 0 and self.axis.size > 1
+    def __init__(
+        self, key: BucketKey, params: list[nn.Parameter], mesh: Mesh, zero: int, stages: frozenset[int]
+    ) -> None:
+        self.key, self.mesh, self.stages = key, mesh, stages
+        everyone = mesh.axis(key.data_axis)
+        # Experts' own replicas are not taken apart: `zero_ranks` does not go with ep.
+        shard, replicas = (mesh.shard, mesh.replicas) if key.data_axis == "data" else (everyone, Axis("replicas"))
+        self.sharded = zero > 0 and shard.size > 1
+        self.axis = shard if self.sharded else Axis("shard")
+        self.replicas = replicas if self.sharded else everyone
+        self.divides_grads = zero >= 2 and self.sharded
+        self.divides_values = key.divided and self.sharded
         numel = sum(p.numel() for p in params)
-        numel += -numel % (self.axis.size if self.sharded else 1)
+        numel += -numel % self.axis.size
+        part = numel // self.axis.size
+        self.start, self.stop = self.axis.rank * part, (self.axis.rank + 1) * part
         first = params[0]
         self.values = torch.zeros(numel, dtype=first.dtype, device=first.device)
-        self.grads = torch.zeros(numel, dtype=ops.acc_dtype(first), device=first.device)
+        self.grads = torch.zeros(part if self.divides_grads else numel, dtype=ops.acc_dtype(first), device=first.device)
+        self.on_gradient: Callable[[Bucket, Tensor], None] = lambda bucket, param: None
         self.spans: list[Span] = []
         start = 0
         for param in params:
@@ -71,71 +116,164 @@ class Bucket:
             view.copy_(param.detach())
             param.data = view
             self.spans.append(Span(spec_of(param), param, start, stop))
-            self._accumulate_into(param, self.grads[start:stop].view(param.shape))
+            self._accumulate(self.spans[-1])
             start = stop
-        part = numel // self.axis.size if self.sharded else numel
-        self.start = self.axis.rank * part if self.sharded else 0
-        self.stop = self.start + part
+        self._arrived: Tensor | None = None  # sums of gradients [numel] that ZeRO-2 has not divided yet
+        self._reducing: tuple[comm.Work | None, Tensor, Tensor] | None = None  # with what is summed, and the sum
+        self._is_reduced = False  # whether a reduction has started since the last `zero_grads`
+        self._gathering: comm.Work | None = None
+        self._is_whole = True
+        self._own = self.values[self.start : self.stop].clone() if self.divides_values else None
 
-    def _accumulate_into(self, param: nn.Parameter, main_grad: Tensor) -> None:
-        param.main_grad = main_grad  # type: ignore[attr-defined]  # layers may add to it themselves
+    def _accumulate(self, span: Span) -> None:
+        def main_grad() -> Tensor:
+            return self._sums[span.start : span.stop].view(span.param.shape)
+
+        # Python's collector does not see through hooks: one that held the bucket would keep it for ever.
+        found = weakref.ref(self)
 
         def add(p: Tensor) -> None:
-            if p.grad is None:  # the hook runs also where a layer added to the main gradient, or put this one off
-                return
-            main_grad.add_(p.grad)
-            p.grad = None
+            if p.grad is not None:  # the hook runs also where a layer added to the main gradient, or put this one off
+                p.main_grad().add_(p.grad)  # type: ignore[attr-defined]
+                p.grad = None
+            if (bucket := found()) is not None:
+                bucket.on_gradient(bucket, p)
 
-        param.register_post_accumulate_grad_hook(add)
+        span.param.main_grad = main_grad  # type: ignore[attr-defined]  # layers may add to it themselves
+        span.param.register_post_accumulate_grad_hook(add)
+
+    @property
+    def _sums(self) -> Tensor:
+        """Where gradients are added up, [numel]."""
+        if not self.divides_grads:
+            return self.grads
+        if self._arrived is None:
+            self._arrived = torch.zeros(self.values.numel(), dtype=self.grads.dtype, device=self.grads.device)
+        return self._arrived
 
     @property
     def run(self) -> Tensor:
-        """The values that this rank updates: its run under ZeRO-1, else all of them."""
-        return self.values[self.start : self.stop]
+        """The values that this rank updates, [stop − start]: its run under ZeRO, else all of them."""
+        return self.values[self.start : self.stop] if self._own is None else self._own
 
     @property
     def counts(self) -> bool:
         """Whether the run enters global sums and checkpoints from this rank: exactly one replica does."""
-        return self.key.owned and (self.sharded or self.axis.rank == 0)
+        return self.spans[0].spec.is_owner(self.mesh) and self.replicas.rank == 0
+
+    def zero_grads(self) -> None:
+        """Forget the gradients of the last step."""
+        self.grads.zero_()
+        self._is_reduced = False
+
+    def start_reduction(self) -> None:
+        """Start to sum over the shard axis what has been added up. ZeRO-2 may do so many times a step, others once."""
+        self.finish_reduction()
+        sums = self._sums
+        if self.sharded:
+            result = sums.new_empty(self.stop - self.start)
+            self._reducing = comm.start_reduce_scatter(sums, result, self.axis), sums, result
+        else:
+            self._reducing = comm.start_all_reduce(sums, self.replicas), sums, sums
+        self._arrived, self._is_reduced = None, True
+
+    def finish_reduction(self) -> None:
+        """Wait for the sum."""
+        if self._reducing is None:
+            return
+        work, _, result = self._reducing
+        self._reducing = None
+        if work is not None:
+            with self.mesh.data.waiting("reduce"):
+                work.wait()
+        if self.divides_grads:
+            self.grads.add_(result)
+        elif self.sharded:
+            self.grads[self.start : self.stop] = result
 
     def reduced_grads(self) -> Tensor:
-        """Sum the gradients over all ranks that hold a part of them; return those of `run`, [stop − start]."""
-        for name in self.key.grad_axes:
-            comm.reduce_buffer(self.grads, self.mesh.axis(name))
+        """Return the gradients of `run`, [stop − start], summed over all ranks that hold a part of them."""
+        if not self._is_reduced or self._arrived is not None:
+            self.start_reduction()
+        self.finish_reduction()
+        grads = self.grads if self.divides_grads else self.grads[self.start : self.stop]
         if self.sharded:
-            return comm.reduce_scatter_buffer(self.grads, self.axis)
-        comm.reduce_buffer(self.grads, self.axis)
-        return self.grads
+            comm.reduce_buffer(grads, self.replicas)
+        for name in self.key.grad_axes:
+            comm.reduce_buffer(grads, self.mesh.axis(name))
+        return grads
 
     def publish(self) -> None:
-        """Give every data-parallel rank the values that the others updated."""
-        if self.sharded:
-            comm.all_gather_buffer(self.values, self.run.clone(), self.axis)
+        """Start to give every rank of the shard axis the values that the others updated; ZeRO-3 waits until `fetch`."""
+        if self.sharded and not self.divides_values:
+            self._gathering = comm.start_all_gather(self.values, self.run.clone(), self.axis)
+
+    def fetch(self) -> None:
+        """Start to bring here the values that ZeRO-3 divides."""
+        if not self._is_whole:
+            self.values.untyped_storage().resize_(self.values.numel() * self.values.element_size())
+            self._gathering, self._is_whole = comm.start_all_gather(self.values, self.run, self.axis), True
+
+    def need(self) -> None:
+        """Have all values here."""
+        self.fetch()
+        if self._gathering is not None:
+            with self.mesh.data.waiting("gather"):
+                self._gathering.wait()
+            self._gathering = None
+
+    def release(self) -> None:
+        """Give back the memory of values that ZeRO-3 divides; `run` stays."""
+        if self.divides_values and self._is_whole:
+            self.need()
+            self.values.untyped_storage().resize_(0)
+            self._is_whole = False
 
 
 def make_buckets(
-    params: Iterable[nn.Parameter], mesh: Mesh, zero: int, max_numel: int, rule_of: Callable[[ParamSpec], str]
+    units: Iterable[Unit],
+    mesh: Mesh,
+    zero: int,
+    max_numel: int,
+    rule_of: Callable[[ParamSpec], str],
+    pace_of: Callable[[ParamSpec], Pace],
 ) -> list[Bucket]:
-    """Sort parameters into buckets.
+    """Sort parameters into buckets, those that learn.
 
     Args:
-        params: of all stages on this rank, each with its `ParamSpec`.
+        units: of all stages on this rank.
         mesh: this rank's place.
-        zero: ZeRO stage, 0 or 1.
-        max_numel: a bucket is closed once it holds this many elements.
+        zero: ZeRO stage.
+        max_numel: a bucket is closed once it holds this many elements, and in front of a unit that does not fit in.
         rule_of: names a parameter's update rule.
+        pace_of: its learning rate's factor and its weight decay.
 
     Returns: buckets in an order that depends on the specs alone, so ranks with equal specs issue equal collectives.
     """
-    groups: dict[BucketKey, list[list[nn.Parameter]]] = {}
-    for param in params:
-        spec = spec_of(param)
-        if not param.requires_grad:  # frozen, or set outside the gradient
-            continue
-        owned = spec.is_owner(mesh)
-        key = BucketKey(rule_of(spec), spec.decay, spec.grad_axes, spec.tied, spec.data_axis, owned)
-        runs = groups.setdefault(key, [[]])
-        if runs[-1] and sum(p.numel() for p in runs[-1]) + param.numel() > max_numel:
-            runs.append([])
-        runs[-1].append(param)
-    return [Bucket(key, run, mesh, zero) for key, runs in groups.items() for run in runs]
+    groups: dict[tuple[int | frozenset[int], BucketKey], list[list[nn.Parameter]]] = {}
+    for index, unit in enumerate(units):
+        for param in unit.params:
+            if not param.requires_grad:  # frozen, or set outside the gradient
+                continue
+            spec = spec_of(param)
+            # A collective for each norm would cost more than the thousandth of the memory that it saves.
+            divided = zero == 3 and len(spec.shape) > 1
+            key = BucketKey(
+                rule_of(spec),
+                pace_of(spec),
+                spec.grad_axes,
+                spec.tied,
+                spec.data_axis,
+                not spec.is_split_over("tp"),
+                divided,
+            )
+            runs = groups.setdefault((index if divided else unit.stages, key), [[]])
+            if runs[-1] and sum(p.numel() for p in runs[-1]) + param.numel() > max_numel:
+                runs.append([])
+            runs[-1].append(param)
+    stages = [unit.stages for unit in units]
+    return [
+        Bucket(key, run, mesh, zero, stages[scope] if isinstance(scope, int) else scope)
+        for (scope, key), runs in groups.items()
+        for run in runs
+    ]

@@ -69,7 +69,7 @@ class Muon:
     """The rule on the matrices of this rank's runs; the model's dtype is that of the products.
 
     Args:
-        optim: `lr`, `muon_lr`, `muon_momentum`, `muon_scale` and `weight_decay` are read.
+        optim: `lr`, `muon_lr`, `muon_momentum` and `muon_scale` are read.
         runs: what this rank updates; every parameter in them has `ParamSpec.matrices`.
         mesh: this rank's place.
     """
@@ -88,15 +88,16 @@ class Muon:
         """Update values and state in place; see `UpdateRule`."""
         lr *= (self.optim.muon_lr or self.optim.lr) / self.optim.lr
         for run in self.runs:
-            if run.bucket.key.decay:
-                run.master.mul_(1.0 - lr * self.optim.weight_decay)
+            pace = run.bucket.key.pace
+            run.master.mul_(1.0 - lr * pace.lr_scale * pace.weight_decay)
         for names in self.wholes.rounds:
             here = {name: held for name in names if (held := self.wholes.held.get(name)) is not None}
             ahead = {name: self._look_ahead(held, grads[held.run], grad_factor) for name, held in here.items()}
             directions = self._directions(self.wholes.collect(names, ahead))
             for name, piece in self.wholes.distribute(names, directions).items():
                 held = here[name]
-                self.runs[held.run].master[held.piece].sub_(piece, alpha=lr)
+                run = self.runs[held.run]
+                run.master[held.piece].sub_(piece, alpha=lr * run.bucket.key.pace.lr_scale)
         for run in self.runs:
             if run.model is not None:
                 run.model.copy_(run.master)

@@ -6,7 +6,7 @@ Updates happen on `master` values: a float32 copy of the run where the model is 
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -20,8 +20,10 @@ from megascratch.dist import comm
 from megascratch.dist.layout import Extent, ParamSpec, run_extents
 from megascratch.dist.mesh import Mesh
 from megascratch.optim.adamw import AdamW
-from megascratch.optim.buckets import make_buckets
+from megascratch.optim.buckets import Bucket, Unit, make_buckets
+from megascratch.optim.groups import pace_of
 from megascratch.optim.muon import Muon
+from megascratch.optim.overlap import Overlap
 from megascratch.optim.rule import OwnedRun, UpdateRule
 
 T = TypeVar("T")
@@ -44,10 +46,10 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StatePart:
-    """This rank's run of one parameter's optimizer state, for checkpoints.
+    """This rank's run of one parameter's values or optimizer state, for checkpoints.
 
     Attributes:
-        kind: "master", or a name from the rule's `state_names`.
+        kind: "weight", "master", or a name from the rule's `state_names`.
         spec: the parameter.
         tensor: the run, one-dimensional.
         extents: where the run lies in the parameter's logical tensor.
@@ -65,24 +67,31 @@ class Optimizer:
     """All buckets of this rank, with the update rule and its state.
 
     Args:
-        params: of all stages on this rank, initialised.
+        units: the parameters of all stages on this rank, initialised, in the order of the forward.
         mesh: this rank's place.
         optim: hyperparameters.
-        zero: ZeRO stage, 0 or 1.
+        zero: ZeRO stage.
+
+    Attributes:
+        overlap: to be told of what the pipeline does. Without it, `step` reduces and gathers everything itself.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], mesh: Mesh, optim: OptimConfig, zero: int) -> None:
+    def __init__(self, units: Sequence[Unit], mesh: Mesh, optim: OptimConfig, zero: int) -> None:
         self.mesh, self.clip = mesh, optim.clip
-        self.buckets = make_buckets(params, mesh, zero, optim.bucket_numel, partial(rule_of, optim))
+        self.buckets = make_buckets(
+            units, mesh, zero, optim.bucket_numel, partial(rule_of, optim), partial(pace_of, optim)
+        )
+        self.overlap = Overlap(self.buckets, units)
         self.runs = [OwnedRun.of(bucket, RULES[bucket.key.rule].state_names) for bucket in self.buckets]
         names = sorted({bucket.key.rule for bucket in self.buckets})
         self.rules = {name: RULES[name](optim, self._of(name, self.runs), mesh) for name in names}
         self.updates = 0
+        self.overlap.release()
 
     def zero_grads(self) -> None:
         """Forget the gradients of the last step."""
         for bucket in self.buckets:
-            bucket.grads.zero_()
+            bucket.zero_grads()
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float) -> StepResult:
@@ -102,8 +111,7 @@ class Optimizer:
         self.updates += 1
         for name, rule in self.rules.items():
             rule.update(self._of(name, reduced), step=self.updates, lr=lr, grad_factor=factor)
-        for bucket in self.buckets:
-            bucket.publish()
+        self.overlap.publish()
         return StepResult(norm, skipped=False)
 
     def _of(self, rule: str, values: list[T]) -> list[T]:
@@ -121,19 +129,31 @@ class Optimizer:
     def state_parts(self) -> Iterator[StatePart]:
         """Yield this rank's part of the optimizer state of every parameter that it updates."""
         for owned in self.runs:
-            bucket, tensors = owned.bucket, dict(owned.state)
+            tensors = dict(owned.state)
             if owned.model is not None:
                 tensors["master"] = owned.master
-            for span in bucket.spans:
-                first, last = max(span.start, bucket.start), min(span.stop, bucket.stop)
-                if first >= last:
-                    continue
-                place = run_extents(
-                    span.spec, self.mesh.spec.sizes, self.mesh.coords, first - span.start, last - span.start
-                )
-                run = slice(first - bucket.start, last - bucket.start)
-                for kind, tensor in tensors.items():
-                    yield StatePart(kind, span.spec, tensor[run], place, bucket.counts)
+            for kind, tensor in tensors.items():
+                yield from self._parts(kind, owned.bucket, tensor)
+
+    def divides(self, param: nn.Parameter) -> bool:
+        """Return whether ZeRO-3 divides the values of a parameter: then only runs of them are here all the time."""
+        return any(span.param is param for bucket in self.buckets if bucket.divides_values for span in bucket.spans)
+
+    def weight_parts(self) -> Iterator[StatePart]:
+        """Yield this rank's part of the weights whose values ZeRO-3 divides."""
+        for bucket in self.buckets:
+            if bucket.divides_values:
+                yield from self._parts("weight", bucket, bucket.run)
+
+    def _parts(self, kind: str, bucket: Bucket, tensor: Tensor) -> Iterator[StatePart]:
+        """Cut a tensor that lies as a bucket's run into the parts of its parameters."""
+        sizes, coords = self.mesh.spec.sizes, self.mesh.coords
+        for span in bucket.spans:
+            first, last = max(span.start, bucket.start), min(span.stop, bucket.stop)
+            if first < last:
+                place = run_extents(span.spec, sizes, coords, first - span.start, last - span.start)
+                run = tensor[first - bucket.start : last - bucket.start]
+                yield StatePart(kind, span.spec, run, place, bucket.counts)
 
     def refresh_masters(self) -> None:
         """Take the master values from the model's, after weights were loaded without optimizer state."""
@@ -144,4 +164,4 @@ class Optimizer:
         """Give the model the master values, after state was loaded."""
         for owned in self.runs:
             owned.bucket.run.copy_(owned.master)
-            owned.bucket.publish()
+        self.overlap.publish()

@@ -113,7 +113,7 @@ class _Rank:
     weight_gradients: WeightGradients | None
     arrivals: dict[Action, Tensor] = field(default_factory=dict)
     results: dict[Action, Tensor] = field(default_factory=dict)
-    graphs: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = field(default_factory=dict)
+    graphs: dict[tuple[int, int], tuple[Tensor | None, GradientEdge | None]] = field(default_factory=dict)
     owed: dict[tuple[int, int], list[Callable[[], None]]] = field(default_factory=dict)
     receiving: dict[Action, comm.Work] = field(default_factory=dict)
     sending: deque[tuple[comm.Work, Tensor]] = field(default_factory=deque)
@@ -153,7 +153,9 @@ class _Rank:
         with torch.set_grad_enabled(self.backward):
             y = self.stages[action.stage](x, action.microbatch)
         if self.backward:
-            self.graphs[action.stage, action.microbatch] = (x, get_gradient_edge(y))
+            # A first stage whose parameters are all frozen has nothing to differentiate by.
+            output = get_gradient_edge(y) if y.requires_grad else None
+            self.graphs[action.stage, action.microbatch] = (x, output)
             self.peak_in_flight = max(self.peak_in_flight, len(self.graphs) + len(self.owed))
         self.hand_over(action, y.detach())
 
@@ -161,7 +163,8 @@ class _Rank:
         """Differentiate a stage's output by its input and weights; the graph is freed."""
         grad = self.take_input(action)
         x, output = self.graphs.pop((action.stage, action.microbatch))
-        torch.autograd.backward(output, grad)
+        if output is not None:
+            torch.autograd.backward(output, grad)
         if x is not None:
             assert x.grad is not None, f"stage {action.stage} does not depend on its input"
             self.hand_over(action, x.grad)

@@ -86,6 +86,20 @@ MOE = "model.moe={num_experts=8,ffn_hidden=16}"
             r"dropout = 0\.1 +does not go with parallel\.cp = 2",
         ),
         (
+            "_zero",
+            "parallel.zero=1 parallel.dp=4 parallel.zero_ranks=3",
+            None,
+            r"zero_ranks = 3 +must divide dp × cp = 4 +use 1, 2 or 4, or leave it out",
+        ),
+        (
+            "_zero",
+            "parallel.dp=4 parallel.zero=1 parallel.zero_ranks=2 parallel.ep=2 model.moe.num_experts=4"
+            " model.moe.ffn_hidden=16",
+            None,
+            r"zero_ranks = 2 +does not go with parallel\.ep = 2",
+        ),
+        ("_zero", "parallel.dp=2 parallel.zero_ranks=2", None, r"zero_ranks = 2 +needs parallel\.zero > 0"),
+        (
             "_data",
             "data.reset_attention_mask=true",
             None,

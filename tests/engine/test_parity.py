@@ -1,24 +1,25 @@
 """Layout is not physics: every layout computes the same loss, gradient norm and weights, to 1e-9 in float64."""
 
 import functools
-from typing import get_args
 
 import pytest
 import torch
-from layouts import LAYOUTS, MODELS, Layout, Trained, make_config, run_layout, whole_weights
+from combinations import completions, why_not, world_of
+from layouts import GIVEN, MODELS, Layout, Trained, make_config, run_layout, whole_weights
+from matrix import matrix
 
-from megascratch.config.schema import ScheduleName
-from megascratch.dist.testing import run_ranks
+from megascratch.dist.testing import RankPool, run_ranks
 from megascratch.nn import Placement
 
 N_STEPS = 5
+LAYOUTS, IMPOSSIBLE = matrix()
 
 
 @functools.cache
-def one_rank(model: str, packed: bool = False, optim: str = "adamw") -> Trained:
+def one_rank(model: str, packed: bool = False, n_layers: int = 4, optim: str = "adamw") -> Trained:
     """The reference: the same steps on one rank, one micro-batch after another."""
     torch.set_num_threads(1)
-    return run_layout(make_config(model, packed=packed, optim=optim), N_STEPS)
+    return run_layout(make_config(model, packed=packed, n_layers=n_layers, optim=optim), N_STEPS)
 
 
 def assert_equal_runs(ranks: list[Trained], reference: Trained) -> None:
@@ -34,11 +35,10 @@ def assert_equal_runs(ranks: list[Trained], reference: Trained) -> None:
         assert error < 1e-9, f"{name} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_a_layout_computes_what_one_rank_computes(layout: Layout) -> None:
-    config = make_config(layout.model, layout.parallel, layout.micro_batch, layout.packed, layout.optim)
-    ranks = run_ranks(layout.world, run_layout, config, N_STEPS)
-    assert_equal_runs(ranks, one_rank(layout.model, layout.packed, layout.optim))
+@pytest.mark.parametrize("layout", [*LAYOUTS, *GIVEN], ids=lambda layout: layout.name)
+def test_a_layout_computes_what_one_rank_computes(layout: Layout, pool: RankPool) -> None:
+    ranks = pool.run(layout.world, run_layout, layout.config(), N_STEPS)
+    assert_equal_runs(ranks, one_rank(layout.model, layout.packed, layout.n_layers, layout.optim))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -56,27 +56,17 @@ def _without_norm_gradient_sync(config, n_steps: int) -> Trained:  # type: ignor
 
 def test_a_mutant_without_the_gradient_sync_of_norm_weights_is_caught() -> None:
     """Under sequence parallelism each rank sees a part of the tokens; forgetting to sum a norm's gradient must show."""
-    config = make_config("llama", {"tp": 2})
-    ranks = run_ranks(2, _without_norm_gradient_sync, config, N_STEPS)
+    ranks = run_ranks(2, _without_norm_gradient_sync, make_config("llama", {"tp": 2}, n_layers=2), N_STEPS)
     with pytest.raises(AssertionError):
-        assert_equal_runs(ranks, one_rank("llama"))
+        assert_equal_runs(ranks, one_rank("llama", n_layers=2))
 
 
-def test_the_list_covers_what_it_promises() -> None:
-    """At least 14 layouts, every axis and switch among them."""
-    assert len(LAYOUTS) >= 14
+def test_the_matrix_is_what_it_promises() -> None:
+    """At least 120 layouts of up to 8 ranks, no two alike; what no layout has is refused or needs more ranks."""
+    assert len(LAYOUTS) >= 120
+    assert len({layout.name for layout in LAYOUTS}) == len(LAYOUTS)
     assert max(layout.world for layout in LAYOUTS) == 8
-    for key, values in {
-        "tp": {2, 4},
-        "cp": {2, 4},
-        "cp_algorithm": {"ulysses", "all_gather"},
-        "pp": {2, 4},
-        "dp": {2, 4},
-        "vp": {2},
-        "zero": {1},
-        "sequence_parallel": {False},
-        "recompute": {"full", "selective", "block", "auto"},
-        "schedule": set(get_args(ScheduleName)) - {"1f1b", "interleaved"},
-    }.items():
-        assert values <= {layout.parallel.get(key) for layout in LAYOUTS}, key
     assert {layout.model for layout in LAYOUTS} == set(MODELS)
+    for combination in IMPOSSIBLE:
+        for values in completions(dict(combination)):
+            assert world_of(values) > 8 or why_not(values) is not None, f"{combination} should be possible"

@@ -1,12 +1,15 @@
 """Resume anywhere: 3 steps, a checkpoint, 3 steps on another layout equal 6 steps on one, sample for sample."""
 
 import functools
+import itertools
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from layouts import (
-    BY_NAME,
+    GIVEN,
     GLOBAL_BATCH,
     Layout,
     Trained,
@@ -16,42 +19,55 @@ from layouts import (
     train_steps,
     whole_weights,
 )
+from matrix import matrix
 
 from megascratch.config import Config
-from megascratch.dist.testing import run_ranks
+from megascratch.dist.testing import RankPool
 from megascratch.engine.state import load_engine, save_engine
-from megascratch.errors import CheckpointError
+from megascratch.errors import CheckpointError, ConfigError
 
 ONE = Layout("one", {}, "tied")
 
-# (saved on, resumed on); all with the model of the pair's first name below.
-PAIRS = [
-    ("one", "tp2-pp2-dp2-zero1"),
-    ("tp2-pp2-dp2-zero1", "one"),
-    ("tp2", "dp4-zero1"),
-    ("dp4-zero1", "tp2-pp2"),
-    ("pp2-gpipe", "pp2-vp2-interleaved"),
-    ("pp2-vp2-interleaved", "tp2-dp2-zero1"),
-    ("tp2-dp2-zero1", "pp4-1f1b-recompute"),
-    ("dp2-zero1-mb2", "dp2"),
-    ("tp4-qwen", "pp2-dp2-zero1-gpipe"),
-    ("tp2-no-sp", "tp2-pp2-vp2-no-sp"),
-    ("pp2-zb-v-tied", "pp4-zb-h1"),
-    ("pp2-dp2-zero1-dualpipe", "pp4-balanced"),
-    ("pp2-dp2-dualpipe-v", "pp2-dualpipe-tied"),
-    ("dp4-ep2", "tp2-pp2-ep2-zb-h1-recompute"),
-    ("pp2-vp2-dp4-ep4-zero1-selective", "tp2-no-sp-moe"),
-    ("tp2-cp2-dp2-zero1-muon", "dp4-zero1-muon"),
-]
+
+@functools.cache
+def pairs() -> tuple[tuple[Layout, Layout, Config, Config], ...]:
+    """Draw pairs of layouts from the matrix: (saved on, resumed on) and their configurations, with one model.
+
+    Every value of every factor is saved on and resumed on; every schedule and ZeRO stage goes into every ZeRO stage.
+    """
+    layouts = [*matrix()[0], *GIVEN, ONE]
+    drawn = list(itertools.product(layouts, layouts))
+    random.Random(5).shuffle(drawn)
+    goals: set[tuple[Any, ...]] = set()
+    kept = []
+    for least in (8, 6, 4, 2, 1):  # pairs that bring much first
+        for saved, resumed in drawn:
+            gain = _goals(saved, resumed) - goals
+            if len(gain) < least or saved.packed != resumed.packed:
+                continue
+            n_layers = max(saved.n_layers, resumed.n_layers)
+            try:
+                configs = [
+                    make_config(saved.model, layout.parallel, layout.micro_batch, layout.packed, n_layers, saved.optim)
+                    for layout in (saved, resumed)
+                ]
+            except ConfigError:  # the second layout cannot have the first one's model
+                continue
+            goals |= gain
+            kept.append((saved, resumed, *configs))
+    return tuple(kept)
 
 
-def _layout(name: str) -> Layout:
-    return ONE if name == "one" else BY_NAME[name]
-
-
-def _config(name: str, model: str) -> Config:
-    layout = _layout(name)
-    return make_config(model, layout.parallel, layout.micro_batch, optim=layout.optim)
+def _goals(saved: Layout, resumed: Layout) -> set[tuple[Any, ...]]:
+    zero = resumed.parallel.get("zero", 0)
+    return {
+        *(("from", *item) for item in saved.parallel.items() if item[0] != "layers_per_stage"),
+        *(("to", *item) for item in resumed.parallel.items() if item[0] != "layers_per_stage"),
+        ("model", saved.model),
+        ("optim", saved.optim, zero),
+        (saved.parallel.get("schedule"), zero),
+        (saved.parallel.get("zero", 0), zero),
+    }
 
 
 def _train_and_save(config: Config, root: Path) -> Trained:
@@ -69,9 +85,9 @@ def _load_and_train(config: Config, root: Path) -> Trained:
 
 
 @functools.cache
-def six_steps(model: str, optim: str = "adamw") -> Trained:
+def six_steps(model: str, packed: bool = False, n_layers: int = 4, optim: str = "adamw") -> Trained:
     torch.set_num_threads(1)
-    return run_layout(make_config(model, optim=optim), 6)
+    return run_layout(make_config(model, packed=packed, n_layers=n_layers, optim=optim), 6)
 
 
 def _global_ids(ranks: list[Trained]) -> list[list[int]]:
@@ -79,12 +95,15 @@ def _global_ids(ranks: list[Trained]) -> list[list[int]]:
     return [sorted({i for trained in ranks for i in trained.sample_ids[step]}) for step in range(3)]
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_a_run_goes_on_as_if_it_had_not_stopped(first: str, second: str, tmp_path: Path) -> None:
-    model = "tied" if _layout(first).model in ("tied", "llama") else _layout(first).model
-    reference = six_steps(model, _layout(first).optim)
-    before = run_ranks(_layout(first).world, _train_and_save, _config(first, model), tmp_path)
-    after = run_ranks(_layout(second).world, _load_and_train, _config(second, model), tmp_path)
+@pytest.mark.parametrize(
+    ("saved", "resumed", "first", "second"), pairs(), ids=[f"{one.name} to {two.name}" for one, two, *_ in pairs()]
+)
+def test_a_run_goes_on_as_if_it_had_not_stopped(
+    saved: Layout, resumed: Layout, first: Config, second: Config, pool: RankPool, tmp_path: Path
+) -> None:
+    reference = six_steps(saved.model, saved.packed, first.model.n_layers, saved.optim)
+    before = pool.run(saved.world, _train_and_save, first, tmp_path)
+    after = pool.run(resumed.world, _load_and_train, second, tmp_path)
     for ranks, steps in ((before, range(3)), (after, range(3, 6))):
         for got, want in zip(ranks[0].reports, (reference.reports[step] for step in steps), strict=True):
             assert got.loss == pytest.approx(want.loss, rel=1e-9)
@@ -97,7 +116,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(first: str, second: str, tmp_pat
 
 
 def test_the_same_layout_resumes_bit_for_bit(tmp_path: Path) -> None:
-    config = _config("one", "dropout")
+    config = make_config("dropout")
     before, after = _train_and_save(config, tmp_path), _load_and_train(config, tmp_path)
     reference = six_steps("dropout")
     assert before.reports + after.reports == reference.reports
@@ -106,9 +125,9 @@ def test_the_same_layout_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
-    _train_and_save(_config("one", "llama"), tmp_path)
+    _train_and_save(make_config("llama"), tmp_path)
     with pytest.raises(CheckpointError, match=r"model\.tie_embeddings = True +must be False, as in the checkpoint"):
-        _load_and_train(_config("one", "tied"), tmp_path)
+        _load_and_train(make_config("tied"), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

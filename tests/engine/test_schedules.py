@@ -1,60 +1,69 @@
-"""Schedules of equal placement sum in the same order, so their bits agree; and a user's file runs as any other."""
+"""What sums in the same order agrees bit for bit; the page of what combines is true; a user's file runs as any."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from layouts import Trained, make_config, run_layout
+from bitwise import GROUPS, Group
+from combinations import FEATURES, PAGE, goes_with, page
+from layouts import Layout, Trained, make_config, run_layout
+from matrix import matrix
 
+from megascratch.config import Config
 from megascratch.dist.mesh import Axis, Mesh
-from megascratch.dist.testing import run_ranks
+from megascratch.dist.testing import RankPool
 from megascratch.engine.stages import make_stages
 from megascratch.errors import LayoutError
 from megascratch.pipeline import ScheduleError, configured_routes, configured_schedule, make_schedule
 
 
-def _train_all(layouts: list[dict[str, Any]], model: str) -> list[Trained]:
-    """On one rank: three steps under each layout."""
-    return [run_layout(make_config(model, parallel), 3) for parallel in layouts]
+def _train_all(configs: list[Config]) -> list[Trained]:
+    """On one rank: three steps under each configuration."""
+    return [run_layout(config, 3) for config in configs]
 
 
-def _assert_equal_bits(layouts: list[dict[str, Any]], model: str = "llama") -> None:
+def _assert_equal_bits(pool: RankPool, model: str, layouts: list[dict[str, Any]]) -> None:
     """Every layout gives the losses, norms and weights of the first, on each of two ranks."""
-    for first, *others in run_ranks(2, _train_all, layouts, model):
+    for first, *others in pool.run(2, _train_all, [make_config(model, parallel) for parallel in layouts]):
         for other in others:
             assert other.reports == first.reports
             for (name, *_, ours), (_, *_, theirs) in zip(other.weights, first.weights, strict=True):
                 assert torch.equal(ours, theirs), name
 
 
-def test_schedules_of_one_stage_a_rank_agree_bit_for_bit() -> None:
-    names = ("1f1b", "gpipe", "zb-h1", "zb-h2")
-    layouts: list[dict[str, Any]] = [{"pp": 2, "schedule": name} for name in names]
-    _assert_equal_bits(layouts)
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: next(iter(group.layouts)))
+def test_layouts_that_sum_in_the_same_order_agree_bit_for_bit(group: Group, pool: RankPool) -> None:
+    _assert_equal_bits(pool, group.model, list(group.layouts.values()))
 
 
-def test_recomputation_agrees_bit_for_bit_under_every_backward() -> None:
-    """With dropout, whole and split backwards: what is computed again are the same numbers."""
-    ways: list[dict[str, Any]] = [
-        {},
-        {"recompute": "full"},
-        {"recompute": "selective", "recompute_modules": ["core_attn", "layernorm", "mlp_act"]},
-        {"recompute": "block", "recompute_layers": 1, "offload_activations": True},
+def test_the_page_on_layouts_is_current_and_its_ticks_are_in_the_matrix() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/combinations.py"
+    tried = set().union(*(_features_of(layout) for layout in matrix()[0]))
+    for pair in itertools.combinations(FEATURES, 2):
+        if goes_with(*pair):
+            assert pair in tried, f"{pair} combine, and no layout of the matrix has both"
+
+
+def _features_of(layout: Layout) -> set[tuple[str, str]]:
+    """Return the pairs of features that a layout has."""
+    values = {**layout.parallel, "model": layout.model, "micro_batch": layout.micro_batch, "packed": layout.packed}
+    has = [
+        name
+        for name, wants in FEATURES.items()
+        if all(
+            values.get(key, 1) >= value if key in ("tp", "pp", "cp", "dp", "ep") else values.get(key) == value
+            for key, value in wants.items()
+        )
     ]
-    layouts = [{"pp": 2, "schedule": schedule, **way} for schedule in ("1f1b", "zb-h1") for way in ways]
-    _assert_equal_bits(layouts, "dropout")
+    return set(itertools.combinations(has, 2))
 
 
-def test_v_shaped_schedules_agree_bit_for_bit() -> None:
-    names = ("zb-v", "v-half", "v-min", "dualpipe-v")
-    _assert_equal_bits([{"pp": 2, "vp": 2, "schedule": name} for name in names])
-
-
-def test_a_file_that_holds_a_known_schedule_is_that_schedule(tmp_path: Path) -> None:
+def test_a_file_that_holds_a_known_schedule_is_that_schedule(tmp_path: Path, pool: RankPool) -> None:
     file = tmp_path / "mine.txt"
     file.write_text(f"# ZB-H1\n{make_schedule('zb-h1', 2, 1, 8)}")
-    _assert_equal_bits([{"pp": 2, "schedule": "zb-h1"}, {"pp": 2, "schedule_file": str(file)}])
+    _assert_equal_bits(pool, "llama", [{"pp": 2, "schedule": "zb-h1"}, {"pp": 2, "schedule_file": str(file)}])
 
 
 @pytest.mark.parametrize(

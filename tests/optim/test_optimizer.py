@@ -8,7 +8,7 @@ import torch
 from megascratch.config import OptimConfig
 from megascratch.dist.layout import parameter
 from megascratch.dist.mesh import Mesh
-from megascratch.optim import LossScale, Optimizer
+from megascratch.optim import LossScale, Optimizer, Unit
 
 
 def _params(dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
@@ -30,7 +30,7 @@ def _backward(params: list[torch.nn.Parameter]) -> None:
 def test_a_step_is_torchs_clip_and_adamw(clip: float, bucket_numel: int) -> None:
     ours, theirs = _params(), _params()
     optim = OptimConfig(clip=clip, weight_decay=0.2, bucket_numel=bucket_numel)
-    optimizer = Optimizer(ours, Mesh.serial(), optim, zero=0)
+    optimizer = Optimizer([Unit.one(ours)], Mesh.serial(), optim, zero=0)
     groups = [{"params": [theirs[0], theirs[2]], "weight_decay": 0.2}, {"params": [theirs[1]], "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-8)
     for _ in range(3):
@@ -49,7 +49,7 @@ def test_a_step_is_torchs_clip_and_adamw(clip: float, bucket_numel: int) -> None
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     params = _params()
-    optimizer = Optimizer(params, Mesh.serial(), OptimConfig(), zero=0)
+    optimizer = Optimizer([Unit.one(params)], Mesh.serial(), OptimConfig(), zero=0)
     before = [param.detach().clone() for param in params]
     (params[0].sum() * math.inf).backward()
     result = optimizer.step(lr=0.1, grad_scale=1.0)
@@ -60,7 +60,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
 
 def test_small_updates_survive_in_the_float32_masters_of_bf16_weights() -> None:
     params = _params(torch.bfloat16)
-    optimizer = Optimizer(params, Mesh.serial(), OptimConfig(weight_decay=0.0, clip=0.0), zero=0)
+    optimizer = Optimizer([Unit.one(params)], Mesh.serial(), OptimConfig(weight_decay=0.0, clip=0.0), zero=0)
     start = params[0].detach().clone()
     for _ in range(8):  # each update is a tenth of what one bf16 step at 1.0 is
         optimizer.zero_grads()
