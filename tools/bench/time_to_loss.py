@@ -6,7 +6,7 @@
 The model's size and the data are nanoGPT's: 4 layers, 4 heads, hidden 128, 64 tokens of context, the first nine tenths
 of the text to train on and the last to validate. Its recipe is the one that its README gives for a CPU, 2,000 steps of
 12 sequences; ours is examples/tinyshakespeare/pretrain.toml, run by `megascratch pretrain` on an indexed dataset with a
-byte-level tokenizer, in which each of the text's 65 characters is one of 256 ids.
+byte-level tokenizer, whose 257 ids are the bytes and an end of document: each of the text's 65 characters is one token.
 
 Both times are of whole processes, from their start to their end: imports, building the model, all steps, every
 validation, saving a checkpoint. Preparing the data is timed for neither. nanoGPT estimates its loss on 20 random
@@ -76,7 +76,7 @@ def prepare_ours(text: Path, folder: Path) -> None:
         for begin, end in itertools.pairwise(ends):
             file.write(json.dumps({"text": characters[begin:end]}) + "\n")
     timed(
-        [MEGASCRATCH, "tokenizer", "train", "--vocab-size", "256", "--output", "tokenizer.json", "text.jsonl"], folder
+        [MEGASCRATCH, "tokenizer", "train", "--vocab-size", "257", "--output", "tokenizer.json", "text.jsonl"], folder
     )
     inputs = ["--input", "text.jsonl", "--tokenizer", "tokenizer.json", "--output-prefix", "characters"]
     timed([MEGASCRATCH, "preprocess", *inputs], folder)
