@@ -7,10 +7,14 @@ Rank 0's word is compared with everyone's, and the message names the rank and th
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+from torch import Tensor
 
+import megascratch
 from megascratch.dist import comm
 from megascratch.dist.mesh import Axis
 from megascratch.errors import LayoutError, Problem
@@ -44,6 +48,20 @@ def require_agreement(facts: Mapping[str, Any], world: Axis, device: torch.devic
         if reference.get(name) != theirs.get(name)
     ]
     raise LayoutError(problems[:_SHOWN], "what the ranks were started with")
+
+
+def code_digest() -> str:
+    """Return a digest of the package's Python files, so that a rank that runs other code is told from the others."""
+    digest, root = xxhash.xxh3_64(), Path(megascratch.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def tensor_digest(x: Tensor) -> str:
+    """Return a digest of a tensor's bits."""
+    return xxhash.xxh3_64_hexdigest(x.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

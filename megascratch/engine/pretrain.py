@@ -11,13 +11,13 @@ from megascratch.config import Config
 from megascratch.data.blend import Datasets, build_datasets
 from megascratch.data.sampler import Batches
 from megascratch.data.samples import EodRules
-from megascratch.dist.agreement import require_agreement
+from megascratch.dist.agreement import code_digest, require_agreement
 from megascratch.dist.launch import Environment, process_group, share_cores
 from megascratch.dist.mesh import Mesh, MeshSpec
 from megascratch.engine.engine import Engine
 from megascratch.engine.metrics import RunDirectory
 from megascratch.engine.objective import next_token
-from megascratch.engine.state import load_engine
+from megascratch.engine.state import load_engine, require_equal_replicas
 from megascratch.engine.trainer import Trainer
 from megascratch.log import make_console
 from megascratch.tokenizer import Tokenizer
@@ -43,8 +43,8 @@ def pretrain(config: Config, environment: Environment | None) -> int:
 
 def _train(config: Config, mesh: Mesh) -> int:
     console = make_console(mesh.rank)
-    facts = {"megascratch": megascratch.__version__, "torch": torch.__version__, **config.model_dump(mode="json")}
-    require_agreement(facts, mesh.world, mesh.device)
+    versions = {"megascratch": megascratch.__version__, "its code": code_digest(), "torch": torch.__version__}
+    require_agreement({**versions, **config.model_dump(mode="json")}, mesh.world, mesh.device)
     tokenizer = Tokenizer.from_file(config.data.tokenizer) if config.data.tokenizer else None
     datasets = open_datasets(config, tokenizer)
     train = _batches(datasets, "train", config, mesh)
@@ -57,6 +57,7 @@ def _train(config: Config, mesh: Mesh) -> int:
     if source is not None:
         consumed_samples = load_engine(engine, source)
         console.print(f"resumed from {source} after step {engine.step}")
+    require_equal_replicas(engine)
     trainer = Trainer(
         engine,
         next_token,

@@ -9,6 +9,8 @@ from typing import Any
 
 from megascratch.checkpoint import OPTIMIZER, Shard, find, load, read_state, save, weight_shards
 from megascratch.config import ModelConfig
+from megascratch.dist.agreement import require_agreement, tensor_digest
+from megascratch.dist.layout import spec_of
 from megascratch.engine.engine import Engine
 from megascratch.errors import CheckpointError, Problem
 
@@ -26,6 +28,19 @@ def engine_shards(engine: Engine) -> list[Shard]:
     ]
     whole = [param for param in engine.parameters() if not engine.optimizer.divides(param)]
     return [*weight_shards(whole, engine.mesh), *divided]
+
+
+def require_equal_replicas(engine: Engine) -> None:
+    """Check, bit for bit, that ranks which hold the same part of a weight hold the same values. Every rank calls this.
+
+    Weights that ZeRO-3 divides have no replica to be compared with, but under `zero_ranks`: those are left out.
+
+    Raises: LayoutError: naming rank and weight.
+    """
+    mesh, params = engine.mesh, [param for param in engine.parameters() if not engine.optimizer.divides(param)]
+    for axis in (mesh.data, mesh.expert_data):
+        own = [param for param in params if mesh.axis(spec_of(param).data_axis) is axis]
+        require_agreement({spec_of(param).name: tensor_digest(param) for param in own}, axis, mesh.device)
 
 
 def optimizer_shards(engine: Engine) -> list[Shard]:
