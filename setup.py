@@ -1,9 +1,9 @@
-"""Build the compiled parts with ninja: two stable-ABI operator libraries, their host twin, and three pybind11 modules.
+"""Build the compiled parts with ninja: two stable-ABI operator libraries, their host twin, and the pybind11 modules.
 
     libmegascratch_cpu.so        csrc/cpu, once an instruction-set level, by g++ alone; always
     libmegascratch_cuda.so       csrc/cuda for every GPU architecture that this nvcc knows; whenever nvcc is found
     libmegascratch_cuda_host.so  the same .cu files compiled by g++ and run on fibers, as a test backend; always
-    tokenizer/{_bpe,_sentencepiece}, data/{_jsonl,_sample_index}   csrc/host, bound with pybind11; always
+    tokenizer/{_bpe_v2,_bpe_v3,_sentencepiece}, data/{_jsonl,_sample_index}   csrc/host, bound with pybind11; always
 
 Metadata stands in pyproject.toml. torch's own `CUDAExtension` refuses to build CUDA beside a CPU torch, and it links
 the unstable C++ ABI; hence this small `build_ext`. Only what changed is rebuilt: ninja knows headers and flags.
@@ -145,8 +145,10 @@ class BuildNative(build_ext):
     def add_pybind11_modules(self, ninja: NinjaFile, gxx: str) -> None:
         include = ["-isystem", str(package_dir("pybind11") / "include"), "-isystem", sysconfig.get_path("include")]
         command = [gxx, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread", *include]
-        for module, source in pybind11_modules().items():
-            ninja.link(module, [ninja.compile(source, command, "host")], [gxx, "-pthread"], [])
+        for module, (source, flags) in pybind11_modules().items():
+            name = Path(module).name.partition(".")[0]
+            named = [*command, *flags, f"-DMEGASCRATCH_MODULE={name}"]
+            ninja.link(module, [ninja.compile(source, named, f"host/{name}")], [gxx, "-pthread"], [])
 
     def targets(self) -> dict[str, Path]:
         """Where each built file goes: into the source tree for an editable install, else into the wheel's tree."""
@@ -186,12 +188,18 @@ def nvcc_command(nvcc: str, gxx: str) -> list[str]:
     return [nvcc, "-std=c++20", "-O3", "--threads=0", *generate, *strict, *host, f"-I{CSRC / 'include'}"]
 
 
-def pybind11_modules() -> dict[str, Path]:
+def pybind11_modules() -> dict[str, tuple[Path, list[str]]]:
+    """The source and the flags of each module. The tokenizer's core has one a level: its masks want AVX2 and BMI2."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     host = CSRC / "host"
-    sources = {"tokenizer/_bpe": "bpe.cpp", "tokenizer/_sentencepiece": "sentencepiece.cpp"}
-    sources |= {"data/_jsonl": "jsonl.cpp", "data/_sample_index": "sample_index.cpp"}
-    return {f"{module}{suffix}": host / source for module, source in sources.items()}
+    modules = {f"tokenizer/_bpe_{level}": (host / "bpe.cpp", flags) for level, flags in bpe_levels().items()}
+    modules["tokenizer/_sentencepiece"] = host / "sentencepiece.cpp", []
+    modules |= {f"data/_{name}": (host / f"{name}.cpp", []) for name in ("jsonl", "sample_index")}
+    return {f"{module}{suffix}": built_from for module, built_from in modules.items()}
+
+
+def bpe_levels() -> dict[str, list[str]]:
+    return {level: flags for level, flags in cpu_levels().items() if level != "v4"}
 
 
 # The extension is named only so that setuptools knows the wheel to be of one platform.

@@ -20,7 +20,7 @@ from megascratch.tokenizer import PATTERNS, _bpe
 CLASSES = {1: r"\p{L}", 2: r"\p{N}", 4: r"\s", 8: r"[\r\n]", 16: r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"}
 CLASSES |= {32: r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"}
 
-BITS = ["don't", "WE'LL", "it'ſ", "I'Ve", "''s", "'", "'r", "'l", "'LL", "'ſ", "x'S", "K", "ſ", "ǅ", "ʰ", "ª"]
+BITS = ["don't", "WE'LL", "it'ſ", "I'Ve", "''s", "'", "'r", "'l", "'LL", "'ſ", "x'S", "f'rE", "K", "ſ", "ǅ", "ʰ", "ª"]
 BITS += ["1", "12", "1234567", "½", "٣", "ⅷ", " ", "  ", "   ", "\t", "\n", "\r\n", "\n\n", "\r", "\x0b", "\x1c"]
 BITS += ["\x85", "\xa0", "\u1680", "\u2003", "\u2028", "\u3000", "\u200b", "\ufeff", "/", "//", "!", "?!", "...", "_"]
 BITS += [

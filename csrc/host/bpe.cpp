@@ -1,4 +1,4 @@
-// Python bindings of the BPE trainer and encoder: megascratch.tokenizer._bpe.
+// Python bindings of the BPE trainer and encoder: megascratch.tokenizer._bpe, compiled once an instruction-set level.
 //
 // Text crosses the border in bulk, as one UTF-8 buffer and the end offsets of its documents or pre-tokens; the GIL is
 // released for all the work in between. Offsets are checked here once, so that a wrong caller gets an exception and not a
@@ -66,7 +66,10 @@ py::array_t<int64_t> scan(const std::string& scanner, const py::buffer& text) {
     with_scanner(scanner, [&](auto scan_next) {
         const py::gil_scoped_release release;
         const Text whole(bytes.data(), bytes.data() + bytes.size());
-        for (const uint8_t* p = whole.begin; p < whole.end; ends.push_back(p - whole.begin)) p = scan_next.next(whole, p);
+        Cutter<decltype(scan_next)> cut(whole, whole.end);
+        const uint8_t* next[kMostCut];
+        while (const size_t n = cut(next))
+            for (size_t i = 0; i < n; ++i) ends.push_back(next[i] - whole.begin);
     });
     return py::array_t<int64_t>(py::ssize_t(ends.size()), ends.data());
 }
@@ -156,26 +159,36 @@ py::bytes decode(const Decoder& decoder, const py::array_t<Id, py::array::c_styl
     return bytes;
 }
 
+/// Whether this processor can run what is compiled for x86-64-v3.
+bool runs_v3() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
+#else
+    return false;
+#endif
+}
+
 }  // namespace
 
-PYBIND11_MODULE(_bpe, m) {
+PYBIND11_MODULE(MEGASCRATCH_MODULE, m) {
     m.doc() = "Byte-level BPE: scanners, trainer, encoder and decoder.";
     m.attr("UNICODE_VERSION") = kUnicodeVersion;
+    m.def("runs_v3", &runs_v3);
     m.def("scan", &scan, py::arg("scanner"), py::arg("text"));
     m.def("character_classes", [] { return py::bytes(reinterpret_cast<const char*>(class_table()), 0x110000); });
-    py::class_<PieceCounter>(m, "PieceCounter", "Counts distinct pre-tokens and trains on the counts.")
+    py::class_<PieceCounter>(m, "PieceCounter", "Counts distinct pre-tokens and trains on the counts.", py::module_local())
         .def(py::init<>())
         .def("add", &add, py::arg("scanner"), py::arg("text"), py::arg("ends"), py::arg("threads"))
         .def_property_readonly("n_distinct", [](PieceCounter& c) { return c.counts().size(); })
         .def("train", &train, py::arg("byte_order"), py::arg("n_tokens"), py::arg("progress"));
     const auto text = py::arg("text"), ends = py::arg("ends"), threads = py::arg("threads");
-    py::class_<Encoder>(m, "Encoder", "Encodes documents, or pre-tokens, by ranked merges.")
+    py::class_<Encoder>(m, "Encoder", "Encodes documents, or pre-tokens, by ranked merges.", py::module_local())
         .def(py::init(&make_encoder), py::arg("tokens"), py::arg("merges"), py::arg("whole_first"))
         .def_property_readonly("linear", &Encoder::linear)
         .def("encode_documents", &encode_documents<uint32_t>, py::arg("scanner"), text, ends, threads)
         .def("encode_documents_16", &encode_documents<uint16_t>, py::arg("scanner"), text, ends, threads)
         .def("encode", &encode_pieces<uint32_t>, text, ends, py::arg("document_ends"), threads);
-    py::class_<Decoder>(m, "Decoder", "Decodes ids to bytes.")
+    py::class_<Decoder>(m, "Decoder", "Decodes ids to bytes.", py::module_local())
         .def(py::init(&make_decoder), py::arg("tokens"))
         .def("decode", &decode<uint16_t>, py::arg("ids").noconvert())
         .def("decode", &decode<uint32_t>, py::arg("ids").noconvert())

@@ -16,6 +16,7 @@
 // Idea: van Antwerpen and Neubeck, "So many tokens, so little time" (GitHub blog, 2024).
 #pragma once
 
+#include <algorithm>
 #include <cassert>
 #include <cstdint>
 #include <memory>
@@ -38,8 +39,19 @@ struct BacktrackScratch {
     std::vector<uint64_t> choices = std::vector<uint64_t>(1 << kLogChoices, ~0ULL);  // last, match, choice: 21 bits each
 };
 
+/// A short piece to encode among others, and room for its ids.
+struct PieceJob {
+    static constexpr size_t kMaxBytes = 64;
+    const uint8_t* at;
+    uint32_t length;  // from 1 to kMaxBytes
+    uint32_t n_ids;
+    uint32_t ids[kMaxBytes];
+};
+
 class Backtracker {
   public:
+    static constexpr size_t kMostJobs = 64;
+
     /// Return an encoder for these rules, or null where they are not those of a trained vocabulary.
     ///
     /// Args: as those of `Merger`; tokens: the bytes of each id.
@@ -94,6 +106,32 @@ class Backtracker {
         }
     }
 
+    /// Encode up to kMostJobs short pieces in step: a byte of each, then the next byte of each. The tables are larger than
+    /// the nearest caches, and by the time that a piece has its turn again its memory has come.
+    void encode_together(PieceJob* jobs, size_t n_jobs) const {
+        Turn turns[kMostJobs];
+        Turn *waiting[kMostJobs], *working[kMostJobs];
+        for (size_t i = 0; i < n_jobs; ++i) {
+            jobs[i].n_ids = 0;
+            turns[i] = {&jobs[i], 0, 0, {}, 0, 0, 0};
+            waiting[i] = &turns[i];
+        }
+        for (size_t n_waiting = n_jobs; n_waiting != 0;) {
+            for (size_t i = 0; i < n_waiting; ++i) waiting[i]->walk = trie_->begin(waiting[i]->next_byte());
+            std::copy_n(waiting, n_waiting, working);
+            in_step(working, n_waiting, [&](Turn& turn) { return walk_on(turn); });
+            for (size_t i = 0; i < n_waiting; ++i) compare(*waiting[i], waiting[i]->walk.found);
+            std::copy_n(waiting, n_waiting, working);
+            in_step(working, n_waiting, [&](Turn& turn) { return check_on(turn); });
+            size_t n_left = 0;
+            for (size_t i = 0; i < n_waiting; ++i)
+                if (waiting[i]->take(prefixes_)) waiting[n_left++] = waiting[i];
+            n_waiting = n_left;
+        }
+        for (size_t i = 0; i < n_jobs; ++i)
+            for (uint32_t j = 0; j < jobs[i].n_ids; ++j) jobs[i].ids[j] = ids_[jobs[i].ids[j]];
+    }
+
   private:
     static constexpr uint32_t kNone = Trie::kNone;
     static constexpr size_t kKeep = 1 << 20;
@@ -106,6 +144,82 @@ class Backtracker {
         uint32_t shorter;  // the longest token that this one begins with
         uint32_t length;   // of this one, in bytes
     };
+
+    /// Where a piece stands among those encoded together. Its job's ids are tokens until it is done.
+    struct Turn {
+        PieceJob* job;
+        uint32_t at;                   // of the next token
+        uint64_t dead_ends;            // a bit a border
+        Trie::Walk walk;               // what it found is the candidate for the next token
+        uint32_t left, right, before;  // of `compatible`, for the token before and the candidate
+
+        const uint8_t* next_byte() const { return job->at + at; }
+        uint32_t last() const { return job->n_ids == 0 ? kNone : job->ids[job->n_ids - 1]; }
+
+        /// Take the candidate; say whether there is more to encode.
+        bool take(const std::vector<Prefix>& prefixes) {
+            job->ids[job->n_ids++] = walk.found;
+            at += prefixes[walk.found].length;
+            return at < job->length;
+        }
+    };
+
+    /// Call go_on for each in turn, until it has said false to all.
+    template <class GoOn>
+    static void in_step(Turn** working, size_t n, GoOn&& go_on) {
+        for (size_t n_left; n != 0; n = n_left) {
+            n_left = 0;
+            for (size_t i = 0; i < n; ++i)
+                if (go_on(*working[i])) working[n_left++] = working[i];
+        }
+    }
+
+    /// Go a byte further along the longest match; false at its end.
+    bool walk_on(Turn& turn) const {
+        if (!trie_->step(turn.walk) || turn.walk.at == turn.job->at + turn.job->length) return false;
+        trie_->touch(turn.walk);
+        return true;
+    }
+
+    static void compare(Turn& turn, uint32_t candidate) {
+        turn.walk.found = turn.right = candidate;
+        turn.left = turn.last();
+        turn.before = kNone;
+    }
+
+    /// Do one round of `compatible`, or what follows from it; false once the candidate fits.
+    bool check_on(Turn& turn) const {
+        if (turn.walk.found == kNone) {  // a dead end: back to the token before, which was too long
+            const uint32_t last = turn.last();
+            assert(last != kNone && "every text has an encoding");
+            turn.dead_ends |= uint64_t(1) << turn.at;
+            turn.at -= prefixes_[last].length;
+            --turn.job->n_ids;
+            compare(turn, prefixes_[last].shorter);
+            return true;
+        }
+        if (turn.left != kNone) {
+            if (merged_.find(turn.left, turn.right) < turn.before) {
+                compare(turn, prefixes_[turn.walk.found].shorter);
+                return true;
+            }
+            if (turn.left > turn.right) {
+                if (turn.left >= 256) {
+                    turn.before = turn.left;
+                    turn.left = splits_[turn.left].right;
+                    return true;
+                }
+            } else if (turn.right >= 256) {
+                turn.before = turn.right + 1;
+                turn.right = splits_[turn.right].left;
+                return true;
+            }
+        }
+        const uint32_t border = turn.at + prefixes_[turn.walk.found].length;
+        if (border == turn.job->length || !(turn.dead_ends >> border & 1)) return false;
+        compare(turn, prefixes_[turn.walk.found].shorter);
+        return true;
+    }
 
     Backtracker(const std::vector<std::string_view>& tokens, const int32_t* id_of_byte)
         : merged_(tokens.size()), order_(tokens.size(), kNone) {

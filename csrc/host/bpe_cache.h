@@ -6,12 +6,12 @@
 // sentences without spaces) and those of many ids have a table of their own; the longest are not kept.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <vector>
 
+#include "huge_pages.h"
 #include "scan_ahead.h"
 
 namespace megascratch::bpe {
@@ -19,72 +19,98 @@ namespace megascratch::bpe {
 class PieceCache {
   public:
     static constexpr size_t kMaxIds = 4;
+    static constexpr uint32_t kIdBits[kMaxIds] = {0xFFFFFF, ~0u, ~0u, ~0u};  // of the ids of an entry
 
     struct Entry {
         PieceKey key;
-        uint32_t ids[kMaxIds] = {};  // of the first, the upper 8 bits are the number of ids
+        uint32_t ids[kMaxIds] = {};  // of the first, the upper 8 bits are the number of ids:
+        // 0 while they are awaited, and where it is more than four they are in the long entry
 
         uint32_t n_ids() const { return ids[0] >> 24; }
-        uint32_t first() const { return ids[0] & 0xFFFFFF; }
+        uint32_t job() const { return ids[0]; }
     };
 
     struct LongEntry {
         static constexpr size_t kMaxBytes = 54, kMaxIds = 18;
-        uint8_t length = 0, n_ids = 0;
+        uint8_t length = 0, n_ids = 0;  // no ids while they are awaited: then the first is the job
         char bytes[kMaxBytes];
         uint32_t ids[kMaxIds];
+
+        bool holds(const ScannedPiece& piece) const {
+            return length == piece.length && std::memcmp(bytes, piece.at, length) == 0;
+        }
+        void put(const ScannedPiece& piece, const uint32_t* ids_, size_t n_ids_) {
+            length = uint8_t(piece.length);
+            n_ids = uint8_t(n_ids_);
+            std::memcpy(bytes, piece.at, piece.length);
+            std::memcpy(ids, ids_, std::max<size_t>(n_ids_, 1) * sizeof *ids);
+        }
     };
 
-    PieceCache() : lines_(new Line[size_t(1) << kLogLines]), long_entries_(size_t(1) << kLogLongEntries) {}
+    PieceCache() : lines_(size_t(1) << kLogLines), long_entries_(size_t(1) << kLogLongEntries) {}
 
     void touch(const ScannedPiece& piece) const {
         if (piece.has_key())
             __builtin_prefetch(&line(piece.hash));
         else
-            __builtin_prefetch(&long_entries_[piece.hash >> (64 - kLogLongEntries)]);
+            __builtin_prefetch(&long_entry(piece.hash));
     }
 
     /// Return the entry of a piece with a key, or null.
     const Entry* find(const ScannedPiece& piece) const {
-        for (const Entry& entry : line(piece.hash).entries)
-            if (entry.key == piece.key) return &entry;
-        return nullptr;
+        const Entry* const entries = line(piece.hash).entries;
+        const bool first = entries[0].key == piece.key, second = entries[1].key == piece.key;
+        return first | second ? entries + second : nullptr;  // no branch on which: it is anybody's guess
     }
 
-    /// Return the entry of a piece without a key, or of many ids, or null.
+    /// Return the entry of a piece without a key, or of one whose own entry says that it has too many ids; or null.
     const LongEntry* find_long(const ScannedPiece& piece) const {
-        const LongEntry& entry = long_entries_[piece.hash >> (64 - kLogLongEntries)];
-        return entry.length == piece.length && std::memcmp(entry.bytes, piece.at, piece.length) == 0 ? &entry : nullptr;
+        const LongEntry& entry = long_entry(piece.hash);
+        return entry.holds(piece) ? &entry : nullptr;
     }
 
+    /// Note that a job is about to make the ids of a piece.
+    void await(const ScannedPiece& piece, uint32_t job) {
+        if (piece.has_key())
+            line(piece.hash).put({piece.key, {job}});
+        else if (piece.length <= LongEntry::kMaxBytes)
+            long_entry(piece.hash).put(piece, &job, 0);
+    }
+
+    /// Keep the ids of a piece, unless there are too many; it is not awaited any more.
     void remember(const ScannedPiece& piece, const uint32_t* ids, size_t n_ids) {
-        if (piece.has_key() && n_ids <= kMaxIds) {
-            Line& line = this->line(piece.hash);
-            line.entries[1] = line.entries[0];
-            line.entries[0].key = piece.key;
-            std::memcpy(line.entries[0].ids, ids, n_ids * sizeof *ids);
-            line.entries[0].ids[0] |= uint32_t(n_ids) << 24;
-        } else if (piece.length <= LongEntry::kMaxBytes && n_ids <= LongEntry::kMaxIds) {
-            LongEntry& entry = long_entries_[piece.hash >> (64 - kLogLongEntries)];
-            entry.length = uint8_t(piece.length);
-            entry.n_ids = uint8_t(n_ids);
-            std::memcpy(entry.bytes, piece.at, piece.length);
-            std::memcpy(entry.ids, ids, n_ids * sizeof *ids);
+        if (piece.has_key()) {
+            Entry entry{piece.key, {}};
+            if (n_ids <= kMaxIds) std::memcpy(entry.ids, ids, n_ids * sizeof *ids);
+            entry.ids[0] |= uint32_t(n_ids) << 24;
+            line(piece.hash).put(entry);
+            if (n_ids <= kMaxIds) return;
         }
+        if (piece.length > LongEntry::kMaxBytes) return;
+        if (n_ids <= LongEntry::kMaxIds)
+            long_entry(piece.hash).put(piece, ids, n_ids);
+        else if (long_entry(piece.hash).holds(piece))
+            long_entry(piece.hash).length = 0;
     }
 
   private:
-    static constexpr unsigned kLogLines = 18;        // 16 MiB a thread,
+    static constexpr unsigned kLogLines = 19;        // 32 MiB a thread,
     static constexpr unsigned kLogLongEntries = 16;  // and 8 MiB
     static_assert(sizeof(Entry) == 32 && sizeof(LongEntry) == 128);
     struct alignas(64) Line {
         Entry entries[2];
+
+        void put(const Entry& entry) {
+            if (!(entries[0].key == entry.key)) entries[1] = entries[0];
+            entries[0] = entry;
+        }
     };
 
     Line& line(uint64_t hash) const { return lines_[hash >> (64 - kLogLines)]; }
+    LongEntry& long_entry(uint64_t hash) const { return long_entries_[hash >> (64 - kLogLongEntries)]; }
 
-    std::unique_ptr<Line[]> lines_;
-    std::vector<LongEntry> long_entries_;
+    HugeArray<Line> lines_;
+    HugeArray<LongEntry> long_entries_;
 };
 
 }  // namespace megascratch::bpe

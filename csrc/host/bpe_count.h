@@ -106,7 +106,7 @@ class PieceCounter {
             PieceTable& table = tables_[thread];
             for_each_stretch(shares[share], ends, [&](int64_t begin, int64_t end, bool) {
                 const Text stretch(text + begin, text + end);
-                scan_ahead([&](const uint8_t* p) { return Scanner::next(stretch, p); }, stretch, readable_end,
+                scan_ahead(Cutter<Scanner>(stretch, readable_end), stretch.begin, readable_end,
                            [&](const ScannedPiece& piece) { table.touch(piece); }, [&](const ScannedPiece& piece) { table.add(piece); });
             });
         });

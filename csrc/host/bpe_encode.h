@@ -95,12 +95,12 @@ class Encoder {
     Encoded<Id> encode_documents(Scanner, const char* text, const int64_t* ends, size_t n_documents,
                                  size_t n_threads) const {
         const std::vector<Share> shares = share_out(text, ends, n_documents, n_threads);
-        const char* const readable_end = text + (n_documents == 0 ? 0 : ends[n_documents - 1]);
+        const uint8_t* const readable_end = bytes(text + (n_documents == 0 ? 0 : ends[n_documents - 1]));
         return run<Id>(shares.size(), n_threads, [&](size_t share, Output<Id>& output) {
             for_each_stretch(shares[share], ends, [&](int64_t begin, int64_t end, bool whole) {
                 const Text stretch(text + begin, text + end);
-                encode_stretch([&](const uint8_t* p) { return Scanner::next(stretch, p); }, stretch, readable_end, output);
-                if (whole) output.end_document();
+                encode_stretch(Cutter<Scanner>(stretch, readable_end), stretch.begin, readable_end, output);
+                if (whole) end_document(output);
             });
         });
     }
@@ -118,30 +118,45 @@ class Encoder {
             const size_t last = n_documents * (share + 1) / n_shares;
             for (size_t document = n_documents * share / n_shares; document < last; ++document) {
                 int64_t piece = pieces_until(document);
-                const Text stretch(offset(piece), offset(pieces_until(document + 1)));
-                const auto next = [&](const uint8_t*) { return reinterpret_cast<const uint8_t*>(text + ends[piece++]); };
-                encode_stretch(next, stretch, offset(pieces_until(n_documents)), output);
-                output.end_document();
+                const int64_t last_piece = pieces_until(document + 1);
+                const auto cut = [&](const uint8_t** next) {
+                    const size_t n = size_t(std::min<int64_t>(last_piece - piece, kMostCut));
+                    for (size_t i = 0; i < n; ++i) next[i] = bytes(text + ends[piece++]);
+                    return n;
+                };
+                encode_stretch(cut, bytes(offset(piece)), bytes(offset(pieces_until(n_documents))), output);
+                end_document(output);
             }
         });
     }
 
   private:
+    static const uint8_t* bytes(const char* text) { return reinterpret_cast<const uint8_t*>(text); }
+
     static constexpr size_t kMaxIds = size_t(1) << 24;  // the cache packs a count beside an id
+
+    /// Where ids are still to come in, or a document ends; `at` counts the ids that are there already.
+    struct Gap {
+        static constexpr uint32_t kDocumentEnd = UINT32_MAX;
+        size_t at;
+        uint32_t job;
+    };
 
     /// What one thread needs to itself.
     struct Workspace {
+        static constexpr size_t kMostJobs = Backtracker::kMostJobs, kMostGaps = 1024;
         PieceCache cache;
         BacktrackScratch scratch;
         std::vector<uint32_t> ids;
+        std::vector<ScannedPiece> awaited;  // piece i is that of jobs[i]
+        std::vector<PieceJob> jobs = std::vector<PieceJob>(kMostJobs);
+        std::vector<Gap> gaps;
     };
 
     template <class Id>
     struct Output {
         Encoded<Id> made;
         Workspace* space = nullptr;
-
-        void end_document() { made.ends.push_back(int64_t(made.ids.size())); }
     };
 
     template <class Id, class Work>
@@ -151,6 +166,7 @@ class Encoder {
             std::unique_ptr<Workspace> space = borrow();
             outputs[share].space = space.get();
             work(share, outputs[share]);
+            settle(outputs[share]);
             give_back(std::move(space));
         });
         if (n_shares == 0) return {};
@@ -169,44 +185,115 @@ class Encoder {
         return all;
     }
 
-    template <class Id, class Next>
-    void encode_stretch(Next&& next, const Text& text, const char* readable_end, Output<Id>& output) const {
+    template <class Id, class Cut>
+    void encode_stretch(Cut&& cut, const uint8_t* begin, const uint8_t* readable_end, Output<Id>& output) const {
         const PieceCache& cache = output.space->cache;
         IdBuffer<Id>& ids = output.made.ids;
         const auto touch = [&](const ScannedPiece& piece) { cache.touch(piece); };
-        scan_ahead(next, text, reinterpret_cast<const uint8_t*>(readable_end), touch, [&](const ScannedPiece& piece) {
+        scan_ahead(cut, begin, readable_end, touch, [&](const ScannedPiece& piece) {
             if (piece.has_key()) {
-                if (const PieceCache::Entry* const entry = cache.find(piece)) {
-                    Id* const out = ids.reserve(PieceCache::kMaxIds);  // all four are written, however many there are
-                    out[0] = Id(entry->first());
-                    for (size_t i = 1; i < PieceCache::kMaxIds; ++i) out[i] = Id(entry->ids[i]);
+                const PieceCache::Entry* const entry = cache.find(piece);
+                if (!entry) return encode_new(piece, output);
+                if (entry->n_ids() == 0) return leave_gap(entry->job(), output);
+                if (entry->n_ids() <= PieceCache::kMaxIds) {
+                    write_four(entry->ids, ids.reserve(PieceCache::kMaxIds));  // however many there are
                     return ids.advance(entry->n_ids());
                 }
             }
             if (const PieceCache::LongEntry* const entry = cache.find_long(piece)) {
-                std::copy_n(entry->ids, entry->n_ids, ids.reserve(entry->n_ids));
-                return ids.advance(entry->n_ids);
+                if (entry->n_ids == 0) return leave_gap(entry->ids[0], output);
+                return append(entry->ids, entry->n_ids, ids);
             }
-            encode_new(piece, *output.space, ids);
+            encode_new(piece, output);
         });
     }
 
     template <class Id>
-    void encode_new(const ScannedPiece& piece, Workspace& space, IdBuffer<Id>& out) const {
-        constexpr size_t kKeep = 1 << 16;
-        std::vector<uint32_t>& ids = space.ids;
-        ids.clear();
+    void encode_new(const ScannedPiece& piece, Output<Id>& output) const {
+        Workspace& space = *output.space;
         const uint32_t whole = whole_ids_.empty() ? StringTable::kAbsent : whole_.find(piece.view());
-        if (whole != StringTable::kAbsent)
-            ids.push_back(whole_ids_[whole]);
-        else if (backtracker_)
-            backtracker_->encode(piece.view(), space.scratch, ids);
+        if (whole != StringTable::kAbsent) {
+            space.cache.remember(piece, &whole_ids_[whole], 1);
+            append(&whole_ids_[whole], 1, output.made.ids);
+        } else if (backtracker_ && piece.length <= PieceJob::kMaxBytes) {
+            const uint32_t job = uint32_t(space.awaited.size());
+            space.awaited.push_back(piece);
+            space.jobs[job].at = piece.at;
+            space.jobs[job].length = uint32_t(piece.length);
+            space.cache.await(piece, job);
+            leave_gap(job, output);
+        } else {
+            constexpr size_t kKeep = 1 << 16;
+            std::vector<uint32_t>& ids = space.ids;
+            ids.clear();
+            if (backtracker_)
+                backtracker_->encode(piece.view(), space.scratch, ids);
+            else
+                merger_->encode(piece.view(), ids);
+            space.cache.remember(piece, ids.data(), ids.size());
+            append(ids.data(), ids.size(), output.made.ids);
+            if (ids.capacity() > kKeep) std::vector<uint32_t>().swap(ids);  // do not keep a giant's ids
+        }
+    }
+
+    /// Write the ids of an entry, without the count in the first of them.
+    template <class Id>
+    static void write_four(const uint32_t* ids, Id* out) {
+        uint32_t four[PieceCache::kMaxIds];
+        for (size_t i = 0; i < PieceCache::kMaxIds; ++i) four[i] = ids[i] & PieceCache::kIdBits[i];
+        for (size_t i = 0; i < PieceCache::kMaxIds; ++i) out[i] = Id(four[i]);
+    }
+
+    template <class Id>
+    static void append(const uint32_t* ids, size_t n, IdBuffer<Id>& out) {
+        std::copy_n(ids, n, out.reserve(n));
+        out.advance(n);
+    }
+
+    template <class Id>
+    void leave_gap(uint32_t job, Output<Id>& output) const {
+        Workspace& space = *output.space;
+        space.gaps.push_back({output.made.ids.size(), job});
+        if (space.awaited.size() == Workspace::kMostJobs || space.gaps.size() == Workspace::kMostGaps) settle(output);
+    }
+
+    template <class Id>
+    void end_document(Output<Id>& output) const {
+        if (output.space->gaps.empty())
+            output.made.ends.push_back(int64_t(output.made.ids.size()));
         else
-            merger_->encode(piece.view(), ids);
-        space.cache.remember(piece, ids.data(), ids.size());
-        std::copy(ids.begin(), ids.end(), out.reserve(ids.size()));
-        out.advance(ids.size());
-        if (ids.capacity() > kKeep) std::vector<uint32_t>().swap(ids);  // do not keep a giant's ids
+            leave_gap(Gap::kDocumentEnd, output);
+    }
+
+    /// Do the jobs that have gathered, and put their ids in.
+    template <class Id>
+    void settle(Output<Id>& output) const {
+        Workspace& space = *output.space;
+        if (space.gaps.empty()) return;
+        backtracker_->encode_together(space.jobs.data(), space.awaited.size());
+        size_t n_more = 0;
+        for (const Gap& gap : space.gaps)
+            if (gap.job == Gap::kDocumentEnd)
+                output.made.ends.push_back(int64_t(gap.at + n_more));
+            else
+                n_more += space.jobs[gap.job].n_ids;
+        IdBuffer<Id>& ids = output.made.ids;
+        Id* to = ids.reserve(n_more) + n_more;
+        Id* from = to - n_more;
+        Id* const begin = from - ids.size();
+        for (size_t i = space.gaps.size(); i-- > 0;) {  // from the last, so that nothing is moved twice
+            const Gap& gap = space.gaps[i];
+            if (gap.job == Gap::kDocumentEnd) continue;
+            to = std::move_backward(begin + gap.at, from, to);
+            from = begin + gap.at;
+            const PieceJob& job = space.jobs[gap.job];
+            to = std::copy_backward(job.ids, job.ids + job.n_ids, to);
+        }
+        ids.advance(n_more);
+        for (size_t job = 0; job < space.awaited.size(); ++job)
+            space.cache.remember(space.awaited[job], space.jobs[job].ids, space.jobs[job].n_ids);
+        space.awaited.clear();
+        space.gaps.clear();
     }
 
     std::unique_ptr<Workspace> borrow() const {

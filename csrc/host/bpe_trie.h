@@ -53,17 +53,34 @@ class Trie {
         taken_ = bases_ = {};
     }
 
+    /// A walk from the root along a text.
+    struct Walk {
+        const uint8_t* at;
+        uint64_t base;
+        uint32_t found = kNone;  // the value of the longest string so far
+    };
+
+    Walk begin(const uint8_t* at) const { return {at, nodes_[0].base}; }
+
+    /// Go one byte further; false where no string goes on so.
+    bool step(Walk& walk) const {
+        const Node node = nodes_[walk.base + *walk.at];
+        if (node.label != *walk.at || node.value == kFree) return false;
+        if (node.value != kNoValue) walk.found = node.value;
+        walk.base = node.base;
+        ++walk.at;
+        return true;
+    }
+
+    /// Ask for the memory that the next step needs.
+    void touch(const Walk& walk) const { __builtin_prefetch(&nodes_[walk.base + *walk.at]); }
+
     /// The value of the longest string that the text begins with, or kNone.
     uint32_t longest(const uint8_t* at, const uint8_t* end) const {
-        uint64_t base = nodes_[0].base;
-        uint32_t found = kNone;
-        for (; at < end; ++at) {
-            const Node node = nodes_[base + *at];
-            if (node.label != *at || node.value == kFree) break;
-            if (node.value != kNoValue) found = node.value;
-            base = node.base;
+        Walk walk = begin(at);
+        while (walk.at < end && step(walk)) {
         }
-        return found;
+        return walk.found;
     }
 
   private:

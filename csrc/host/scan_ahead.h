@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "flat_table.h"
-#include "scanner.h"
+#include "scan_window.h"
 
 namespace megascratch::bpe {
 
@@ -28,12 +28,14 @@ struct PieceKey {
     PieceKey() = default;
     /// Args: readable_end: where reading must stop, at or after the end of the piece.
     PieceKey(const uint8_t* piece, size_t length, const uint8_t* readable_end) {
+        static constexpr uint8_t kKept[32] = {0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF,
+                                              0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF};  // then zeros
         if (readable_end - piece >= 16) {
-            std::memcpy(&low, piece, 8);
-            std::memcpy(&high, piece + 8, 8);
-            const unsigned bits = unsigned(length) * 8;  // of the 128, those that are the piece's
-            low &= bits >= 64 ? ~0ULL : (1ULL << bits) - 1;
-            high &= bits <= 64 ? 0 : (1ULL << (bits - 64)) - 1;
+            uint64_t words[2], kept[2];  // no branch on the length: it would be guessed wrong too often
+            std::memcpy(words, piece, 16);
+            std::memcpy(kept, kKept + 16 - length, 16);
+            low = words[0] & kept[0];
+            high = words[1] & kept[1];
         } else {
             std::memcpy(&low, piece, std::min<size_t>(length, 8));
             if (length > 8) std::memcpy(&high, piece + 8, length - 8);
@@ -41,9 +43,12 @@ struct PieceKey {
         high |= uint64_t(length) << 56;
     }
 
-    bool operator==(const PieceKey& other) const { return low == other.low && high == other.high; }
+    bool operator==(const PieceKey& other) const { return ((low ^ other.low) | (high ^ other.high)) == 0; }
     size_t length() const { return size_t(high >> 56); }
-    uint64_t hash() const { return mix(low ^ high * 0x9e3779b97f4a7c15ULL); }
+    uint64_t hash() const {
+        const uint64_t product = (low ^ high * 0x9e3779b97f4a7c15ULL) * 0xd6e8feb86659fd93ULL;
+        return product ^ __builtin_bswap64(product);
+    }
 };
 
 /// A pre-token on its way; its key is empty where it is longer than a key can hold.
@@ -53,36 +58,41 @@ struct ScannedPiece {
     PieceKey key;
     uint64_t hash;  // of the key, or of the first 56 bytes
 
+    ScannedPiece() = default;
+    ScannedPiece(const uint8_t* begin, const uint8_t* end, const uint8_t* readable_end) : at(begin), length(size_t(end - begin)) {
+        if (length <= PieceKey::kMaxBytes) {
+            key = PieceKey(begin, length, readable_end);
+            hash = key.hash();
+        } else {
+            hash = hash_bytes({view().data(), std::min<size_t>(length, 56)});
+        }
+    }
+
     bool has_key() const { return key.high != 0; }
     std::string_view view() const { return {reinterpret_cast<const char*>(at), length}; }
 };
 
-/// Cut one text by next(p), which returns the end of the piece that begins at p.
+/// Walk over a text by its pieces, some at a time.
 ///
 /// Args:
+///   cut(ends): write the ends of the next pieces, kMostCut at most, and return how many; 0 at the end of the text.
+///   begin: where the first piece begins.
 ///   readable_end: where reading must stop, at or after the end of the text.
 ///   touch(piece): ask for the memory that use(piece) will need.
-template <class Next, class Touch, class Use>
-void scan_ahead(Next&& next, const Text& text, const uint8_t* readable_end, Touch&& touch, Use&& use) {
+template <class Cut, class Touch, class Use>
+void scan_ahead(Cut&& cut, const uint8_t* begin, const uint8_t* readable_end, Touch&& touch, Use&& use) {
     constexpr size_t kAhead = 32;
-    ScannedPiece pieces[kAhead];
-    for (const uint8_t* p = text.begin; p < text.end;) {
+    const uint8_t* ends[kAhead + kMostCut];
+    ScannedPiece pieces[kAhead + kMostCut];
+    for (const uint8_t* p = begin;;) {
         size_t n = 0;
-        for (; n < kAhead && p < text.end; ++n) {
-            const uint8_t* const end = next(p);
-            ScannedPiece& piece = pieces[n];
-            piece.at = p;
-            piece.length = size_t(end - p);
-            if (piece.length <= PieceKey::kMaxBytes) {
-                piece.key = PieceKey(p, piece.length, readable_end);
-                piece.hash = piece.key.hash();
-            } else {
-                piece.key = {};
-                piece.hash = hash_bytes({piece.view().data(), std::min<size_t>(piece.length, 56)});
-            }
-            touch(piece);
-            p = end;
+        while (n < kAhead) {
+            const size_t n_more = cut(ends + n);
+            if (n_more == 0) break;
+            n += n_more;
         }
+        if (n == 0) return;
+        for (size_t i = 0; i < n; p = ends[i++]) touch(pieces[i] = ScannedPiece(p, ends[i], readable_end));
         for (size_t i = 0; i < n; ++i) use(pieces[i]);
     }
 }

@@ -17,23 +17,25 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Read all of a checkpoint against its checksums.")] = False,
 ) -> None:
     """Describe a dataset, a tokenizer or a checkpoint."""
+    from megascratch.tokenizer import formats
+
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     if any(Path(f"{prefix}{suffix}").is_file() for suffix in (".bin", ".idx")):
         _inspect_dataset(prefix, tokenizer, documents)
     elif any((path / name).is_file() for name in ("manifest.json", "latest")):
         _inspect_checkpoint(path, verify)
-    elif (path / "tokenizer.json").is_file() or (path.is_file() and path.suffix == ".json"):
+    elif formats.is_tokenizer(path):
         _inspect_tokenizer(path)
     else:
-        rule = "is no dataset (.bin and .idx), tokenizer (tokenizer.json) or checkpoint (manifest.json, latest)"
+        rule = "is no dataset (.bin and .idx), tokenizer (such as tokenizer.json) or checkpoint (manifest.json, latest)"
         raise ConfigError(Problem(str(path), rule if path.exists() else "no such file", "check the path"))
 
 
 def _inspect_dataset(prefix: Path, tokenizer_file: Path | None, documents: int) -> None:
     from megascratch.data.describe import describe_dataset
-    from megascratch.tokenizer import Tokenizer
+    from megascratch.tokenizer import formats
 
-    tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file is not None else None
+    tokenizer = formats.open_tokenizer(tokenizer_file) if tokenizer_file is not None else None
     dataset = describe_dataset(prefix, tokenizer, n_documents=documents)
     quantiles = ", ".join(f"{length:,} at {100 * q:g} %" for q, length in dataset.length_quantiles.items())
     _print_rows(
@@ -55,9 +57,9 @@ def _inspect_dataset(prefix: Path, tokenizer_file: Path | None, documents: int) 
 
 
 def _inspect_tokenizer(path: Path) -> None:
-    from megascratch.tokenizer import Tokenizer
+    from megascratch.tokenizer import formats
 
-    tokenizer = Tokenizer.from_file(path)
+    tokenizer = formats.open_tokenizer(path)
     ids = tokenizer.encode(_EXAMPLE)
     n_bytes = len(_EXAMPLE.encode())
     pieces = "|".join(tokenizer.decode_bytes([id]).decode("utf-8", "replace") for id in ids)

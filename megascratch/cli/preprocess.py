@@ -25,7 +25,7 @@ def preprocess(
     input: Annotated[
         list[str], typer.Option(help="A file or pattern: JSON Lines, .txt or .parquet; .gz or .zst. Repeatable.")
     ],
-    tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json.")],
+    tokenizer: Annotated[Path, typer.Option(help="A tokenizer's file or folder, of any format.")],
     output_prefix: Annotated[Path, typer.Option(help="Datasets are named <prefix>_<key>_document.bin and .idx.")],
     json_keys: Annotated[list[str] | None, typer.Option(help="Key to tokenize, text by default; repeatable.")] = None,
     append_eod: Annotated[bool, typer.Option("--append-eod", help="End each document with the EOD token.")] = False,
@@ -41,12 +41,15 @@ def preprocess(
     from megascratch.data.corpus import Limits
     from megascratch.data.preprocess import preprocess as run
     from megascratch.log import make_console
-    from megascratch.tokenizer import Tokenizer
+    from megascratch.tokenizer import formats
 
     console = make_console()
+    opened = formats.open_tokenizer(tokenizer)
+    if opened.cut_by_regex:
+        console.print("slow: no scanner of ours knows this tokenizer's pattern, so `regex` cuts the text (some 20×)")
     summary = run(
         input,
-        Tokenizer.from_file(tokenizer),
+        opened,
         output_prefix,
         json_keys=json_keys or ["text"],
         append_eod=append_eod,

@@ -72,7 +72,7 @@ def _schedule_problems(config: "Config") -> list[Problem]:
 
 def _vocab_size(config: "Config") -> tuple[int | None, list[Problem]]:
     """Return the model's vocabulary size, or the tokenizer's when it is left out, and what is wrong with them."""
-    from megascratch.tokenizer import Tokenizer
+    from megascratch.tokenizer import formats
 
     stated = config.model.vocab_size
     if config.data.tokenizer is None:
@@ -80,7 +80,7 @@ def _vocab_size(config: "Config") -> tuple[int | None, list[Problem]]:
             return None, [Problem("model.vocab_size", "must be given", "set it, or set data.tokenizer")]
         return stated, []
     try:
-        tokenizer = Tokenizer.from_file(Path(config.data.tokenizer))
+        tokenizer = formats.open_tokenizer(Path(config.data.tokenizer))
     except TokenizerError as error:
         return None, _led_by(error)
     if stated is not None and stated < tokenizer.vocab_size:

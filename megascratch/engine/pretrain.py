@@ -20,7 +20,7 @@ from megascratch.engine.objective import next_token
 from megascratch.engine.state import load_engine, require_equal_replicas
 from megascratch.engine.trainer import Trainer
 from megascratch.log import make_console
-from megascratch.tokenizer import Tokenizer
+from megascratch.tokenizer import Tokenizer, formats
 
 
 def pretrain(config: Config, environment: Environment | None) -> int:
@@ -45,7 +45,7 @@ def _train(config: Config, mesh: Mesh) -> int:
     console = make_console(mesh.rank)
     versions = {"megascratch": megascratch.__version__, "its code": code_digest(), "torch": torch.__version__}
     require_agreement({**versions, **config.model_dump(mode="json")}, mesh.world, mesh.device)
-    tokenizer = Tokenizer.from_file(config.data.tokenizer) if config.data.tokenizer else None
+    tokenizer = formats.open_tokenizer(Path(config.data.tokenizer)) if config.data.tokenizer else None
     datasets = open_datasets(config, tokenizer)
     train = _batches(datasets, "train", config, mesh)
     assert train is not None

@@ -14,7 +14,7 @@ from megascratch.config.check import check
 from megascratch.dist.mesh import Mesh
 from megascratch.errors import CheckpointError, LayoutError, Problem, TokenizerError
 from megascratch.nn import DTYPES, Placement, Stage, core_for
-from megascratch.tokenizer import Tokenizer
+from megascratch.tokenizer import Tokenizer, formats
 
 TOKENIZER = "tokenizer.json"
 
@@ -79,7 +79,7 @@ def open_tokenizer(checkpoint: Path, config: Config, given: Path | None = None) 
     Raises: TokenizerError: if there is none, naming the places searched, or it has no use.
     """
     if given is not None:
-        return Tokenizer.from_file(given)
+        return formats.open_tokenizer(given)
     directory = find(checkpoint).resolve()
     run_directory = directory.parent.parent  # of <log.dir>/checkpoints/step_00001000, also after it was moved
     places = [directory / TOKENIZER, run_directory / TOKENIZER, Path(config.log.dir) / TOKENIZER]
@@ -87,6 +87,6 @@ def open_tokenizer(checkpoint: Path, config: Config, given: Path | None = None) 
         places.append(Path(config.data.tokenizer))
     for place in places:
         if place.exists():
-            return Tokenizer.from_file(place)
+            return formats.open_tokenizer(place)
     searched = [Problem(str(place), "no such file", "give the tokenizer: --tokenizer PATH") for place in places]
     raise TokenizerError(searched, f"the search for the tokenizer of {checkpoint}")

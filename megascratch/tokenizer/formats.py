@@ -58,6 +58,13 @@ def open_tokenizer(
     return Tokenizer(hugging_face.read(path, end_of_document))
 
 
+def is_tokenizer(path: Path) -> bool:
+    """Say whether a path looks like a tokenizer of a format that we know."""
+    if path.is_dir():
+        return _in_directory(path).is_file()
+    return path.is_file() and path.suffix in (".json", ".model", *_RANK_SUFFIXES)
+
+
 def _in_directory(path: Path) -> Path:
     for name in (hugging_face.FILE_NAME, MODEL_NAME, megatron_files.VOCAB_NAME):
         if (path / name).is_file():

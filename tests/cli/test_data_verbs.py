@@ -178,3 +178,31 @@ def test_truncated_dataset_is_one_message(run: Run, files: Files, tmp_path: Path
     assert (finished.code, finished.out) == (2, "")
     assert "truncated" in finished.err
     assert len(finished.err.splitlines()) == 2
+
+
+def test_a_rank_file_is_a_tokenizer_too(run: Run, files: Files, tmp_path: Path) -> None:
+    exported = run("tokenizer", "export", "--to", "tiktoken", files.tokenizer, tmp_path / "x.tiktoken")
+    assert exported.code == 0, exported.err
+    corpus = tmp_path / "two.jsonl"
+    corpus.write_text(json.dumps({"text": TEXT.replace("<|endoftext|>", "")}) + "\n")
+    written = []
+    for name, tokenizer in (("json", files.tokenizer), ("ranks", tmp_path / "x.tiktoken")):
+        prefix = tmp_path / name
+        finished = run("preprocess", "--input", corpus, "--tokenizer", tokenizer, "--output-prefix", prefix)
+        assert finished.code == 0, finished.err
+        assert "regex" not in finished.err
+        written.append((tmp_path / f"{name}_text_document.bin").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_a_pattern_without_a_scanner_says_that_it_is_slow(run: Run, files: Files, tmp_path: Path) -> None:
+    described = json.loads(Path(files.tokenizer).read_text())
+    [split] = [step for step in described["pre_tokenizer"]["pretokenizers"] if step["type"] == "Split"]
+    split["pattern"]["Regex"] += r"|\p{L}"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    corpus = tmp_path / "one.jsonl"
+    corpus.write_text(json.dumps({"text": "some text"}) + "\n")
+    arguments = ("--input", corpus, "--tokenizer", tmp_path, "--output-prefix", tmp_path / "out")
+    finished = run("preprocess", *arguments)
+    assert finished.code == 0, finished.err
+    assert "no scanner of ours knows this tokenizer's pattern" in finished.err

@@ -3,6 +3,7 @@
 import importlib.util
 import unicodedata
 from pathlib import Path
+from random import Random
 from types import ModuleType
 
 import numpy as np
@@ -61,6 +62,20 @@ def test_runs_end_where_they_end(name: str, length: int) -> None:
             expected = [piece.encode() for piece in regex.findall(PATTERNS[name], text)]
             ends = _bpe.scan(name, text.encode()).tolist()
             assert [text.encode()[a:b] for a, b in zip([0, *ends], ends)] == expected
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_windows_of_characters_meet_where_pieces_meet(fuzzer: ModuleType, name: str) -> None:
+    """64 characters are cut at a time: long texts of what patterns tell apart, against `regex` and the lowest level."""
+    random = Random(3)
+    lowest = pytest.importorskip("megascratch.tokenizer._bpe_v2")
+    pattern = regex.compile(PATTERNS[name])
+    for _ in range(1500):
+        text = "".join(random.choices(fuzzer.BITS, k=random.randint(10, 120)))
+        utf8 = text.encode()
+        ends = _bpe.scan(name, utf8).tolist()
+        assert ends == lowest.scan(name, utf8).tolist()
+        assert [utf8[a:b] for a, b in zip([0, *ends], ends)] == [piece.encode() for piece in pattern.findall(text)]
 
 
 def test_an_unknown_scanner() -> None:
