@@ -74,6 +74,13 @@ MODELS: dict[str, dict[str, Any]] = {
             "aux_loss_coeff": 0.1,
         },
     },
+    "mla": {
+        **BASE,
+        "n_kv_heads": None,
+        "head_dim": None,
+        "mla": {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 8},
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_seq_length": 8},
+    },
     "dropout": {**BASE, "dropout": 0.1, "activation": "relu2"},
 }
 

@@ -7,7 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megascratch.checkpoint.steps import Step, each_expert, grouped_qkv, halves, rename
+from megascratch.checkpoint.family_configs import (
+    read_deepseek,
+    read_llama,
+    read_mixtral,
+    read_qwen2_moe,
+    read_qwen3,
+    read_qwen_moe,
+    write_deepseek,
+    write_experts,
+)
+from megascratch.checkpoint.steps import Step, each_expert, grouped_qkv, halves, rename, rotary_rows
 from megascratch.config import ModelConfig
 from megascratch.errors import CheckpointError, Problem
 
@@ -69,6 +79,31 @@ QWEN2_MOE_STEPS = (
 QWEN3_MOE_STEPS = (*QWEN3_STEPS, *_EXPERT_STEPS)
 
 
+def _rotated_part(model: ModelConfig) -> int:
+    assert model.mla is not None
+    return model.mla.qk_pos_emb_head_dim
+
+
+DEEPSEEK_STEPS = (
+    *LLAMA_STEPS,
+    rename("layers.{i}.attn.q_down.weight", _ATTN + "q_a_proj.weight"),
+    rename("layers.{i}.attn.q_norm.weight", _ATTN + "q_a_layernorm.weight"),
+    rotary_rows(
+        "layers.{i}.attn.q_up.weight", _ATTN + "q_b_proj.weight", lambda model: (model.n_heads, _rotated_part(model))
+    ),
+    rotary_rows(
+        "layers.{i}.attn.kv_down.weight",
+        _ATTN + "kv_a_proj_with_mqa.weight",
+        lambda model: (1, _rotated_part(model)),
+    ),
+    rename("layers.{i}.attn.kv_norm.weight", _ATTN + "kv_a_layernorm.weight"),
+    rename("layers.{i}.attn.kv_up.weight", _ATTN + "kv_b_proj.weight"),
+    *_EXPERT_STEPS,
+    rename("layers.{i}.mlp.router.bias", _MLP + "gate.e_score_correction_bias"),
+    *_shared_expert(_MLP + "shared_experts."),
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of models in Hugging Face's format.
@@ -87,92 +122,6 @@ class Family:
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def _llama_biases(config: Mapping[str, Any]) -> dict[str, Any]:
-    attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    if attention != mlp:
-        value = f"attention_bias = {attention}, mlp_bias = {mlp}".lower()
-        raise CheckpointError(
-            Problem(value, "biases are on every linear layer here, or on none", "convert another model")
-        )
-    return {"bias": attention}
-
-
-def _qwen3_biases(config: Mapping[str, Any]) -> dict[str, Any]:
-    if config.get("attention_bias"):
-        problem = Problem(
-            "attention_bias = true", "together with norms of q and k is not supported", "convert another model"
-        )
-        raise CheckpointError(problem)
-    return {"qk_norm": True}
-
-
-def _mixtral_experts(config: Mapping[str, Any]) -> dict[str, Any]:
-    keys = {
-        "num_experts": _number(config, "num_local_experts", "num_experts"),
-        "router_topk": _number(config, "num_experts_per_tok"),
-        "ffn_hidden": _number(config, "intermediate_size"),
-    }
-    return {"moe": keys | _balance(config)}
-
-
-def _qwen_experts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Qwen's pattern: every `decoder_sparse_step`-th layer, from the step-th on."""
-    step = config.get("decoder_sparse_step", 1)
-    if config.get("mlp_only_layers"):
-        rule = "layers with experts follow first_k_dense and layer_freq here"
-        raise CheckpointError(Problem(f"mlp_only_layers = {config['mlp_only_layers']}", rule, "convert another model"))
-    keys = {
-        "num_experts": _number(config, "num_experts", "num_local_experts"),
-        "router_topk": _number(config, "num_experts_per_tok"),
-        "ffn_hidden": _number(config, "moe_intermediate_size"),
-        "router_norm_topk": bool(config.get("norm_topk_prob", False)),
-        "first_k_dense": step - 1,
-        "layer_freq": step,
-    }
-    return {"moe": keys | _balance(config)}
-
-
-def _qwen2_shared_expert(config: Mapping[str, Any]) -> dict[str, Any]:
-    section = _qwen_experts(config)
-    size = _number(config, "shared_expert_intermediate_size")
-    section["moe"] |= {"shared_expert_ffn_hidden": size, "shared_expert_gate": True}
-    return {**section, "qkv_bias": bool(config.get("qkv_bias", True))}
-
-
-def _balance(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The auxiliary loss that the model is to be trained on with."""
-    coeff = config.get("router_aux_loss_coef", 0.0)
-    return {"router_load_balancing_type": "aux_loss", "aux_loss_coeff": coeff} if coeff else {}
-
-
-def _number(config: Mapping[str, Any], *names: str) -> Any:
-    """Return the value of the first name that is there.
-
-    Raises: CheckpointError: if none is, or it is no number.
-    """
-    value = next((config[name] for name in names if config.get(name) is not None), None)
-    if not isinstance(value, int):
-        raise CheckpointError(Problem(names[0], "must be given, as a number", "correct config.json"))
-    return value
-
-
-def _write_experts(model: ModelConfig) -> dict[str, Any]:
-    moe = model.moe
-    assert moe is not None
-    return {
-        "num_experts": moe.num_experts,
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.router_topk,
-        "moe_intermediate_size": moe.ffn_hidden,
-        "norm_topk_prob": moe.router_norm_topk,
-        "router_aux_loss_coef": moe.aux_loss_coeff,
-        "output_router_logits": False,
-        "decoder_sparse_step": moe.layer_freq,
-        "mlp_only_layers": [],
-        "sliding_window": None,
-    }
-
-
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -181,38 +130,39 @@ FAMILIES = {
             "LlamaForCausalLM",
             LLAMA_STEPS,
             lambda model: {"attention_bias": model.bias, "mlp_bias": model.bias},
-            _llama_biases,
+            read_llama,
         ),
         Family("mistral", "MistralForCausalLM", LLAMA_STEPS, lambda _: {"sliding_window": None}, lambda _: {}),
         Family("qwen2", "Qwen2ForCausalLM", LLAMA_STEPS, lambda _: {}, lambda _: {"qkv_bias": True}),
-        Family("qwen3", "Qwen3ForCausalLM", QWEN3_STEPS, lambda _: {"attention_bias": False}, _qwen3_biases),
+        Family("qwen3", "Qwen3ForCausalLM", QWEN3_STEPS, lambda _: {"attention_bias": False}, read_qwen3),
+        Family("deepseek_v3", "DeepseekV3ForCausalLM", DEEPSEEK_STEPS, write_deepseek, read_deepseek),
         Family(
             "mixtral",
             "MixtralForCausalLM",
             MIXTRAL_STEPS,
             lambda model: {
-                **_write_experts(model),
-                "intermediate_size": _write_experts(model)["moe_intermediate_size"],
+                **write_experts(model),
+                "intermediate_size": write_experts(model)["moe_intermediate_size"],
             },
-            _mixtral_experts,
+            read_mixtral,
         ),
         Family(
             "qwen2_moe",
             "Qwen2MoeForCausalLM",
             QWEN2_MOE_STEPS,
             lambda model: {
-                **_write_experts(model),
+                **write_experts(model),
                 "qkv_bias": model.qkv_bias,
                 "shared_expert_intermediate_size": model.moe and model.moe.shared_expert_ffn_hidden,
             },
-            _qwen2_shared_expert,
+            read_qwen2_moe,
         ),
         Family(
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
             QWEN3_MOE_STEPS,
-            lambda model: {**_write_experts(model), "attention_bias": False},
-            lambda config: _qwen3_biases(config) | _qwen_experts(config),
+            lambda model: {**write_experts(model), "attention_bias": False},
+            lambda config: read_qwen3(config) | read_qwen_moe(config),
         ),
     )
 }
@@ -238,11 +188,47 @@ def family_for(model: ModelConfig) -> Family:
         problems.append(Problem("model.qk_norm = true with biases", "no family has both", "export cannot change it"))
     if problems:
         raise CheckpointError(problems, "the export to Hugging Face's format")
+    if model.mla is not None:
+        return _deepseek_family(model)
     if model.moe is not None:
         return _expert_family(model)
     if model.qk_norm:
         return FAMILIES["qwen3"]
     return FAMILIES["qwen2" if model.qkv_bias and not model.bias else "llama"]
+
+
+def _deepseek_family(model: ModelConfig) -> Family:
+    """Return DeepSeek-V3's family, if the model is of its shape.
+
+    Raises: CheckpointError: with what it has not.
+    """
+    moe, mla = model.moe, model.mla
+    if moe is None or mla is None or mla.q_lora_rank is None:
+        rule = "is exported with experts and q_lora_rank, as in DeepSeek-V3"
+        raise CheckpointError(Problem("model.mla", rule, "export cannot change it"), "the export")
+    shared = moe.shared_expert_ffn_hidden
+    needed = {
+        "router_score_function": "sigmoid",
+        "router_enable_expert_bias": True,
+        "shared_expert_gate": False,
+        "layer_freq": 1,
+    }
+    problems = [
+        Problem(f"model.moe.{key} = {getattr(moe, key)}", f"must be {value} in deepseek_v3", "export cannot change it")
+        for key, value in needed.items()
+        if getattr(moe, key) != value
+    ]
+    if moe.router_num_groups is None or moe.router_group_topk is None:
+        problems.append(Problem("model.moe.router_num_groups", "must be given in deepseek_v3", "export cannot add it"))
+    elif moe.router_topk != 2 * moe.router_group_topk:
+        rule = "must be twice router_group_topk in deepseek_v3, which scores a group by its best two"
+        problems.append(Problem(f"model.moe.router_topk = {moe.router_topk}", rule, "export cannot change it"))
+    if shared is None or shared % moe.ffn_hidden:
+        rule = "must be a multiple of ffn_hidden in deepseek_v3"
+        problems.append(Problem(f"model.moe.shared_expert_ffn_hidden = {shared}", rule, "export cannot change it"))
+    if problems:
+        raise CheckpointError(problems, "the export to Hugging Face's format")
+    return FAMILIES["deepseek_v3"]
 
 
 def _expert_family(model: ModelConfig) -> Family:

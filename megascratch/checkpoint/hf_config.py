@@ -105,7 +105,12 @@ def _write_rope(model: ModelConfig) -> dict[str, Any]:
             "high_freq_factor": scaling.high_freq_factor,
             **original,
         },
-        "yarn": {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, **original},
+        "yarn": {
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+            **({"mscale": 1.0, "mscale_all_dim": 1.0} if model.mla is not None else {}),
+            **original,
+        },
     }
     return {"rope_type": scaling.type, "factor": scaling.factor, **keys[scaling.type]}
 
@@ -129,8 +134,8 @@ def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         problems.append(
             Problem(f"rope_type = {kind}", "must be default, linear, llama3 or yarn", "convert another model")
         )
-    if kind == "yarn" and not _plain_yarn(rope):
-        rule = "attention_factor, mscale and truncate must be left at their defaults"
+    if kind == "yarn" and not (_latent_yarn(rope) if config["model_type"] == "deepseek_v3" else _plain_yarn(rope)):
+        rule = "attention_factor, mscale and truncate must be at their family's defaults"
         problems.append(Problem("rope_type = yarn", rule, "convert another model"))
     if problems:
         raise CheckpointError(problems)
@@ -142,6 +147,12 @@ def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         scaling["original_seq_length"] = original or config["max_position_embeddings"]
     optional = [name for name in RopeScaling.model_fields if name not in ("type", "factor", "original_seq_length")]
     return {"rope_theta": theta, "rope_scaling": scaling | {name: rope[name] for name in optional if rope.get(name)}}
+
+
+def _latent_yarn(rope: Mapping[str, Any]) -> bool:
+    """Return whether all of the score is multiplied by (0.1 · ln(factor) + 1)², as ours in latent attention."""
+    both = rope.get("mscale") == rope.get("mscale_all_dim") == 1.0
+    return both and rope.get("attention_factor") is None and rope.get("truncate", True) is True
 
 
 def _plain_yarn(rope: Mapping[str, Any]) -> bool:

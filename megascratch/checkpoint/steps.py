@@ -60,6 +60,28 @@ def each_expert(ours: str, *theirs: str) -> Step:
     return Step(ours, theirs, split, join)
 
 
+def rotary_rows(ours: str, theirs: str, layout: Callable[[ModelConfig], tuple[int, int]]) -> Step:
+    """Rows whose last few, in every group, are rotated: as halves here, as neighbouring pairs in DeepSeek's weights.
+
+    Args:
+        layout: gives the number of groups (heads, or one), and how many rows of each are rotated.
+    """
+
+    def split(tensor: Tensor, model: ModelConfig) -> Sequence[Tensor]:
+        return (_regrouped(tensor, model, lambda rows: rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)),)
+
+    def join(tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
+        return _regrouped(tensors[0], model, lambda rows: rows.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2))
+
+    def _regrouped(tensor: Tensor, model: ModelConfig, change: Callable[[Tensor], Tensor]) -> Tensor:
+        groups, rotated = layout(model)
+        grouped = tensor.unflatten(0, (groups, -1))
+        plain, rows = grouped.split([grouped.shape[1] - rotated, rotated], dim=1)
+        return torch.cat((plain, change(rows)), dim=1).flatten(0, 1)
+
+    return Step(ours, (theirs,), split, join)
+
+
 def grouped_qkv(ours: str, q: str, k: str, v: str) -> Step:
     """Rows [q … q, k, v] of each key/value group, or three tensors with the heads of one kind each."""
 

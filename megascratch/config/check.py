@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
-from megascratch.config.schema import Config
+from megascratch.config.schema import Config, ModelConfig
 from megascratch.errors import Problem
 
 Rule = Callable[[Config, int | None], Iterator[Problem]]
@@ -28,7 +28,9 @@ def _heads(config: Config, _: int | None) -> Iterator[Problem]:
     model = config.model
     kv_heads = model.n_kv_heads or model.n_heads
     head_dim = model.head_dim or model.hidden // model.n_heads
-    if model.head_dim is None and model.hidden % model.n_heads:
+    if model.mla is not None:
+        yield from _latent_attention(model)
+    elif model.head_dim is None and model.hidden % model.n_heads:
         yield Problem(
             f"model.hidden = {model.hidden}",
             f"must divide by model.n_heads = {model.n_heads} unless model.head_dim is given",
@@ -48,6 +50,29 @@ def _heads(config: Config, _: int | None) -> Iterator[Problem]:
             f"needs model.position = rope, not {model.position}",
             "remove [model.rope_scaling]",
         )
+
+
+def _latent_attention(model: ModelConfig) -> Iterator[Problem]:
+    mla = model.mla
+    assert mla is not None
+    width = mla.qk_head_dim + mla.qk_pos_emb_head_dim
+    for key, value, needed in (
+        ("head_dim", model.head_dim, width),
+        ("n_kv_heads", model.n_kv_heads, model.n_heads),
+        ("position", model.position, "rope"),
+        ("qk_norm", model.qk_norm, False),
+        ("bias", model.bias, False),
+        ("qkv_bias", model.qkv_bias, False),
+    ):
+        if value is not None and value != needed:
+            remedy = f"set {key} = {needed}" if key == "position" else f"leave {key} out"
+            yield Problem(f"model.{key} = {value}".lower(), f"must be {needed} with model.mla".lower(), remedy)
+    if mla.qk_pos_emb_head_dim % 2:
+        given = f"model.mla.qk_pos_emb_head_dim = {mla.qk_pos_emb_head_dim}"
+        yield Problem(given, "must be even for rotary positions", f"use {mla.qk_pos_emb_head_dim + 1}")
+    if mla.v_head_dim > width:
+        rule = f"must not exceed qk_head_dim + qk_pos_emb_head_dim = {width}"
+        yield Problem(f"model.mla.v_head_dim = {mla.v_head_dim}", rule, f"use {width} or less")
 
 
 def _tensor_parallel(config: Config, _: int | None) -> Iterator[Problem]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from megascratch.config.check import check
 from megascratch.config.presets import PRESETS
-from megascratch.config.schema import Config, ParallelConfig, ScheduleName
+from megascratch.config.schema import Config, ModelConfig, ParallelConfig, ScheduleName
 from megascratch.errors import ConfigError, Problem
 
 
@@ -75,7 +75,7 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
             "model": model.model_copy(
                 update={
                     "n_kv_heads": model.n_kv_heads or model.n_heads,
-                    "head_dim": model.head_dim or model.hidden // model.n_heads,
+                    "head_dim": model.head_dim or default_head_dim(model),
                 }
             ),
             "parallel": parallel.model_copy(
@@ -95,6 +95,13 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
             ),
         }
     )
+
+
+def default_head_dim(model: ModelConfig) -> int:
+    """Return the size of a query and key head where it is not given."""
+    if model.mla is not None:
+        return model.mla.qk_head_dim + model.mla.qk_pos_emb_head_dim
+    return model.hidden // model.n_heads
 
 
 def _default_schedule(parallel: ParallelConfig) -> ScheduleName | None:

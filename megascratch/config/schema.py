@@ -28,7 +28,7 @@ ScheduleName = Literal[
     "dualpipe-v",
     "dualpipe",
 ]
-RecomputeModule = Literal["core_attn", "layernorm", "mlp_act"]
+RecomputeModule = Literal["core_attn", "layernorm", "mlp_act", "mla_up_proj"]
 DType = Literal["fp64", "fp32", "bf16", "fp16", "fp8"]  # fp8: bf16 whose linear layers multiply in 8 bits
 
 
@@ -54,6 +54,16 @@ class RopeScaling(Section):
     high_freq_factor: Positive = 4.0
     beta_fast: Positive = 32.0
     beta_slow: Positive = 1.0
+
+
+class MLAConfig(Section):
+    """Multi-head latent attention, in Megatron's words: queries, keys and values are made from short latent vectors."""
+
+    q_lora_rank: Count | None = None  # size of the queries' latent vector; queries come from x itself when left out
+    kv_lora_rank: Count
+    qk_head_dim: Count  # of a head's part without positions
+    qk_pos_emb_head_dim: Count  # of its part with rotary positions, which the heads' keys share
+    v_head_dim: Count
 
 
 class MoEConfig(Section):
@@ -110,9 +120,22 @@ class ModelConfig(Section):
     qk_norm: bool = False
     bias: bool = False  # on every linear layer but the head
     qkv_bias: bool = False  # on the QKV projection alone (Qwen 2)
+    mla: MLAConfig | None = None
     moe: MoEConfig | None = None
     dropout: Fraction = 0.0
     init_std: Positive = 0.02
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head are rotated; resolved models only."""
+        assert self.head_dim is not None
+        return self.head_dim if self.mla is None else self.mla.qk_pos_emb_head_dim
+
+    @property
+    def attended_dims(self) -> int:
+        """Multiply-adds of a head for each query and key: as many as numbers of the key and of the value."""
+        assert self.head_dim is not None
+        return self.head_dim + (self.head_dim if self.mla is None else self.mla.v_head_dim)
 
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer's feed-forward half is a mixture of experts."""

@@ -97,15 +97,21 @@ def _tokens(
 
 
 def make_caches(stage: Stage, batch: int, length: int) -> list[LayerCache]:
-    """Return room for the keys and values of `length` tokens of each row: a cache a layer, [t, b, k/tp, d]."""
+    """Return room for the keys and values of `length` tokens of each row: a cache a layer, [t, b, k/tp, d] each.
+
+    Latent attention caches its latent vector and rotated part instead, [t, b, 1, c] and [t, b, 1, r], on every rank.
+    """
     model, placement = stage.model, stage.placement
     assert model.n_kv_heads is not None and model.head_dim is not None
-    shape = (length, batch, model.n_kv_heads // placement.tp.size, model.head_dim)
+    if (mla := model.mla) is not None:
+        shapes = (1, mla.kv_lora_rank), (1, mla.qk_pos_emb_head_dim)
+    else:
+        shapes = ((model.n_kv_heads // placement.tp.size, model.head_dim),) * 2
 
-    def room() -> Tensor:
-        return torch.empty(shape, dtype=placement.dtype, device=placement.device)
+    def room(shape: tuple[int, int]) -> Tensor:
+        return torch.empty(length, batch, *shape, dtype=placement.dtype, device=placement.device)
 
-    return [LayerCache(room(), room()) for _ in stage.layers]
+    return [LayerCache(*map(room, shapes)) for _ in stage.layers]
 
 
 @torch.no_grad()

@@ -122,6 +122,51 @@ def core_for(attention: str, device: torch.device) -> str:
     return {"cpu": "blocked", "cuda": "sdpa"}.get(device.type, "softmax")
 
 
+class HeadAttention(nn.Module):
+    """Attention of this rank's heads, with the core that the situation asks for.
+
+    Args:
+        n_heads: of the whole model.
+        placement: where tokens and heads lie.
+        site: global name of the layer, for dropout of probabilities.
+        core: key of `CORES`.
+        dropout: of probabilities.
+    """
+
+    def __init__(self, n_heads: int, placement: Placement, site: str, *, core: str, dropout: float) -> None:
+        super().__init__()
+        self.placement, self.core = placement, CORES[core]
+        self.first_head = placement.tp.rank * (n_heads // placement.tp.size)
+        self.dropout = Dropout(f"{site}.probabilities", dropout)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo) -> Tensor:
+        """Return [s, b, n·d] from q [s, b, n, d] and k, v [t, b, k, d]; it can be computed again in backward."""
+        attend = partial(self._attend, info=info)
+        return self.placement.activations.part("core_attn", attend, q, k, v)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo) -> Tensor:
+        return self._heads(q, k, v, info).flatten(2)
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo) -> Tensor:
+        if self.placement.cp.size > 1:
+            attend = ALGORITHMS[self.placement.cp_algorithm]
+            return attend(q, k, v, self.placement.cp, info.documents, self.core)
+        drops = self.training and self.dropout.p > 0.0
+        if info.documents is not None and self.core is blocked_core and not drops:
+            return ops.attention(q, k, v, ops.first_keys(info.documents))
+        mask = None if info.documents is None else other_document(info.documents, info.documents)
+        if drops:
+            return softmax_core(q, k, v, mask, True, lambda probs: self._drop(probs, info))
+        return self.core(q, k, v, mask, True, None)
+
+    def _drop(self, probs: Tensor, info: SequenceInfo) -> Tensor:
+        _, n, s, t = probs.shape
+        device = probs.device
+        head = torch.arange(self.first_head, self.first_head + n, device=device).view(n, 1, 1)
+        query = torch.arange(s, device=device).view(s, 1)
+        return self.dropout(probs, info, (head * s + query) * t + torch.arange(t, device=device), 0)
+
+
 class Attention(nn.Module):
     """Project to queries, keys and values; rotate; attend; project back.
 
@@ -137,10 +182,8 @@ class Attention(nn.Module):
         super().__init__()
         assert model.head_dim is not None and model.n_kv_heads is not None
         tp = placement.tp.size
-        self.placement = placement
         self.n_heads, self.n_kv_heads, self.head_dim = model.n_heads // tp, model.n_kv_heads // tp, model.head_dim
-        self.first_head = placement.tp.rank * self.n_heads
-        self.core = CORES[core]
+        self.heads = HeadAttention(model.n_heads, placement, site, core=core, dropout=model.dropout)
         d, group = model.head_dim, model.n_heads // model.n_kv_heads
         self.qkv = ColumnParallelLinear(
             model.hidden,
@@ -159,7 +202,6 @@ class Attention(nn.Module):
         self.proj = RowParallelLinear(
             model.n_heads * model.head_dim, model.hidden, placement, std=out_std, bias=model.bias
         )
-        self.dropout = Dropout(f"{site}.probabilities", model.dropout)
 
     def forward(
         self,
@@ -183,24 +225,7 @@ class Attention(nn.Module):
             q, k = ops.rope(q, k, *rotary, offset=info.offset, positions=info.positions)
         if cache is not None:
             k, v = cache.extend(k, v, info.offset)
-        attend = partial(self._attend, info=info)
-        return self.proj(self.placement.activations.part("core_attn", attend, q, k, v))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo) -> Tensor:
-        """Attend with the core that the situation asks for: [s, b, n·d] from q [s, b, n, d] and k, v [t, b, k, d]."""
-        return self._heads(q, k, v, info).flatten(2)
-
-    def _heads(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo) -> Tensor:
-        if self.placement.cp.size > 1:
-            attend = ALGORITHMS[self.placement.cp_algorithm]
-            return attend(q, k, v, self.placement.cp, info.documents, self.core)
-        drops = self.training and self.dropout.p > 0.0
-        if info.documents is not None and self.core is blocked_core and not drops:
-            return ops.attention(q, k, v, ops.first_keys(info.documents))
-        mask = None if info.documents is None else other_document(info.documents, info.documents)
-        if drops:
-            return softmax_core(q, k, v, mask, True, lambda probs: self._drop(probs, info))
-        return self.core(q, k, v, mask, True, None)
+        return self.proj(self.heads(q, k, v, info))
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take [s, b, k·(g+2)·d] apart into q [s, b, n, d] and k, v [s, b, k, d]."""
@@ -209,10 +234,3 @@ class Attention(nn.Module):
         grouped = qkv.view(s, b, self.n_kv_heads, group + 2, self.head_dim)
         q = grouped[..., :group, :].reshape(s, b, self.n_heads, self.head_dim)
         return q, grouped[..., group, :], grouped[..., group + 1, :]
-
-    def _drop(self, probs: Tensor, info: SequenceInfo) -> Tensor:
-        _, n, s, t = probs.shape
-        device = probs.device
-        head = torch.arange(self.first_head, self.first_head + n, device=device).view(n, 1, 1)
-        query = torch.arange(s, device=device).view(s, 1)
-        return self.dropout(probs, info, (head * s + query) * t + torch.arange(t, device=device), 0)

@@ -17,13 +17,13 @@ def balanced_layers(model: ModelConfig, seq_length: int, n_stages: int) -> tuple
         seq_length: tokens a sequence; attention's cost depends on it.
         n_stages: at most n_layers + 2: only the first and the last stage may go without a layer.
     """
-    assert model.head_dim is not None and model.vocab_size is not None
+    assert model.vocab_size is not None
     per_layer = [0.0] * model.n_layers
     for name, numel in active_numel(model).items():
         part, _, rest = name.partition(".")
         if part == "layers":
             per_layer[int(rest.partition(".")[0])] += numel
-    layer = sum(per_layer) / model.n_layers + seq_length * model.n_heads * model.head_dim  # two products, half masked
+    layer = sum(per_layer) / model.n_layers + seq_length * model.n_heads * model.attended_dims / 2  # half is masked
     head = model.hidden * model.vocab_size
     if n_stages == 1:
         return (model.n_layers,)

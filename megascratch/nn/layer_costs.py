@@ -98,16 +98,18 @@ class LayerShape:
     def _part_operations(self) -> dict[str, float]:
         """Return the operations a token of every part's forward, at tp = 1: more ranks divide all parts alike."""
         model = self.model
-        assert model.head_dim is not None
         features = model.ffn_hidden
         if self.experts and model.moe is not None:
             features = model.moe.router_topk * model.moe.ffn_hidden + (model.moe.shared_expert_ffn_hidden or 0)
-        return {
+        parts = {
             "layernorm": 2 * 4.0 * model.hidden,
             "mlp_act": 8.0 * features,
             # Two products of 2 operations each, over the half of the keys that a causal query sees.
-            "core_attn": 2.0 * self.seq_length * model.n_heads * model.head_dim,
+            "core_attn": self.seq_length * model.n_heads * float(model.attended_dims),
         }
+        if (mla := model.mla) is not None:
+            parts["mla_up_proj"] = 2.0 * mla.kv_lora_rank * model.n_heads * (mla.qk_head_dim + mla.v_head_dim)
+        return parts
 
     def _operations(self) -> float:
         """Return the operations a token of a whole layer's forward, at tp = 1."""

@@ -184,3 +184,18 @@ class RowParallelLinear(nn.Module):
         at = self.placement
         y = row_linear(x, self.weight, at.tp, at.sequence_parallel, at.weight_gradients, at.fp8)
         return y if self.bias is None else y + self.bias
+
+
+class ReplicatedLinear(nn.Module):
+    """Linear layer whose weight lies whole on every rank of tp, each of which has its own tokens, or all have all."""
+
+    def __init__(self, n_in: int, n_out: int, placement: Placement, *, std: float) -> None:
+        super().__init__()
+        self.placement = placement
+        self.weight = placement.parameter(
+            n_out, n_in, grad_axes=placement.token_axes, init=Init(std), matrices=Matrices((n_out,))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [s/tp or s, b, n_in] to [s/tp or s, b, n_out]."""
+        return _Linear.apply(x, self.weight, None, self.placement.weight_gradients)

@@ -15,13 +15,12 @@ def rotary_tables(model: ModelConfig, dtype: torch.dtype, device: torch.device) 
     """Return cos and sin of every position and pair, each [max_seq_length, d/2], computed in float64.
 
     Args:
-        model: resolved shape; `head_dim`, `rope_theta`, `rope_scaling` and `max_seq_length` are read.
+        model: resolved shape; `rotary_dim`, `rope_theta`, `rope_scaling` and `max_seq_length` are read.
         dtype: of the tables; float32, or float64 for float64 models.
         device: of the tables.
     """
-    assert model.head_dim is not None
-    pairs = torch.arange(0, model.head_dim, 2, dtype=torch.float64, device=device)
-    frequencies = model.rope_theta ** (-pairs / model.head_dim)
+    pairs = torch.arange(0, model.rotary_dim, 2, dtype=torch.float64, device=device)
+    frequencies = model.rope_theta ** (-pairs / model.rotary_dim)
     scale = 1.0
     if model.rope_scaling is not None:
         frequencies, scale = SCALINGS[model.rope_scaling.type](frequencies, model.rope_scaling, model)
@@ -44,8 +43,7 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling, _: ModelConfig) -> tuple[
 
 def _yarn(frequencies: Tensor, scaling: RopeScaling, model: ModelConfig) -> tuple[Tensor, float]:
     """Divide pairs that turn fewer than `beta_slow` times, keep those above `beta_fast`, ramp between."""
-    assert model.head_dim is not None
-    dim, length = model.head_dim, scaling.original_seq_length
+    dim, length = model.rotary_dim, scaling.original_seq_length
 
     def pair_with(turns: float) -> float:
         return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(model.rope_theta))
@@ -54,8 +52,10 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, model: ModelConfig) -> tupl
     last = min(math.ceil(pair_with(scaling.beta_slow)), dim - 1)
     index = torch.arange(dim // 2, dtype=torch.float64, device=frequencies.device)
     divide = ((index - first) / max(last - first, 0.001)).clamp(0, 1)
-    # Attention over a longer context is flatter: the paper's temperature, folded into q and k (section 3.4).
-    return frequencies * (1 - divide + divide / scaling.factor), 0.1 * math.log(scaling.factor) + 1.0
+    # Attention over a longer context is flatter: the paper's temperature, folded into q and k (section 3.4). Latent
+    # attention rotates a part of them only, and multiplies its scores itself.
+    scale = 1.0 if model.mla is not None else 0.1 * math.log(scaling.factor) + 1.0
+    return frequencies * (1 - divide + divide / scaling.factor), scale
 
 
 SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}

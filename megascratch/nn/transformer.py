@@ -20,6 +20,7 @@ from megascratch.dist.mesh import Axis
 from megascratch.nn.activations import NOTHING, Recompute
 from megascratch.nn.attention import Attention, LayerCache
 from megascratch.nn.embedding import LearnedPositions, VocabParallelEmbedding, local_positions, vocabulary_split
+from megascratch.nn.latent_attention import LatentAttention
 from megascratch.nn.linear import column_linear
 from megascratch.nn.mlp import make_mlp
 from megascratch.nn.moe import MoE
@@ -53,7 +54,8 @@ class Block(nn.Module):
         self.placement = placement
         self.post = model.norm_position == "post"
         self.attn_norm = norm(model.hidden, model.norm_eps, placement, placement.token_axes)
-        self.attn = Attention(model, placement, f"{site}.attn", core=core, out_std=out_std)
+        attention = Attention if model.mla is None else LatentAttention
+        self.attn = attention(model, placement, f"{site}.attn", core=core, out_std=out_std)
         self.mlp_norm = norm(model.hidden, model.norm_eps, placement, placement.token_axes)
         self.mlp: nn.Module
         if model.has_experts(index):

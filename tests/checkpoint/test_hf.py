@@ -38,6 +38,22 @@ SHAPE = {
 ROPE = {"rope_theta": 500.0}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+DEEPSEEK = {
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 7,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 12,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gqa": ("Llama", {"rope_parameters": {"rope_type": "default", **ROPE}}),
     "mha": ("Llama", {"num_key_value_heads": 4}),
@@ -53,6 +69,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 12}),
+    "deepseek": ("DeepseekV3", DEEPSEEK),
+    "deepseek, yarn": (
+        "DeepseekV3",
+        {
+            **DEEPSEEK,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                **ROPE,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "qwen2-moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 20, "norm_topk_prob": False}),
     "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}),
@@ -217,6 +248,10 @@ def test_models_that_no_family_expresses_are_refused(
     ("changes", "message"),
     [
         ({"model_type": "gpt2"}, "model_type = gpt2 +is not a family that can be read: llama, mistral, qwen2, qwen3"),
+        ({"model_type": "deepseek_v3", "rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05 +must be 1e-06"),
+        ({"model_type": "deepseek_v3", "rope_interleave": False}, "rope_interleave = False +must be True"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, r"mlp_only_layers = \[1\] +layers with experts follow"),
+        ({"model_type": "mixtral"}, "num_local_experts +must be given, as a number"),
         ({"hidden_act": "gelu"}, "hidden_act = gelu +must be silu"),
         ({"attention_bias": True}, "attention_bias = true, mlp_bias = false +biases are on every linear layer here"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = .* must be None"),

@@ -8,6 +8,7 @@ from megascratch.errors import ConfigError
 
 # 4 layers, hidden 256, 8 heads, 4 kv heads, ffn_hidden 704.
 TINY = "model.preset=tiny"
+MLA = "model.mla={kv_lora_rank=8,qk_head_dim=8,qk_pos_emb_head_dim=4,v_head_dim=8} model.n_kv_heads=8"
 MOE = "model.moe={num_experts=8,ffn_hidden=16}"
 
 
@@ -124,6 +125,16 @@ MOE = "model.moe={num_experts=8,ffn_hidden=16}"
             None,
             r"layers_per_stage = \[3, 2\] +must be 2 numbers with the sum 4, only the first and last .* +use balanced",
         ),
+        ("_heads", f"{MLA} model.position=none", None, r"position = none +must be rope with model.mla +set position"),
+        (
+            "_heads",
+            f"{MLA} model.qk_norm=true",
+            None,
+            r"qk_norm = true +must be false with model.mla +leave qk_norm out",
+        ),
+        ("_heads", f"{MLA} model.head_dim=64", None, r"head_dim = 64 +must be 12 with model.mla +leave head_dim out"),
+        ("_heads", f"{MLA} model.mla.qk_pos_emb_head_dim=3", None, r"qk_pos_emb_head_dim = 3 +must be even .* +use 4"),
+        ("_heads", f"{MLA} model.mla.v_head_dim=13", None, r"v_head_dim = 13 +must not exceed .* = 12 +use 12 or less"),
         ("_experts", "parallel.ep=2 parallel.dp=2", None, r"ep = 2 +needs experts: model.moe +set ep = 1"),
         (
             "_experts",

@@ -18,9 +18,10 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "mixtral-8x7b": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624,
+    "deepseek-v3": 671_026_419_200,
 }
 # What works on one token: embedding and head included, as the owners count.
-ACTIVE = {"mixtral-8x7b": 12.9e9, "qwen3-30b-a3b": 3.3e9}
+ACTIVE = {"mixtral-8x7b": 12.9e9, "qwen3-30b-a3b": 3.3e9, "deepseek-v3": 37e9}
 
 
 def n_parameters(model: ModelConfig) -> int:
@@ -33,6 +34,11 @@ def n_parameters(model: ModelConfig) -> int:
 
     attention = h * (n + 2 * k) * d + n * d * h + (2 * d if model.qk_norm else 0)
     matrices = 3 if gated else 2
+    if (mla := model.mla) is not None:
+        d, r, c, v_head = mla.qk_head_dim, mla.qk_pos_emb_head_dim, mla.kv_lora_rank, mla.v_head_dim
+        queries = mla.q_lora_rank or h
+        attention = h * queries + queries + queries * n * (d + r)
+        attention += h * (c + r) + c + c * n * (d + v_head) + n * v_head * h
     mlp = model.n_layers * matrices * h * f
     if model.moe is not None:
         moe = model.moe
