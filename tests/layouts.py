@@ -81,6 +81,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "mla": {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 8},
         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_seq_length": 8},
     },
+    "mtp": {**BASE, "mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5},
+    "mtp-tied-moe": {
+        **BASE,
+        "tie_embeddings": True,
+        "mtp_num_layers": 1,
+        "moe": {
+            "num_experts": 4,
+            "ffn_hidden": 16,
+            "router_load_balancing_type": "seq_aux_loss",
+            "aux_loss_coeff": 0.1,
+        },
+    },
     "dropout": {**BASE, "dropout": 0.1, "activation": "relu2"},
 }
 

@@ -127,7 +127,7 @@ class Layout:
         if head == "layers":
             layer = int(rest.partition(".")[0])
             return next(s for s in range(self.pp) if layer in layer_range(self.n_layers, s, self.pp))
-        return self.pp - 1 if head in ("norm", "head") else 0
+        return self.pp - 1 if head in ("norm", "head", "mtp") else 0
 
 
 def _relaid(reader: Reader, tp: int, pp: int, dtype: str | None) -> Config:

@@ -133,7 +133,8 @@ def steps_of(table: Sequence[Step], model: ModelConfig) -> list[Step]:
     n_experts = model.moe.num_experts if model.moe is not None else 0
     layers = (step.at(layer, n_experts) for layer in range(model.n_layers) for step in table)
     by_name = {step.ours: step for step in layers}
-    names = [spec.name for spec in parameter_specs(model) if not spec.tied]
+    # Modules that look ahead serve training, and have no place in transformers' models.
+    names = [spec.name for spec in parameter_specs(model) if not spec.tied and not spec.name.startswith("mtp.")]
     unnamed = [name for name in names if name not in by_name]
     assert not unnamed, f"the family has no name for {unnamed[0]}"
     return [by_name[name] for name in names]

@@ -122,6 +122,8 @@ class ModelConfig(Section):
     qkv_bias: bool = False  # on the QKV projection alone (Qwen 2)
     mla: MLAConfig | None = None
     moe: MoEConfig | None = None
+    mtp_num_layers: Whole = 0  # modules that predict further tokens ahead, in training
+    mtp_loss_scaling_factor: Positive = 0.1  # of the mean of their losses
     dropout: Fraction = 0.0
     init_std: Positive = 0.02
 
@@ -136,6 +138,11 @@ class ModelConfig(Section):
         """Multiply-adds of a head for each query and key: as many as numbers of the key and of the value."""
         assert self.head_dim is not None
         return self.head_dim + (self.head_dim if self.mla is None else self.mla.v_head_dim)
+
+    @property
+    def embeds_at_end(self) -> bool:
+        """Whether the last stage needs the embedding, too: as its head, or for tokens ahead."""
+        return self.tie_embeddings or self.mtp_num_layers > 0
 
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer's feed-forward half is a mixture of experts."""

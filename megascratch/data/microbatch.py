@@ -31,6 +31,23 @@ class Microbatch:
         """Return the microbatch on a device."""
         return Microbatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
+    def ahead(self, n_tokens: int) -> "Microbatch":
+        """Return what each place is to read and to predict so many tokens later; beyond its document it has no loss."""
+
+        def shifted(x: Tensor) -> Tensor:
+            out = torch.zeros_like(x)
+            out[:, : x.shape[1] - n_tokens] = x[:, n_tokens:]
+            return out
+
+        # Places past the end get document 0, but their loss mask is 0 already.
+        same_document = shifted(self.documents) == self.documents
+        return replace(
+            self,
+            tokens=shifted(self.tokens),
+            labels=shifted(self.labels),
+            loss_mask=shifted(self.loss_mask) * same_document,
+        )
+
     def part(self, index: Tensor) -> "Microbatch":
         """Return the tokens at these places of every sequence, [b, len(index)]."""
         return replace(

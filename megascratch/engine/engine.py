@@ -10,8 +10,9 @@ and everything is divided once by the weight of the whole global batch: no layou
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,14 @@ class StepReport:
     lr: float
     loss_scale: float
     skipped: bool
+
+
+class _Views(NamedTuple):
+    """This rank's tokens of a micro-batch, those 1, 2, … places later, and the loss tokens of its whole sequences."""
+
+    microbatch: Microbatch
+    later: list[Microbatch]
+    loss_tokens: Tensor
 
 
 class Engine:
@@ -214,7 +223,7 @@ class Engine:
     ) -> dict[str, Tensor]:
         """Run the pipeline's actions on microbatches that are on the device; return what the objective summed up."""
         sums: dict[str, Tensor] = {}
-        moved = [(self._own_tokens(microbatch), microbatch.loss_mask.sum(1)) for microbatch in microbatches]
+        moved = [self._views(microbatch) for microbatch in microbatches]
         functions = {
             index: partial(self._run_stage, stage, moved, objective, grad_seed, sums)
             for index, stage in self.stages.items()
@@ -250,17 +259,15 @@ class Engine:
     def _run_stage(
         self,
         stage: Stage,
-        microbatches: Sequence[tuple[Microbatch, Tensor]],
+        microbatches: Sequence["_Views"],
         objective: Objective,
         grad_seed: float | None,
         sums: dict[str, Tensor],
         x: Tensor | None,
         index: int,
     ) -> Tensor:
-        """Run a stage on micro-batch `index`, given with the loss tokens of its sequences.
-
-        Returns: activations, or on the last stage the scalar to differentiate."""
-        microbatch, loss_tokens = microbatches[index]
+        """Run a stage on micro-batch `index`: the activations, or on the last stage the scalar to differentiate."""
+        microbatch, later, loss_tokens = microbatches[index]
         data = self.config.data
         info = SequenceInfo(
             length=microbatch.tokens.shape[1],
@@ -271,17 +278,29 @@ class Engine:
             loss_tokens=loss_tokens,
             loss_seed=1.0 if grad_seed is None else grad_seed,
         )
-        y = stage.hidden(x, microbatch.tokens, info)
-        self.router_notes.add(info.notes)
+        y = stage.trunk(x, microbatch.tokens, info)
         if not stage.is_last:
+            self.router_notes.add(info.notes)
             return y
         assert stage.model.vocab_size is not None
         sequence_parallel = stage.placement.sequence_parallel
-        outputs = Outputs(y, stage.head_weight, stage.model.vocab_size, self.mesh.tp, sequence_parallel)
+        outputs = Outputs(stage.norm(y), stage.head_weight, stage.model.vocab_size, self.mesh.tp, sequence_parallel)
+        if later and grad_seed is not None:
+            further = stage.look_ahead(y, [m.tokens for m in later], info)
+            ahead = [(replace(outputs, hidden=hidden), m) for hidden, m in zip(further, later)]
+            outputs = replace(outputs, ahead=ahead, ahead_factor=stage.model.mtp_loss_scaling_factor)
+        self.router_notes.add(info.notes)
         loss = objective(outputs, microbatch)
         for name, value in {"": loss.total, "weight": loss.weight, **loss.metrics}.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
-        return loss.total * grad_seed if grad_seed is not None else loss.total
+        total = loss.total if loss.besides is None else loss.total + loss.besides
+        return total * grad_seed if grad_seed is not None else total
+
+    def _views(self, microbatch: Microbatch) -> "_Views":
+        """Return what the stages read of a micro-batch."""
+        n_ahead = self.config.model.mtp_num_layers
+        later = [self._own_tokens(microbatch.ahead(n)) for n in range(1, n_ahead + 1)]
+        return _Views(self._own_tokens(microbatch), later, microbatch.loss_mask.sum(1))
 
     def _own_tokens(self, microbatch: Microbatch) -> Microbatch:
         """Return the tokens that this rank of cp holds."""

@@ -52,12 +52,15 @@ def layer_shape(config: Config, placement: Placement, core: str, experts: bool) 
 
 
 def own_layers(config: Config, mesh: Mesh) -> dict[int, range]:
-    """Return the layers of each stage of this rank."""
+    """Return the layers of each stage of this rank; the last stage's modules that look ahead follow its own."""
     routes = configured_routes(config.parallel)
     n_stages = len(routes[0])
     own = sorted({stage for route in routes for stage, rank in enumerate(route) if rank == mesh.pp.rank})
     counts = layers_per_stage(config, n_stages)
-    return {stage: layer_range(config.model.n_layers, stage, n_stages, counts) for stage in own}
+    layers = {stage: layer_range(config.model.n_layers, stage, n_stages, counts) for stage in own}
+    if (last := n_stages - 1) in layers:
+        layers[last] = range(layers[last].start, layers[last].stop + config.model.mtp_num_layers)
+    return layers
 
 
 class MemoryModel:

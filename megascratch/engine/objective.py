@@ -8,10 +8,11 @@ sequence's tokens more than a long one's.
 Legend: `s` sequence, `b` micro-batch, `h` hidden, `v` vocabulary.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from megascratch.data.microbatch import Microbatch
@@ -32,6 +33,9 @@ class Outputs:
         vocab_size: logical v.
         tp: axis that the vocabulary is divided over.
         sequence_parallel: whether `hidden` is divided along s.
+        ahead: what modules that look further ahead computed, with the tokens that they are to predict (`labels`); empty
+            in evaluation.
+        ahead_factor: of the mean of their losses.
     """
 
     hidden: Tensor
@@ -39,6 +43,8 @@ class Outputs:
     vocab_size: int
     tp: Axis
     sequence_parallel: bool
+    ahead: Sequence[tuple["Outputs", Microbatch]] = ()
+    ahead_factor: float = 0.0
 
     @cached_property
     def logits(self) -> Tensor:
@@ -65,6 +71,7 @@ class Loss:
 
     Attributes:
         total: scalar to differentiate: a sum, not a mean.
+        besides: scalar sum that is differentiated with `total`, and not reported as the loss.
         weight: scalar that the engine divides by, after adding up all micro-batches of all ranks.
         metrics: further scalar sums, divided by the same weight.
     """
@@ -72,12 +79,23 @@ class Loss:
     total: Tensor
     weight: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    besides: Tensor | None = None
 
 
 Objective = Callable[[Outputs, Microbatch], Loss]
 
 
 def next_token(outputs: Outputs, microbatch: Microbatch) -> Loss:
-    """Cross-entropy of the next token, in nats, over the tokens that the loss mask keeps."""
-    mask = microbatch.loss_mask.to(acc_dtype(outputs.hidden))
-    return Loss(total=outputs.cross_entropy(microbatch.labels, mask), weight=mask.sum())
+    """Cross-entropy of the next token, in nats, over the tokens that the loss mask keeps.
+
+    Besides it, that of tokens further ahead, where the model predicts them: the mean over its modules, times their
+    factor. It counts by the same weight, although the last places of a sequence have nothing so far ahead of them.
+    """
+    dtype = acc_dtype(outputs.hidden)
+    mask = microbatch.loss_mask.to(dtype)
+    loss = Loss(total=outputs.cross_entropy(microbatch.labels, mask), weight=mask.sum())
+    if not outputs.ahead:
+        return loss
+    losses = [further.cross_entropy(later.labels, later.loss_mask.to(dtype)) for further, later in outputs.ahead]
+    mean = torch.stack(losses).mean()
+    return replace(loss, besides=outputs.ahead_factor * mean, metrics={"mtp_loss": mean})

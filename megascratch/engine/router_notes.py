@@ -53,7 +53,8 @@ class RouterNotes:
 
 
 def _sites(model: ModelConfig) -> list[str]:
-    return [f"layers.{i}.mlp" for i in range(model.n_layers) if model.has_experts(i)]
+    layers = range(model.n_layers + model.mtp_num_layers)
+    return [f"layers.{i}.mlp" for i in layers if model.has_experts(i)]
 
 
 def metrics_of(reports: Mapping[str, RouterReport]) -> dict[str, float]:

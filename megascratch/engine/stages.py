@@ -39,12 +39,13 @@ def make_stages(
     rank, n_stages = mesh.pp.rank, len(routes[0])
     first_rank, last_rank = routes[0][0], routes[0][-1]
     together = first_rank == last_rank or len(routes) == 2  # with two copies, each end's rank has both ends
-    if config.model.tie_embeddings and not together and (first_rank, last_rank) != (0, mesh.pp.size - 1):
+    if config.model.embeds_at_end and not together and (first_rank, last_rank) != (0, mesh.pp.size - 1):
         rule = f"needs the first and last stage on ranks 0 and {mesh.pp.size - 1}, or on one rank"
-        raise LayoutError(Problem("model.tie_embeddings = true", rule, "reorder the lines of the schedule file"))
+        key = "tie_embeddings = true" if config.model.tie_embeddings else "mtp_num_layers"
+        raise LayoutError(Problem(f"model.{key}", rule, "reorder the lines of the schedule file"))
     stages: dict[int, Stage] = {}
     for index in sorted({stage for route in routes for stage, holder in enumerate(route) if holder == rank}):
-        shared = config.model.tie_embeddings and together and 0 < index == n_stages - 1
+        shared = config.model.embeds_at_end and together and 0 < index == n_stages - 1
         stages[index] = Stage(
             config.model,
             placement,

@@ -56,13 +56,21 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up tokens [b, s]. Returns: [s/tp, b, h] under sequence parallelism, else [s, b, h]."""
-        tp = self.placement.tp
-        local = tokens.t() - tp.rank * self.weight.shape[0]
-        if tp.size == 1:
-            return _Lookup.apply(local, self.weight)
-        elsewhere = (local < 0) | (local >= self.weight.shape[0])
-        x = _Lookup.apply(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return comm.reduce_scatter(x, tp) if self.placement.sequence_parallel else comm.all_reduce(x, tp)
+        return embed(tokens, self.weight, self.placement)
+
+
+def embed(tokens: Tensor, weight: Tensor, placement: Placement) -> Tensor:
+    """Look up tokens [b, s] in this rank's rows of the embedding, [v/tp, h], or of a head that is tied to it.
+
+    Returns: [s/tp, b, h] under sequence parallelism, else [s, b, h].
+    """
+    tp = placement.tp
+    local = tokens.t() - tp.rank * weight.shape[0]
+    if tp.size == 1:
+        return _Lookup.apply(local, weight)
+    elsewhere = (local < 0) | (local >= weight.shape[0])
+    x = _Lookup.apply(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+    return comm.reduce_scatter(x, tp) if placement.sequence_parallel else comm.all_reduce(x, tp)
 
 
 class LearnedPositions(nn.Module):

@@ -9,6 +9,7 @@ calls them `layers.8` … `layers.15`, so a parameter has the same name on every
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,18 @@ from megascratch.dist.layout import Init, ParamSpec, name_parameters, spec_of
 from megascratch.dist.mesh import Axis
 from megascratch.nn.activations import NOTHING, Recompute
 from megascratch.nn.attention import Attention, LayerCache
-from megascratch.nn.embedding import LearnedPositions, VocabParallelEmbedding, local_positions, vocabulary_split
+from megascratch.nn.embedding import (
+    LearnedPositions,
+    VocabParallelEmbedding,
+    embed,
+    local_positions,
+    vocabulary_split,
+)
 from megascratch.nn.latent_attention import LatentAttention
 from megascratch.nn.linear import column_linear
 from megascratch.nn.mlp import make_mlp
 from megascratch.nn.moe import MoE
+from megascratch.nn.multi_token import Ahead
 from megascratch.nn.norm import NORMS
 from megascratch.nn.placement import Placement
 from megascratch.nn.rotary import rotary_tables
@@ -113,7 +121,7 @@ class Stage(nn.Module):
         recompute: what each layer, by its number, does not keep for backward; layers left out keep everything.
         layers_per_stage: how many layers each stage holds; even when empty.
         tied_axes: axes over which the two copies of a tied embedding lie apart.
-        embedding: the first stage's, for a last stage on the same rank whose head is tied to it.
+        embedding: the first stage's, for a last stage on the same rank that needs it, too.
     """
 
     def __init__(
@@ -135,8 +143,8 @@ class Stage(nn.Module):
         self.is_first, self.is_last = stage == 0, stage == n_stages - 1
         self.recompute = recompute or {}
         indices = layer_range(model.n_layers, stage, n_stages, layers_per_stage)
-        # A tied embedding that lies on two ranks gets its gradient from both.
-        tied_axes = tied_axes if model.tie_embeddings and n_stages > 1 else ()
+        # An embedding that lies on two ranks gets its gradient from both.
+        tied_axes = tied_axes if model.embeds_at_end and n_stages > 1 else ()
         if self.is_first:
             self.embed = VocabParallelEmbedding(
                 model.vocab_size, model.hidden, placement, std=model.init_std, grad_axes=tied_axes
@@ -146,16 +154,32 @@ class Stage(nn.Module):
             self.embed_dropout = ResidualDropout("embed", model.dropout, placement)
         self.layers = nn.ModuleDict({str(i): Block(model, placement, i, core=core) for i in indices})
         if self.is_last:
-            self.norm = NORMS[model.norm](model.hidden, model.norm_eps, placement, placement.token_axes)
-            if embedding is not None:
-                self.embed = embedding
-            elif not (model.tie_embeddings and self.is_first):
-                self.head = Head(model, placement, tied_axes)
+            self._make_end(embedding, tied_axes, core)
         self.rotary: tuple[Tensor, Tensor] | None = None
         if model.position == "rope":
             table_dtype = ops.acc_dtype(torch.empty(0, dtype=placement.dtype))
             self.rotary = rotary_tables(model, table_dtype, placement.device)
-        name_parameters(self, tied={"head.weight": "embed.weight"} if model.tie_embeddings else None)
+        copies = {"head.weight": "embed.weight"} if model.tie_embeddings else {}
+        if self.is_last and not self.is_first and embedding is None:
+            copies["embed.weight"] = "embed.weight"
+        name_parameters(self, tied=copies)
+
+    def _make_end(self, embedding: VocabParallelEmbedding | None, tied_axes: tuple[str, ...], core: str) -> None:
+        """Make what only the last stage has: norm, head, modules that look further ahead."""
+        model, at = self.model, self.placement
+        assert model.vocab_size is not None
+        self.norm = NORMS[model.norm](model.hidden, model.norm_eps, at, at.token_axes)
+        if embedding is not None:
+            self.embed = embedding
+        if not (model.tie_embeddings and hasattr(self, "embed")):
+            self.head = Head(model, at, tied_axes if model.tie_embeddings else ())
+        if model.mtp_num_layers == 0:
+            return
+        if not model.tie_embeddings and not hasattr(self, "embed"):
+            v, h = model.vocab_size, model.hidden
+            self.embed = VocabParallelEmbedding(v, h, at, std=model.init_std, grad_axes=tied_axes)
+        layers = range(model.n_layers, model.n_layers + model.mtp_num_layers)
+        self.mtp = nn.ModuleList(Ahead(model, at, Block(model, at, i, core=core)) for i in layers)
 
     def forward(
         self,
@@ -175,6 +199,28 @@ class Stage(nn.Module):
         """The last stage's projection onto the vocabulary, [v/tp, h]; the embedding's, where the two are tied."""
         return self.head.weight if hasattr(self, "head") else self.embed.weight
 
+    def look_ahead(self, x: Tensor, tokens: Sequence[Tensor], info: SequenceInfo) -> list[Tensor]:
+        """Run the modules that predict further tokens, on the last stage.
+
+        Args:
+            x: from `trunk`.
+            tokens: for each module, [b, s] int64: the tokens one, two, … places later.
+            info: positions and samples.
+
+        Returns: for each, activations [s/tp or s, b, h], normalised for the head.
+        """
+        weight = self.embed.weight if hasattr(self, "embed") else self.head.weight
+        hidden = []
+
+        def run(layer: nn.Module, x: Tensor, plan: Recompute) -> Tensor:
+            return self.placement.activations.run(plan, layer, x, self.rotary, info)
+
+        for i, (module, later) in enumerate(zip(self.mtp, tokens)):
+            plan = self.recompute.get(self.model.n_layers + i, NOTHING)
+            x, normalised = module(x, embed(later, weight, self.placement), partial(run, plan=plan))
+            hidden.append(normalised)
+        return hidden
+
     def hidden(
         self,
         x: Tensor | None,
@@ -182,7 +228,18 @@ class Stage(nn.Module):
         info: SequenceInfo,
         caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
-        """Run all of the stage but the head.
+        """Run all of the stage but the head: `trunk`, normalised for the head on the last stage."""
+        x = self.trunk(x, tokens, info, caches)
+        return self.norm(x) if self.is_last else x
+
+    def trunk(
+        self,
+        x: Tensor | None,
+        tokens: Tensor | None,
+        info: SequenceInfo,
+        caches: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """Run the stage's layers, after the embedding on the first stage.
 
         Args:
             x: the previous stage's output, [s/tp or s, b, h]; None on the first stage.
@@ -190,7 +247,7 @@ class Stage(nn.Module):
             info: positions and samples.
             caches: one a layer, in order, for generation; None in training.
 
-        Returns: activations [s/tp or s, b, h], normalised for the head on the last stage.
+        Returns: activations [s/tp or s, b, h].
         """
         if self.is_first:
             assert tokens is not None
@@ -202,7 +259,7 @@ class Stage(nn.Module):
             else:
                 plan = self.recompute.get(int(layer), NOTHING)
                 x = self.placement.activations.run(plan, block, x, self.rotary, info)
-        return self.norm(x) if self.is_last else x
+        return x
 
     def _embed(self, tokens: Tensor, info: SequenceInfo) -> Tensor:
         x = self.embed(tokens)
