@@ -1,18 +1,22 @@
-"""`megascratch plan`: what a pipeline schedule costs, before anything is launched, and how it looks."""
+"""`megascratch plan`: what a recipe needs and what a pipeline schedule costs, before anything is launched."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megascratch.cli.recipe import RecipeArguments, split_arguments
 from megascratch.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from megascratch.pipeline import Costs, Schedule
     from megascratch.plan import Chart
 
+_MEMORY = ("weights", "gradients", "optimizer", "activations", "passing")
+
 
 def plan(
+    arguments: RecipeArguments = None,
     schedule: Annotated[str | None, typer.Option(help="1f1b, zb-v, …, or a file of your own: a line a rank.")] = None,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline ranks.")] = 4,
     vp: Annotated[int | None, typer.Option(min=1, help="Stages a rank; what the schedule needs when left out.")] = None,
@@ -26,15 +30,19 @@ def plan(
         list[Path] | None, typer.Option(help="A picture (.svg, .png), Chrome trace (.json), or schedule file (.txt).")
     ] = None,
 ) -> None:
-    """Simulate and draw a pipeline schedule: bubble, peak activations, critical path."""
+    """Count what a recipe needs: parameters, operations, memory. Simulate and draw a pipeline schedule."""
     from megascratch.pipeline import Costs
     from megascratch.plan import Chart, measured_costs, read_times
 
+    if arguments:
+        _print_recipe(arguments)
+        if schedule is None and times is None:
+            return
     files = out or []
     for file in files:
         _require_writable(file)
     if (schedule is None) == (times is None):
-        rule = "say what to draw: give one of them"
+        rule = "say what to draw: give one of them, or a recipe to count"
         raise ConfigError(Problem("--schedule and --times", rule, "for example --schedule zb-v"), "the command line")
     if times is not None:
         recorded, executed = read_times(times)
@@ -52,6 +60,27 @@ def plan(
     for file in files:
         _write(charts, planned, file)
         print(f"wrote {file}")
+
+
+def _print_recipe(arguments: list[str]) -> None:
+    """Print what a recipe amounts to."""
+    from megascratch.config import load_config
+    from megascratch.engine.memory import GIB
+    from megascratch.plan.model import plan_model
+
+    recipe, overrides = split_arguments(arguments)
+    config = load_config(recipe, overrides)
+    if config.model.vocab_size is None:
+        problem = Problem("model.vocab_size", "must be given to count the model", "for example model.vocab_size=128256")
+        raise ConfigError(problem, str(recipe or "the command line"))
+    planned = plan_model(config)
+    print(f"{planned.parameters:,} parameters, {planned.active / 1e9:.4g} billion of them for each token")
+    causal, palm = planned.flops.causal / 1e9, planned.flops.palm / 1e9
+    print(f"{causal:.4g} GFLOP a token in training ({palm:.4g} in PaLM's convention)")
+    print(f"memory of pipeline ranks, GiB    {' '.join(f'{name:>11}' for name in (*_MEMORY, 'total'))}")
+    for rank, memory in enumerate(planned.memory):
+        values = [*(getattr(memory, name) for name in _MEMORY), memory.total]
+        print(f"  rank {rank:<25} {' '.join(f'{value / GIB:>11.2f}' for value in values)}")
 
 
 def _find_schedule(name: str, pp: int, vp: int | None, microbatches: int, costs: "Costs") -> "Schedule":

@@ -180,6 +180,20 @@ class Mesh:
         return cls(MeshSpec(), 0, device, **{name: Axis(name) for name in names}, clock=StepClock(device))
 
     @classmethod
+    def planned(cls, spec: MeshSpec, rank: int) -> "Mesh":
+        """Return a rank's place in a mesh that does not run: sizes and coordinates, on the meta device, without groups."""
+
+        def axis(name: str, axes: tuple[str, ...]) -> Axis:
+            ranks = spec.group(rank, axes)
+            return Axis(name, len(ranks), ranks.index(rank), ranks)
+
+        derived = {"data": ("dp", "cp"), "stage": ("dp", "cp", "tp"), "ep": ("ep",), "expert_data": ("edp", "cp")}
+        whole = {"world": AXES, **{name: (name,) for name in AXES}, **derived}
+        axes = {name: axis(name, over) for name, over in whole.items()}
+        device = torch.device("meta")
+        return cls(spec, rank, device, **axes, ends=Axis("ends"), mirror=Axis("mirror"), clock=StepClock(device))
+
+    @classmethod
     def create(cls, spec: MeshSpec, device: torch.device) -> "Mesh":
         """Make the process groups of every axis. Every rank of the default group must call this, at the same point.
 

@@ -1,6 +1,7 @@
 """Device memory of a rank, predicted before anything is allocated.
 
-Legend: P parameters of the rank, `d` ranks that share state under ZeRO. Bytes a parameter, 16-bit model:
+Legend: P parameters of the rank, `d` ranks that share state under ZeRO: dp × cp, without ep for experts. Bytes a
+parameter, 16-bit model:
 
     weights      2, ÷ d under ZeRO-3
     gradients    4 (summed in float32), ÷ d from ZeRO-2 on
@@ -19,6 +20,7 @@ import torch
 
 from megascratch import ops
 from megascratch.config import Config
+from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
 from megascratch.engine.stages import layers_per_stage, make_stages
 from megascratch.nn import NOTHING, Placement, Recompute, layer_range
@@ -82,9 +84,12 @@ class MemoryModel:
         meta = replace(placement, device=META)
         stages = make_stages(config, mesh, meta, routes, core)
         unique = {id(param): param for stage in stages.values() for param in stage.parameters()}
-        self.numel = sum(param.numel() for param in unique.values())
+        self.numel: dict[str, int] = {}  # by the axis that ZeRO divides state over
+        for param in unique.values():
+            axis = spec_of(param).data_axis
+            self.numel[axis] = self.numel.get(axis, 0) + param.numel()
         layers = [sum(p.numel() for p in block.parameters()) for s in stages.values() for block in s.layers.values()]
-        self.layer_numel, self.rest_numel = max(layers, default=0), self.numel - sum(layers)
+        self.layer_numel, self.rest_numel = max(layers, default=0), sum(self.numel.values()) - sum(layers)
         self.has_head = any(stage.is_last for stage in stages.values())
         n_microbatches = train.global_batch // (train.micro_batch * (parallel.dp or 1))
         self.in_flight = check(configured_schedule(parallel, n_microbatches)).peak_in_flight[mesh.pp.rank]
@@ -92,8 +97,6 @@ class MemoryModel:
     def with_plans(self, plans: Mapping[int, Recompute]) -> RankMemory:
         """Return the memory when each layer, by its number, does without what its plan says."""
         value, sum_ = self._item_bytes
-        shards = self.mesh.spec.shard or self.mesh.data.size
-        zero = self.config.parallel.zero if shards > 1 else 0
         kept = cache(lambda experts, plan: self.kinds[experts].kept_bytes(plan))
         has_experts = self.config.model.has_experts
         of_stages = [
@@ -104,25 +107,38 @@ class MemoryModel:
         passing = max((kept(experts, NOTHING) - kept(experts, plan) for experts, plan in whole), default=0)
         masters = sum_ if value < sum_ else 0
         return RankMemory(
-            weights=self.numel * value // (shards if zero >= 3 else 1),
-            gradients=self.numel * sum_ // (shards if zero >= 2 else 1),
-            optimizer=self.numel * (masters + 2 * sum_) // (shards if zero >= 1 else 1),
+            weights=self._state_bytes(value, divided_from=3),
+            gradients=self._state_bytes(sum_, divided_from=2),
+            optimizer=self._state_bytes(masters + 2 * sum_, divided_from=1),
             activations=max(of_stages) * self.in_flight,
-            passing=passing + (self._head_bytes() if self.has_head else 0) + self._travelling_bytes(zero),
+            passing=passing + (self._head_bytes() if self.has_head else 0) + self._travelling_bytes(),
         )
 
-    def _travelling_bytes(self, zero: int) -> int:
+    def _travelling_bytes(self) -> int:
         """Return what ZeRO has whole on its way: gradients of a few buckets, weights of two layers and of the ends."""
         value, sum_ = self._item_bytes
-        buckets = min((BUCKETS_UNDER_WAY + 1) * self.config.optim.bucket_numel, self.numel) * sum_
-        weights = min(2 * self.layer_numel + self.rest_numel, self.numel) * value
+        zero = self.config.parallel.zero if any(self._shards(axis) > 1 for axis in self.numel) else 0
+        numel = sum(self.numel.values())
+        buckets = min((BUCKETS_UNDER_WAY + 1) * self.config.optim.bucket_numel, numel) * sum_
+        weights = min(2 * self.layer_numel + self.rest_numel, numel) * value
         return (buckets if zero >= 2 else 0) + (weights if zero == 3 else 0)
+
+    def _shards(self, axis: str) -> int:
+        """Return over how many replicas ZeRO divides what lies along an axis."""
+        return self.mesh.spec.shard or self.mesh.data.size if axis == "data" else self.mesh.axis(axis).size
 
     @property
     def _item_bytes(self) -> tuple[int, int]:
         """Bytes of a value of the model, and of one in which such values are summed."""
         dtype = self.placement.dtype
         return dtype.itemsize, ops.acc_dtype(torch.empty(0, dtype=dtype)).itemsize
+
+    def _state_bytes(self, bytes_each: int, divided_from: int) -> int:
+        """Return the bytes of so many a parameter, divided over replicas from a ZeRO stage on."""
+        divides = self.config.parallel.zero >= divided_from
+        return sum(
+            numel * bytes_each // (self._shards(axis) if divides else 1) for axis, numel in self.numel.items()
+        )
 
     def _head_bytes(self) -> int:
         """Return what the head's product and the loss need at once: see `nn.loss`."""
