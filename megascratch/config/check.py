@@ -197,6 +197,9 @@ def _experts(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield Problem(f"model.moe.first_k_dense = {moe.first_k_dense}", rule, "lower it")
     if model.bias:
         yield Problem("model.bias = true", "experts have no biases", "set bias = false")
+    if config.optim.name == "muon" and parallel.ep > 1 and parallel.zero == 0:
+        rule = "needs parallel.zero ≥ 1 with ep > 1: only then do ranks of dp bring their experts together"
+        yield Problem("optim.name = muon", rule, "set zero = 1, or use adamw")
 
 
 def _recompute(config: Config, _: int | None) -> Iterator[Problem]:
@@ -351,12 +354,21 @@ def _fp8(config: Config, _: int | None) -> Iterator[Problem]:
     head_dim = model.head_dim or model.hidden // model.n_heads
     heads = (model.n_heads, model.n_heads + 2 * (model.n_kv_heads or model.n_heads))
     tokens = config.train.micro_batch * config.data.seq_length
-    sizes = {
+    sizes: dict[str, float] = {
         f"model.hidden = {model.hidden}": model.hidden,
         f"model.ffn_hidden / tp = {model.ffn_hidden / parallel.tp:g}": model.ffn_hidden / parallel.tp,
         **{f"{n} heads × head_dim {head_dim} / tp {parallel.tp}": n * head_dim / parallel.tp for n in heads},
         f"micro_batch × seq_length / cp = {tokens / parallel.cp:g} tokens": tokens / parallel.cp,
     }
+    if (mla := model.mla) is not None:
+        per_head = (mla.qk_head_dim + mla.qk_pos_emb_head_dim, mla.qk_head_dim + mla.v_head_dim, mla.v_head_dim)
+        sizes = {name: size for name, size in sizes.items() if "head_dim" not in name}
+        sizes |= {f"{model.n_heads} heads × {d} / tp {parallel.tp}": model.n_heads * d / parallel.tp for d in per_head}
+        sizes |= {
+            f"model.mla.{key} = {getattr(mla, key)}": getattr(mla, key) or 16 for key in ("q_lora_rank", "kv_lora_rank")
+        }
+    if model.moe is not None and (f := model.moe.shared_expert_ffn_hidden) is not None:
+        sizes[f"model.moe.shared_expert_ffn_hidden / tp = {f / parallel.tp:g}"] = f / parallel.tp
     for name, size in sizes.items():
         if size % 16:
             yield Problem(name, "must divide by 16 for train.dtype = fp8", "change it, or use bf16")

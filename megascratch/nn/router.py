@@ -103,7 +103,7 @@ class Router(nn.Module):
         if self.moe.router_norm_topk:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * self.moe.router_topk_scaling_factor
-        load = F.one_hot(experts, self.moe.num_experts).sum(2)  # [s, b, E]
+        load = torch.zeros_like(scores).scatter_(-1, experts, 1.0)
         aux, z = self._losses(logits, probs, load.sum(0), info)
         if torch.is_grad_enabled() and info.loss_tokens is not None:
             weights = _WithLoss.apply(weights, aux + z, info.loss_seed)
@@ -111,9 +111,8 @@ class Router(nn.Module):
         if self.training and self.moe.expert_capacity_factor is not None:
             experts = self._within_capacity(experts, self.moe.expert_capacity_factor)
         entropy = -(probs * probs.clamp_min(1e-30).log()).sum()
-        counts = [(experts == NONE).sum(), load.new_tensor(n_chosen)]
-        rest = torch.stack([aux, z, entropy, *(count.to(dtype) for count in counts)])
-        info.notes[self.site] = torch.cat([load.sum((0, 1)).to(dtype), rest]).detach()
+        rest = torch.stack([aux, z, entropy, (experts == NONE).sum().to(dtype), load.new_tensor(n_chosen)])
+        info.notes[self.site] = torch.cat([load.sum((0, 1)), rest]).detach()
         return Routing(experts, weights)
 
     def _choose(self, scores: Tensor) -> Tensor:
@@ -135,19 +134,21 @@ class Router(nn.Module):
         Args:
             logits, probs: [s, b, E].
             load: tokens of each sequence on this rank that use each expert, [b, E].
-            info: gives the loss tokens; 1 a sequence where they are not known.
+            info: gives the loss tokens; without them there is no loss.
         """
         moe, at = self.moe, self.placement
         length = info.length * at.cp.size
-        tokens = logits.new_ones(load.shape[0]) if info.loss_tokens is None else info.loss_tokens.to(logits)
         z = logits.new_zeros(())
+        if info.loss_tokens is None:
+            return z, z
+        tokens = info.loss_tokens.to(logits)
         if moe.z_loss_coeff > 0:
             z = (logits.logsumexp(-1).square() * tokens).sum() * (moe.z_loss_coeff / length)
         if moe.router_load_balancing_type == "none":
             return logits.new_zeros(()), z
         share = comm.sum_over(load, at.cp)
         share = comm.sum_over(share, at.tp) if at.sequence_parallel else share
-        product = share.to(probs), probs.sum(0)
+        product = share, probs.sum(0)
         if moe.router_load_balancing_type == "aux_loss":
             tokens, length = tokens.sum(), length * load.shape[0]
             product = product[0].sum(0), product[1].sum(0)

@@ -1,6 +1,8 @@
 """Layout is not physics: every layout computes the same loss, gradient norm and weights, to 1e-9 in float64."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +10,13 @@ from combinations import completions, why_not, world_of
 from layouts import GIVEN, MODELS, Layout, Trained, make_config, run_layout, whole_weights
 from matrix import matrix
 
+from megascratch.dist import comm
+from megascratch.dist.layout import ParamSpec
 from megascratch.dist.testing import RankPool, run_ranks
 from megascratch.nn import Placement
 
 N_STEPS = 5
+SUM_OVER = comm.sum_over
 LAYOUTS, IMPOSSIBLE = matrix()
 
 
@@ -59,6 +64,32 @@ def test_a_mutant_without_the_gradient_sync_of_norm_weights_is_caught() -> None:
     ranks = run_ranks(2, _without_norm_gradient_sync, make_config("llama", {"tp": 2}, n_layers=2), N_STEPS)
     with pytest.raises(AssertionError):
         assert_equal_runs(ranks, one_rank("llama", n_layers=2))
+
+
+def _with_experts_summed_over_all_of_dp(config, n_steps: int) -> Trained:  # type: ignore[no-untyped-def]
+    ParamSpec.data_axis = property(lambda self: "data")  # type: ignore[assignment,method-assign]
+    return run_layout(config, n_steps)
+
+
+def _with_balance_of_own_tokens(config, n_steps: int) -> Trained:  # type: ignore[no-untyped-def]
+    comm.sum_over = lambda x, axis: x if axis.name == "cp" else SUM_OVER(x, axis)
+    return run_layout(config, n_steps)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "model", "parallel"),
+    [
+        (_with_experts_summed_over_all_of_dp, "moe", {"dp": 2, "ep": 2, "zero": 1}),
+        (_with_balance_of_own_tokens, "moe-capacity", {"cp": 2}),
+    ],
+)
+def test_mutants_of_the_experts_are_caught(
+    mutant: Callable[..., Trained], model: str, parallel: dict[str, Any]
+) -> None:
+    """Different experts' gradients summed over ep; a sequence's load counted on each rank of cp by itself."""
+    ranks = run_ranks(2, mutant, make_config(model, parallel, n_layers=4), N_STEPS)
+    with pytest.raises(AssertionError):
+        assert_equal_runs(ranks, one_rank(model, n_layers=4))
 
 
 def test_the_matrix_is_what_it_promises() -> None:
