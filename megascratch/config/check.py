@@ -197,9 +197,6 @@ def _experts(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield Problem(f"model.moe.first_k_dense = {moe.first_k_dense}", rule, "lower it")
     if model.bias:
         yield Problem("model.bias = true", "experts have no biases", "set bias = false")
-    if config.optim.name == "muon" and parallel.ep > 1 and parallel.zero == 0:
-        rule = "needs parallel.zero ≥ 1 with ep > 1: only then do ranks of dp bring their experts together"
-        yield Problem("optim.name = muon", rule, "set zero = 1, or use adamw")
 
 
 def _recompute(config: Config, _: int | None) -> Iterator[Problem]:

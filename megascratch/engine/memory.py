@@ -136,9 +136,7 @@ class MemoryModel:
     def _state_bytes(self, bytes_each: int, divided_from: int) -> int:
         """Return the bytes of so many a parameter, divided over replicas from a ZeRO stage on."""
         divides = self.config.parallel.zero >= divided_from
-        return sum(
-            numel * bytes_each // (self._shards(axis) if divides else 1) for axis, numel in self.numel.items()
-        )
+        return sum(numel * bytes_each // (self._shards(axis) if divides else 1) for axis, numel in self.numel.items())
 
     def _head_bytes(self) -> int:
         """Return what the head's product and the loss need at once: see `nn.loss`."""

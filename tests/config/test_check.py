@@ -169,12 +169,6 @@ MOE = "model.moe={num_experts=8,ffn_hidden=16}"
         ("_experts", f"{MOE} model.moe.first_k_dense=4", None, r"first_k_dense = 4 +leaves none of 4 layers"),
         ("_experts", f"{MOE} model.bias=true", None, r"model.bias = true +experts have no biases"),
         (
-            "_experts",
-            f"{MOE} parallel.ep=2 parallel.dp=2 optim.name=muon",
-            None,
-            r"optim.name = muon +needs parallel.zero ≥ 1 with ep > 1",
-        ),
-        (
             "_fp8",
             f"{MLA} train.dtype=fp8 data.seq_length=1024",
             None,
