@@ -7,7 +7,9 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
-from megascratch.config.schema import Config, ModelConfig
+from megascratch.config.check_layers import data_parallel, experts, latent_attention
+from megascratch.config.schema import Config
+from megascratch.config.words import divisors, multiples_near
 from megascratch.errors import Problem
 
 Rule = Callable[[Config, int | None], Iterator[Problem]]
@@ -29,12 +31,12 @@ def _heads(config: Config, _: int | None) -> Iterator[Problem]:
     kv_heads = model.n_kv_heads or model.n_heads
     head_dim = model.head_dim or model.hidden // model.n_heads
     if model.mla is not None:
-        yield from _latent_attention(model)
+        yield from latent_attention(model)
     elif model.head_dim is None and model.hidden % model.n_heads:
         yield Problem(
             f"model.hidden = {model.hidden}",
             f"must divide by model.n_heads = {model.n_heads} unless model.head_dim is given",
-            f"use {_multiples_near(model.hidden, model.n_heads)}, or set model.head_dim",
+            f"use {multiples_near(model.hidden, model.n_heads)}, or set model.head_dim",
         )
     elif model.position == "rope" and head_dim % 2:
         yield Problem(f"model.head_dim = {head_dim}", "must be even for rotary positions", f"use {head_dim + 1}")
@@ -42,7 +44,7 @@ def _heads(config: Config, _: int | None) -> Iterator[Problem]:
         yield Problem(
             f"model.n_kv_heads = {kv_heads}",
             f"must divide model.n_heads = {model.n_heads}",
-            f"use {_divisors(model.n_heads)}",
+            f"use {divisors(model.n_heads)}",
         )
     if model.rope_scaling is not None and model.position != "rope":
         yield Problem(
@@ -52,57 +54,34 @@ def _heads(config: Config, _: int | None) -> Iterator[Problem]:
         )
 
 
-def _latent_attention(model: ModelConfig) -> Iterator[Problem]:
-    mla = model.mla
-    assert mla is not None
-    width = mla.qk_head_dim + mla.qk_pos_emb_head_dim
-    for key, value, needed in (
-        ("head_dim", model.head_dim, width),
-        ("n_kv_heads", model.n_kv_heads, model.n_heads),
-        ("position", model.position, "rope"),
-        ("qk_norm", model.qk_norm, False),
-        ("bias", model.bias, False),
-        ("qkv_bias", model.qkv_bias, False),
-    ):
-        if value is not None and value != needed:
-            remedy = f"set {key} = {needed}" if key == "position" else f"leave {key} out"
-            yield Problem(f"model.{key} = {value}".lower(), f"must be {needed} with model.mla".lower(), remedy)
-    if mla.qk_pos_emb_head_dim % 2:
-        given = f"model.mla.qk_pos_emb_head_dim = {mla.qk_pos_emb_head_dim}"
-        yield Problem(given, "must be even for rotary positions", f"use {mla.qk_pos_emb_head_dim + 1}")
-    if mla.v_head_dim > width:
-        rule = f"must not exceed qk_head_dim + qk_pos_emb_head_dim = {width}"
-        yield Problem(f"model.mla.v_head_dim = {mla.v_head_dim}", rule, f"use {width} or less")
-
-
 def _tensor_parallel(config: Config, _: int | None) -> Iterator[Problem]:
     model, tp = config.model, config.parallel.tp
     kv_heads = model.n_kv_heads or model.n_heads
     # A tp that does not fit the heads will change: what else it does not divide is no news.
     if model.n_heads % tp:
         yield Problem(
-            f"parallel.tp = {tp}", f"must divide model.n_heads = {model.n_heads}", f"use {_divisors(model.n_heads)}"
+            f"parallel.tp = {tp}", f"must divide model.n_heads = {model.n_heads}", f"use {divisors(model.n_heads)}"
         )
         return
     if kv_heads % tp:
         yield Problem(
             f"parallel.tp = {tp}",
             f"must divide model.n_kv_heads = {kv_heads}: a key/value head lies on one rank",
-            f"use {_divisors(kv_heads)}",
+            f"use {divisors(kv_heads)}",
         )
         return
     if model.ffn_hidden % tp:
         yield Problem(
             f"parallel.tp = {tp}",
             f"must divide model.ffn_hidden = {model.ffn_hidden}",
-            f"use an ffn_hidden of {_multiples_near(model.ffn_hidden, tp)}",
+            f"use an ffn_hidden of {multiples_near(model.ffn_hidden, tp)}",
         )
     sequence_parallel = config.parallel.sequence_parallel is not False and tp > 1
     if sequence_parallel and config.data.seq_length % tp:
         yield Problem(
             f"data.seq_length = {config.data.seq_length}",
             f"must divide by parallel.tp = {tp} under sequence parallelism",
-            f"use {_multiples_near(config.data.seq_length, tp)}",
+            f"use {multiples_near(config.data.seq_length, tp)}",
         )
 
 
@@ -154,51 +133,6 @@ def _pipeline(config: Config, _: int | None) -> Iterator[Problem]:
         yield Problem(f"parallel.pp = {parallel.pp}", "must be even for dualpipe", f"use {parallel.pp + 1}")
 
 
-def _experts(config: Config, world_size: int | None) -> Iterator[Problem]:
-    model, parallel, moe = config.model, config.parallel, config.model.moe
-    if moe is None:
-        if parallel.ep > 1:
-            yield Problem(f"parallel.ep = {parallel.ep}", "needs experts: model.moe", "set ep = 1, or [model.moe]")
-        return
-    n, k, groups, group_topk = moe.num_experts, moe.router_topk, moe.router_num_groups, moe.router_group_topk
-    if n % parallel.ep:
-        rule = f"must divide model.moe.num_experts = {n}"
-        yield Problem(f"parallel.ep = {parallel.ep}", rule, f"use {_divisors(n)}")
-    dp = _data_parallel(config, world_size)
-    if dp % parallel.ep:
-        rule = f"must divide dp = {dp}: experts are divided over ranks of dp"
-        yield Problem(f"parallel.ep = {parallel.ep}", rule, f"use {_divisors(dp)}")
-    for key in ("ffn_hidden", "shared_expert_ffn_hidden"):
-        if (size := getattr(moe, key)) is not None and size % parallel.tp:
-            rule = f"must divide model.moe.{key} = {size}"
-            yield Problem(f"parallel.tp = {parallel.tp}", rule, f"use a {key} of {_multiples_near(size, parallel.tp)}")
-    if k > n:
-        rule = f"must not exceed model.moe.num_experts = {n}"
-        yield Problem(f"model.moe.router_topk = {k}", rule, "choose fewer experts a token")
-    if (groups is None) != (group_topk is None):
-        yield Problem("model.moe.router_num_groups", "goes with router_group_topk", "set both, or neither")
-    elif groups is not None and group_topk is not None:
-        if n % groups or group_topk > groups:
-            rule = f"must divide num_experts = {n}, and be at least router_group_topk = {group_topk}"
-            yield Problem(f"model.moe.router_num_groups = {groups}", rule, f"use {_divisors(n)}")
-        elif k % group_topk or k > group_topk * (n // groups) or k // group_topk > n // groups:
-            rule = (
-                f"must be a multiple of router_group_topk = {group_topk}, within its {group_topk * n // groups} experts"
-            )
-            yield Problem(f"model.moe.router_topk = {k}", rule, "choose other numbers")
-    if moe.aux_loss_coeff > 0 and moe.router_load_balancing_type == "none":
-        rule = "needs router_load_balancing_type = seq_aux_loss or aux_loss"
-        yield Problem(f"model.moe.aux_loss_coeff = {moe.aux_loss_coeff}", rule, "set one")
-    if moe.shared_expert_gate and moe.shared_expert_ffn_hidden is None:
-        rule = "needs shared_expert_ffn_hidden"
-        yield Problem("model.moe.shared_expert_gate = true", rule, "set it, or leave the gate out")
-    if moe.first_k_dense >= model.n_layers:
-        rule = f"leaves none of {model.n_layers} layers with experts"
-        yield Problem(f"model.moe.first_k_dense = {moe.first_k_dense}", rule, "lower it")
-    if model.bias:
-        yield Problem("model.bias = true", "experts have no biases", "set bias = false")
-
-
 def _recompute(config: Config, _: int | None) -> Iterator[Problem]:
     parallel = config.parallel
     for key, of in (("recompute_modules", "selective"), ("recompute_layers", "block"), ("memory_budget_gib", "auto")):
@@ -222,7 +156,7 @@ def _context_parallel(config: Config, _: int | None) -> Iterator[Problem]:
         yield Problem(
             f"data.seq_length = {seq_length}",
             f"must divide by {step}: two chunks for each of parallel.cp = {parallel.cp} ranks, each rank's over tp",
-            f"use {_multiples_near(seq_length, step)}",
+            f"use {multiples_near(seq_length, step)}",
         )
     kv_heads = model.n_kv_heads or model.n_heads
     if parallel.cp_algorithm == "ulysses" and kv_heads % (parallel.tp * parallel.cp):
@@ -247,7 +181,7 @@ def _zero(config: Config, world_size: int | None) -> Iterator[Problem]:
     data = parallel.cp * parallel.dp if parallel.dp is not None else max(1, (world_size or others) // others)
     if data % n:
         yield Problem(
-            f"parallel.zero_ranks = {n}", f"must divide dp × cp = {data}", f"use {_divisors(data)}, or leave it out"
+            f"parallel.zero_ranks = {n}", f"must divide dp × cp = {data}", f"use {divisors(data)}, or leave it out"
         )
     elif parallel.zero == 0:
         yield Problem(f"parallel.zero_ranks = {n}", "needs parallel.zero > 0", "set parallel.zero, or leave it out")
@@ -265,7 +199,7 @@ def _world(config: Config, world_size: int | None) -> Iterator[Problem]:
             yield Problem(
                 f"world size = {world_size}",
                 f"must divide by tp {parallel.tp} × pp {parallel.pp} × cp {parallel.cp} = {others}",
-                f"start {_multiples_near(world_size, others)} ranks",
+                f"start {multiples_near(world_size, others)} ranks",
             )
     elif world_size != others * parallel.dp:
         yield Problem(
@@ -276,22 +210,15 @@ def _world(config: Config, world_size: int | None) -> Iterator[Problem]:
         )
 
 
-def _data_parallel(config: Config, world_size: int | None) -> int:
-    """Return dp, also where it follows from the world."""
-    parallel = config.parallel
-    others = parallel.tp * parallel.pp * parallel.cp
-    return parallel.dp if parallel.dp is not None else max(1, (world_size or others) // others)
-
-
 def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
     parallel, train = config.parallel, config.train
-    dp = _data_parallel(config, world_size)
+    dp = data_parallel(config, world_size)
     step = train.micro_batch * dp
     if train.global_batch % step:
         yield Problem(
             f"train.global_batch = {train.global_batch}",
             f"must divide by micro_batch {train.micro_batch} × dp {dp}",
-            f"use {_multiples_near(train.global_batch, step)}",
+            f"use {multiples_near(train.global_batch, step)}",
         )
         return
     microbatches, least = train.global_batch // step, 2 * parallel.pp
@@ -305,7 +232,7 @@ def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield Problem(
             f"train.global_batch = {train.global_batch}",
             f"gives {microbatches} microbatches, half of which go each way in dualpipe",
-            f"use {_multiples_near(train.global_batch, 2 * step)}",
+            f"use {multiples_near(train.global_batch, 2 * step)}",
         )
 
 
@@ -405,7 +332,7 @@ RULES: tuple[Rule, ...] = (
     _heads,
     _tensor_parallel,
     _pipeline,
-    _experts,
+    experts,
     _recompute,
     _context_parallel,
     _zero,
@@ -417,17 +344,3 @@ RULES: tuple[Rule, ...] = (
     _cuda_graph,
     _steps,
 )
-
-
-def _divisors(n: int) -> str:
-    return _either([d for d in range(1, n + 1) if n % d == 0])
-
-
-def _multiples_near(value: int, step: int) -> str:
-    below = value // step * step
-    return _either([n for n in (below, below + step) if n > 0])
-
-
-def _either(numbers: list[int]) -> str:
-    words = [str(n) for n in numbers]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

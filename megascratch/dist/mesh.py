@@ -190,6 +190,9 @@ class Mesh:
         derived = {"data": ("dp", "cp"), "stage": ("dp", "cp", "tp"), "ep": ("ep",), "expert_data": ("edp", "cp")}
         whole = {"world": AXES, **{name: (name,) for name in AXES}, **derived}
         axes = {name: axis(name, over) for name, over in whole.items()}
+        data, n = axes["data"], spec.shard or axes["data"].size
+        axes["shard"] = Axis("shard", n, data.rank % n)
+        axes["replicas"] = Axis("replicas", data.size // n, data.rank // n)
         device = torch.device("meta")
         return cls(spec, rank, device, **axes, ends=Axis("ends"), mirror=Axis("mirror"), clock=StepClock(device))
 

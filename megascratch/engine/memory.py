@@ -125,7 +125,7 @@ class MemoryModel:
 
     def _shards(self, axis: str) -> int:
         """Return over how many replicas ZeRO divides what lies along an axis."""
-        return self.mesh.spec.shard or self.mesh.data.size if axis == "data" else self.mesh.axis(axis).size
+        return self.mesh.shard.size if axis == "data" else self.mesh.axis(axis).size
 
     @property
     def _item_bytes(self) -> tuple[int, int]:
