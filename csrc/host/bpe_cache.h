@@ -49,6 +49,14 @@ class PieceCache {
 
     PieceCache() : lines_(size_t(1) << kLogLines), long_entries_(size_t(1) << kLogLongEntries) {}
 
+    /// The entry of a short pre-token that is one token.
+    static Entry entry_of(std::string_view piece, uint32_t id) {
+        const uint8_t* const begin = reinterpret_cast<const uint8_t*>(piece.data());
+        return {PieceKey(begin, piece.size(), begin + piece.size()), {id | 1u << 24}};
+    }
+
+    void keep(const Entry& entry) { line(entry.key.hash()).put(entry); }
+
     void touch(const ScannedPiece& piece) const {
         if (piece.has_key())
             __builtin_prefetch(&line(piece.hash));

@@ -39,6 +39,20 @@ class IdBuffer {
         }
         return data_.get() + size_;
     }
+    /// Expect about so many ids: their memory comes in huge pages, which the kernel hands out faster.
+    void expect(size_t n) {
+        reserve(n);
+        wish_huge_pages(data_.get(), capacity_ * sizeof(Id));
+    }
+    /// Give back what was expected in vain.
+    void trim() {
+        if (size_ == 0 || size_ == capacity_) return;
+        if (void* const kept = std::realloc(data_.get(), size_ * sizeof(Id))) {
+            data_.release();
+            data_.reset(static_cast<Id*>(kept));
+            capacity_ = size_;
+        }
+    }
     void advance(size_t n) { size_ += n; }
     size_t size() const { return size_; }
     const Id* data() const { return data_.get(); }
@@ -80,10 +94,14 @@ class Encoder {
             merges_find = backtracker_->reachable(tokens.size());
         else
             merger_ = std::make_unique<Merger>(id_of_byte, pairs, rules);
+        for (size_t id = 0; id < tokens.size(); ++id)
+            if (merges_find[id]) own_piece(tokens[id], uint32_t(id));
         if (whole_first)
             for (size_t id = 0; id < tokens.size(); ++id) {
                 if (tokens[id].empty() || merges_find[id]) continue;
-                if (whole_.insert(tokens[id]) == whole_ids_.size()) whole_ids_.push_back(uint32_t(id));
+                if (whole_.insert(tokens[id]) != whole_ids_.size()) continue;
+                whole_ids_.push_back(uint32_t(id));
+                own_piece(tokens[id], uint32_t(id));
             }
     }
 
@@ -97,6 +115,7 @@ class Encoder {
         const std::vector<Share> shares = share_out(text, ends, n_documents, n_threads);
         const uint8_t* const readable_end = bytes(text + (n_documents == 0 ? 0 : ends[n_documents - 1]));
         return run<Id>(shares.size(), n_threads, [&](size_t share, Output<Id>& output) {
+            output.made.ids.expect(size_t(shares[share].end - shares[share].begin) / 4);
             for_each_stretch(shares[share], ends, [&](int64_t begin, int64_t end, bool whole) {
                 const Text stretch(text + begin, text + end);
                 encode_stretch(Cutter<Scanner>(stretch, readable_end), stretch.begin, readable_end, output);
@@ -170,7 +189,10 @@ class Encoder {
             give_back(std::move(space));
         });
         if (n_shares == 0) return {};
-        if (n_shares == 1) return std::move(outputs[0].made);
+        if (n_shares == 1) {
+            outputs[0].made.ids.trim();
+            return std::move(outputs[0].made);
+        }
         size_t n_ids = 0;
         for (const Output<Id>& output : outputs) n_ids += output.made.ids.size();
         Encoded<Id> all;
@@ -298,9 +320,21 @@ class Encoder {
 
     std::unique_ptr<Workspace> borrow() const {
         const std::lock_guard<std::mutex> lock(mutex_);
-        if (idle_.empty()) return std::make_unique<Workspace>();
+        if (idle_.empty()) return new_workspace();
         std::unique_ptr<Workspace> space = std::move(idle_.back());
         idle_.pop_back();
+        return space;
+    }
+
+    /// Note that a token, as a pre-token, is itself.
+    void own_piece(std::string_view token, uint32_t id) {
+        if (token.size() <= PieceKey::kMaxBytes) own_entries_.push_back(PieceCache::entry_of(token, id));
+    }
+
+    /// A workspace whose cache has the tokens that may be pre-tokens: most text is made of them.
+    std::unique_ptr<Workspace> new_workspace() const {
+        auto space = std::make_unique<Workspace>();
+        for (const PieceCache::Entry& entry : own_entries_) space->cache.keep(entry);
         return space;
     }
 
@@ -313,6 +347,7 @@ class Encoder {
     std::unique_ptr<Merger> merger_;
     StringTable whole_;  // tokens taken as a whole that merging might not yield
     std::vector<uint32_t> whole_ids_;
+    std::vector<PieceCache::Entry> own_entries_;  // of tokens that, as pre-tokens, are themselves
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Workspace>> idle_;  // at most as many as have ever run at once
 };
