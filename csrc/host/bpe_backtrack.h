@@ -113,7 +113,7 @@ class Backtracker {
         Turn *waiting[kMostJobs], *working[kMostJobs];
         for (size_t i = 0; i < n_jobs; ++i) {
             jobs[i].n_ids = 0;
-            turns[i] = {&jobs[i], 0, 0, {}, 0, 0, 0};
+            turns[i] = {&jobs[i], 0, 0, {}, {}};
             waiting[i] = &turns[i];
         }
         for (size_t n_waiting = n_jobs; n_waiting != 0;) {
@@ -145,13 +145,19 @@ class Backtracker {
         uint32_t length;   // of this one, in bytes
     };
 
+    /// The tokens on both sides of a border, and before which merge one over it has to come to take it away.
+    struct Border {
+        uint32_t left = kNone, right = kNone, before = kNone;
+    };
+    enum class Answer { kYes, kNo, kOpen };
+
     /// Where a piece stands among those encoded together. Its job's ids are tokens until it is done.
     struct Turn {
         PieceJob* job;
-        uint32_t at;                   // of the next token
-        uint64_t dead_ends;            // a bit a border
-        Trie::Walk walk;               // what it found is the candidate for the next token
-        uint32_t left, right, before;  // of `compatible`, for the token before and the candidate
+        uint32_t at;         // of the next token
+        uint64_t dead_ends;  // a bit a border
+        Trie::Walk walk;     // what it found is the candidate for the next token
+        Border border;       // between the token before and the candidate
 
         const uint8_t* next_byte() const { return job->at + at; }
         uint32_t last() const { return job->n_ids == 0 ? kNone : job->ids[job->n_ids - 1]; }
@@ -182,12 +188,11 @@ class Backtracker {
     }
 
     static void compare(Turn& turn, uint32_t candidate) {
-        turn.walk.found = turn.right = candidate;
-        turn.left = turn.last();
-        turn.before = kNone;
+        turn.walk.found = candidate;
+        turn.border = {turn.last(), candidate};
     }
 
-    /// Do one round of `compatible`, or what follows from it; false once the candidate fits.
+    /// Undo one merge beside the border, or do what follows; false once the candidate fits.
     bool check_on(Turn& turn) const {
         if (turn.walk.found == kNone) {  // a dead end: back to the token before, which was too long
             const uint32_t last = turn.last();
@@ -198,25 +203,10 @@ class Backtracker {
             compare(turn, prefixes_[last].shorter);
             return true;
         }
-        if (turn.left != kNone) {
-            if (merged_.find(turn.left, turn.right) < turn.before) {
-                compare(turn, prefixes_[turn.walk.found].shorter);
-                return true;
-            }
-            if (turn.left > turn.right) {
-                if (turn.left >= 256) {
-                    turn.before = turn.left;
-                    turn.left = splits_[turn.left].right;
-                    return true;
-                }
-            } else if (turn.right >= 256) {
-                turn.before = turn.right + 1;
-                turn.right = splits_[turn.right].left;
-                return true;
-            }
-        }
-        const uint32_t border = turn.at + prefixes_[turn.walk.found].length;
-        if (border == turn.job->length || !(turn.dead_ends >> border & 1)) return false;
+        const Answer stays = turn.border.left == kNone ? Answer::kYes : undo(turn.border);
+        if (stays == Answer::kOpen) return true;
+        const uint32_t end = turn.at + prefixes_[turn.walk.found].length;
+        if (stays == Answer::kYes && (end == turn.job->length || !(turn.dead_ends >> end & 1))) return false;
         compare(turn, prefixes_[turn.walk.found].shorter);
         return true;
     }
@@ -305,21 +295,28 @@ class Backtracker {
         return match;
     }
 
-    /// Say whether merging leaves the border between these two. Undoes their merges, the latest first; at each step, a
-    /// merge over the border that would have come before the one undone says no.
+    /// Say whether merging leaves the border between these two.
     bool compatible(uint32_t left, uint32_t right) const {
-        for (uint32_t before = kNone;;) {
-            if (merged_.find(left, right) < before) return false;
-            if (left > right) {
-                if (left < 256) return true;
-                before = left;
-                left = splits_[left].right;
-            } else {
-                if (right < 256) return true;
-                before = right + 1;  // of equals the leftmost goes first, and that is the one over the border
-                right = splits_[right].left;
-            }
+        Border border{left, right};
+        Answer stays;
+        while ((stays = undo(border)) == Answer::kOpen) {
         }
+        return stays == Answer::kYes;
+    }
+
+    /// Undo the later of the merges beside a border; one over it that would have come before the one undone last says no.
+    Answer undo(Border& border) const {
+        if (merged_.find(border.left, border.right) < border.before) return Answer::kNo;
+        if (border.left > border.right) {
+            if (border.left < 256) return Answer::kYes;
+            border.before = border.left;
+            border.left = splits_[border.left].right;
+        } else {
+            if (border.right < 256) return Answer::kYes;
+            border.before = border.right + 1;  // of equals the leftmost goes first, and that is the one over the border
+            border.right = splits_[border.right].left;
+        }
+        return Answer::kOpen;
     }
 
     std::vector<uint32_t> ids_;

@@ -1,10 +1,10 @@
 // Pre-tokenisation 64 characters at a time: the borders of all pieces in a window, by arithmetic on bit masks.
 //
-//   characters   if␣(x␣==␣'it's'):⏎
-//   letters      11000100000001100010   a bit a character, written from the left here
-//   symbols      00010001100101000101
-//   blanks       00100010010000000000
-//   starts       10010011000100101010   hmm: see below
+//   cl100k       if␣(x␣==␣'it'):⏎      →  if  ␣(  x  ␣==  ␣'  it  '):⏎
+//   letters      1100100000110000       a bit a character, written from the left here
+//   symbols      0001001101001110
+//   blanks       0010010010000000
+//   starts       1010110010101000
 //
 // A scanner (scanner.h) decides at each piece anew what comes next, and a processor cannot guess it: most of its time goes
 // into wrong guesses. Here each rule of a pattern is a formula over the masks, the same work for whatever text:
