@@ -16,6 +16,7 @@ Sorting is stable and sums run over the choices of a token in order: the result 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from megascratch.dist import comm
 from megascratch.dist.layout import Init, Matrices, Split
 from megascratch.dist.mesh import Axis
 from megascratch.nn.placement import Placement
-from megascratch.nn.weight_gradients import WeightGradients, finish, main_grad
+from megascratch.nn.weight_gradients import WeightGradients, main_grad, weight_gradient
 
 
 @torch.no_grad()
@@ -81,10 +82,7 @@ class _GroupedLinear(torch.autograd.Function):
         grad_x = grouped_product(grad, _matrices(weight), sizes) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            if ctx.later is not None and ctx.later.is_collecting:
-                ctx.later.owe(lambda: finish(weight, _grad_weight(x, grad, weight, sizes)))
-            else:
-                grad_weight = _grad_weight(x, grad, weight, sizes)
+            grad_weight = weight_gradient(weight, partial(_grad_weight, x, grad, weight, sizes), ctx.later)
         return grad_x, grad_weight, None, None
 
 

@@ -19,6 +19,7 @@ Source: Micikevicius et al. 2022, arXiv:2209.05433.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from megascratch import ops
 from megascratch.dist import comm
 from megascratch.dist.mesh import Axis
 from megascratch.errors import ConfigError, Problem
-from megascratch.nn.weight_gradients import WeightGradients, finish, main_grad
+from megascratch.nn.weight_gradients import WeightGradients, main_grad, weight_gradient
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 _SMALLEST = 2.0**-100  # a tensor of zeros gets a finite scale, with a finite reciprocal
@@ -94,11 +95,8 @@ class Fp8Linear(torch.autograd.Function):
             if ctx.gather is not None:
                 grad_x = comm.reduce_scatter(grad_x, ctx.gather)
         if ctx.needs_input_grad[1]:
-            gather = ctx.gather
-            if ctx.later is not None and ctx.later.is_collecting:
-                ctx.later.owe(lambda: finish(weight, _grad_weight(saved, gq, weight, gather)))
-            else:
-                grad_weight = _grad_weight(saved, gq, weight, gather)
+            compute = partial(_grad_weight, saved, gq, weight, ctx.gather)
+            grad_weight = weight_gradient(weight, compute, ctx.later)
         return grad_x, grad_weight, None, None
 
 

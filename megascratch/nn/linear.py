@@ -15,6 +15,7 @@ It is added to the sum over micro-batches as it is computed, where the optimizer
 All three can run in 8 bits (`nn.fp8`).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from megascratch.dist.layout import Init, Matrices, Split
 from megascratch.dist.mesh import Axis
 from megascratch.nn.fp8 import Fp8Linear
 from megascratch.nn.placement import Placement
-from megascratch.nn.weight_gradients import WeightGradients, finish, main_grad
+from megascratch.nn.weight_gradients import WeightGradients, main_grad, weight_gradient
 
 
 class _Linear(torch.autograd.Function):
@@ -52,11 +53,8 @@ class _Linear(torch.autograd.Function):
             if ctx.gather is not None:
                 grad_x = comm.reduce_scatter(grad_x, ctx.gather)
         if ctx.needs_input_grad[1]:
-            gather = ctx.gather
-            if ctx.later is not None and ctx.later.is_collecting:
-                ctx.later.owe(lambda: finish(weight, _grad_weight(x, grad, weight, gather)))
-            else:
-                grad_weight = _grad_weight(x, grad, weight, gather)
+            compute = partial(_grad_weight, x, grad, weight, ctx.gather)
+            grad_weight = weight_gradient(weight, compute, ctx.later)
         return grad_x, grad_weight, None, None
 
 

@@ -30,12 +30,6 @@ def main_grad(weight: Tensor) -> Tensor | None:
     return None if find is None else find()
 
 
-def finish(weight: Tensor, grad: Tensor | None) -> None:
-    """Give a weight a gradient that was put off: backward from the weight itself ends in its own accumulation."""
-    if grad is not None:
-        torch.autograd.backward(weight, grad)
-
-
 class WeightGradients:
     """What the layers of one rank owe. It is handed to them by `Placement`; outside `collect` it takes nothing."""
 
@@ -62,3 +56,25 @@ class WeightGradients:
             yield owed
         finally:
             self._owed = None
+
+
+def weight_gradient(
+    weight: Tensor, compute: Callable[[], Tensor | None], later: WeightGradients | None
+) -> Tensor | None:
+    """Compute a weight's gradient now, or put it off where backward passes do.
+
+    Args:
+        compute: returns the gradient, or None where it was added to the weight's main gradient.
+        later: takes what is put off while it collects.
+
+    Returns: what autograd gets for the weight.
+    """
+    if later is None or not later.is_collecting:
+        return compute()
+
+    def finish() -> None:
+        if (grad := compute()) is not None:
+            torch.autograd.backward(weight, grad)  # from the weight itself: this ends in its own accumulation
+
+    later.owe(finish)
+    return None
