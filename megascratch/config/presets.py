@@ -24,6 +24,17 @@ _LLAMA31_SCALING = {
     "high_freq_factor": 4.0,
 }
 
+_QWEN3 = {
+    "vocab_size": 151936,
+    "norm": "rmsnorm",
+    "norm_eps": 1e-6,
+    "activation": "swiglu",
+    "position": "rope",
+    "rope_theta": 1000000.0,
+    "max_seq_length": 40960,
+    "qk_norm": True,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "n_layers": 4,
@@ -76,20 +87,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Yang et al. 2025, arXiv:2505.09388; https://huggingface.co/Qwen/Qwen3-8B
     "qwen3-8b": {
+        **_QWEN3,
         "n_layers": 36,
         "hidden": 4096,
         "n_heads": 32,
         "n_kv_heads": 8,
         "head_dim": 128,
         "ffn_hidden": 12288,
-        "vocab_size": 151936,
-        "norm": "rmsnorm",
-        "norm_eps": 1e-6,
-        "activation": "swiglu",
-        "position": "rope",
-        "rope_theta": 1000000.0,
-        "max_seq_length": 40960,
-        "qk_norm": True,
     },
     # Jiang et al. 2024, arXiv:2401.04088; https://huggingface.co/mistralai/Mixtral-8x7B-v0.1
     "mixtral-8x7b": {
@@ -115,20 +119,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Yang et al. 2025, arXiv:2505.09388; https://huggingface.co/Qwen/Qwen3-30B-A3B
     "qwen3-30b-a3b": {
+        **_QWEN3,
         "n_layers": 48,
         "hidden": 2048,
         "n_heads": 32,
         "n_kv_heads": 4,
         "head_dim": 128,
         "ffn_hidden": 6144,
-        "vocab_size": 151936,
-        "norm": "rmsnorm",
-        "norm_eps": 1e-6,
-        "activation": "swiglu",
-        "position": "rope",
-        "rope_theta": 1000000.0,
-        "max_seq_length": 40960,
-        "qk_norm": True,
         "moe": {
             "num_experts": 128,
             "router_topk": 8,
