@@ -72,18 +72,23 @@ def test_ids_are_those_of_tokenizers(
     assert oracle.decode(theirs, skip_special_tokens=False) == mixed_text
 
 
+def tiktoken_of(tokenizer: Tokenizer, pattern: str, folder: Path) -> tiktoken.Encoding:
+    """Return tiktoken's encoding with our ranks and its own pattern."""
+    tokenizer.save_tiktoken(folder / "ranks.tiktoken")
+    return tiktoken.Encoding(
+        "ours",
+        pat_str=TIKTOKEN_PATTERNS[pattern],
+        mergeable_ranks=tiktoken.load.load_tiktoken_bpe(str(folder / "ranks.tiktoken")),
+        special_tokens=tokenizer.special_tokens,
+    )
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_ids_are_those_of_tiktoken(
     pattern: str, tokenizers_by_pattern: dict[str, Tokenizer], mixed_text: str, tmp_path: Path
 ) -> None:
     tokenizer = tokenizers_by_pattern[pattern]
-    tokenizer.save_tiktoken(tmp_path / "ranks.tiktoken")
-    oracle = tiktoken.Encoding(
-        "ours",
-        pat_str=TIKTOKEN_PATTERNS[pattern],
-        mergeable_ranks=tiktoken.load.load_tiktoken_bpe(str(tmp_path / "ranks.tiktoken")),
-        special_tokens=tokenizer.special_tokens,
-    )
+    oracle = tiktoken_of(tokenizer, pattern, tmp_path)
     assert_same_ids(tokenizer.encode(mixed_text), oracle.encode_ordinary(mixed_text), tokenizer)
     assert_same_ids(
         tokenizer.encode(mixed_text, allowed_special="all"), oracle.encode(mixed_text, allowed_special="all"), tokenizer
@@ -95,13 +100,7 @@ def test_spaces_at_the_end_are_cut_as_tiktoken_cuts_them(
     pattern: str, tokenizers_by_pattern: dict[str, Tokenizer], tmp_path: Path
 ) -> None:
     tokenizer = tokenizers_by_pattern[pattern]
-    tokenizer.save_tiktoken(tmp_path / "ranks.tiktoken")
-    oracle = tiktoken.Encoding(
-        "ours",
-        pat_str=TIKTOKEN_PATTERNS[pattern],
-        mergeable_ranks=tiktoken.load.load_tiktoken_bpe(str(tmp_path / "ranks.tiktoken")),
-        special_tokens=tokenizer.special_tokens,
-    )
+    oracle = tiktoken_of(tokenizer, pattern, tmp_path)
     for spaces in itertools.product(" \n\t\r\u3000", repeat=4):
         for text in ("a" + "".join(spaces), "".join(spaces) + "<|endoftext|>" + "".join(spaces)):
             expected = oracle.encode(text, allowed_special="all")
