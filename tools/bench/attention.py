@@ -10,10 +10,10 @@ needs: half of the scores, seven products forward and backward, whatever is comp
 """
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
+from in_turn import best_seconds
 from rich.table import Table
 from torch import Tensor
 
@@ -32,18 +32,6 @@ COLUMNS: dict[str, Attend] = {
     "blocks": lambda q, k, v: ops.attention(q, k, v),
     "train.attention = auto": blocked_core,
 }
-
-
-def best_seconds(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Run the functions in turn, `repeats` times after a first, and return each one's best time of this thread."""
-    best = dict.fromkeys(functions, float("inf"))
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.thread_time()
-            function()
-            if repeat:
-                best[name] = min(best[name], time.thread_time() - start)
-    return best
 
 
 def measure(s: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, float]:

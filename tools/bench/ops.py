@@ -14,12 +14,12 @@ was run once before (`--repeats 1`) comes at once. Attention has a table of its 
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from in_turn import best_seconds
 from rich.table import Table
 from torch import Tensor
 
@@ -181,18 +181,6 @@ def squared_norm_columns(n: int, dtype: torch.dtype, compiled: bool) -> tuple[di
     if compiled:
         columns["compile"] = torch.compile(eager)
     return columns, x
-
-
-def best_seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Run the functions in turn, `repeats` times after a first, and return each one's best time of this thread."""
-    best = dict.fromkeys(functions, float("inf"))
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.thread_time()
-            function()
-            if repeat:
-                best[name] = min(best[name], time.thread_time() - start)
-    return best
 
 
 def columns_of(

@@ -58,6 +58,19 @@ def tokens_of(shape: Shape) -> tuple[Any, Any]:
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
+def llama_sizes(shape: Shape) -> dict[str, int]:
+    """Return a shape in the words of Hugging Face's Llama, which picotron shares."""
+    return {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.n_layers,
+        "num_attention_heads": shape.n_heads,
+        "num_key_value_heads": shape.n_kv_heads,
+        "max_position_embeddings": shape.s,
+    }
+
+
 def make_ours(shape: Shape, dtype: str) -> Step:
     import torch
 
@@ -83,16 +96,7 @@ def make_ours(shape: Shape, dtype: str) -> Step:
 def make_transformers(shape: Shape, dtype: str) -> Step:
     import transformers
 
-    config = transformers.LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads,
-        num_key_value_heads=shape.n_kv_heads,
-        max_position_embeddings=shape.s,
-        use_cache=False,
-    )
+    config = transformers.LlamaConfig(**llama_sizes(shape), use_cache=False)
     model = transformers.LlamaForCausalLM(config).train()
 
     def loss_of(output: Any, labels: Any) -> Any:  # the model's own, for labels that are shifted already
@@ -173,17 +177,7 @@ def make_picotron(shape: Shape, dtype: str) -> Step:
     groups.process_group_manager = types.SimpleNamespace(
         tp_world_size=1, tp_rank=0, cp_world_size=1, cp_rank=0, pp_world_size=1, pp_rank=0
     )
-    config = types.SimpleNamespace(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads,
-        num_key_value_heads=shape.n_kv_heads,
-        max_position_embeddings=shape.s,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-    )
+    config = types.SimpleNamespace(**llama_sizes(shape), rms_norm_eps=1e-5, rope_theta=10000.0)
     return peer_step(Llama(config), shape, dtype, plain_cross_entropy)
 
 
