@@ -6,8 +6,8 @@ the second it is 84 %, so two stay: (0.625, 0.375). A uniform number u ≤ 0.625
 
 The order is that of Hugging Face's `transformers`. Nucleus sampling (top-p): Holtzman et al. 2020, arXiv:1904.09751.
 
-The uniform number is a function of (seed, row, position) alone (`dist.rng`), so the same seed gives the same text
-whatever the number of ranks or of other rows, as far as their rounding agrees.
+The uniform number is a function of (seed, sequence, position) alone (`dist.rng`), so the same seed gives the same text
+whatever the number of ranks or of other sequences, as far as their rounding agrees.
 
 Legend: `b` rows, `v` vocabulary.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from megascratch.dist.rng import stream_key, uniform
 from megascratch.errors import ConfigError, Problem
 
-_LONGEST = 1 << 32  # positions of a row: where the next row's random numbers begin
+_LONGEST = 1 << 32  # positions of a sequence: where the next one's random numbers begin
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,21 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     return scores
 
 
-def sample(logits: Tensor, sampling: Sampling, position: int) -> Tensor:
+def sample(logits: Tensor, sampling: Sampling, position: int | Tensor, sequence: Tensor | None = None) -> Tensor:
     """Choose a token for each row.
 
     Args:
         logits: [b, v], no padding columns.
         sampling: how.
-        position: of the chosen token in its sequence.
+        position: of the chosen token in its sequence; one for all, or [b] int64.
+        sequence: [b] int64, a number of each sequence, which its random numbers belong to; the row when left out.
 
     Returns: [b] int64.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    row = torch.arange(logits.shape[0], device=logits.device)
-    u = uniform(stream_key(sampling.seed, "sample"), row * _LONGEST + position)
+    sequence = torch.arange(len(logits), device=logits.device) if sequence is None else sequence
+    u = uniform(stream_key(sampling.seed, "sample"), sequence * _LONGEST + position)
     cumulative = filtered(logits, sampling).softmax(-1).cumsum(-1)
     # The first token whose cumulative probability reaches u · total: never one without probability, since u > 0.
     return torch.searchsorted(cumulative, u.unsqueeze(-1) * cumulative[:, -1:]).squeeze(-1)

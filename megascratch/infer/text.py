@@ -47,7 +47,7 @@ def generate_text(
     mesh = mesh or Mesh.serial(Environment(rank=0, world_size=1, local_rank=0, local_world_size=1).device)
     config = read_config(checkpoint, mesh.spec.tp)
     opened = open_tokenizer(checkpoint, config, tokenizer)
-    check_prompts(_prompt_ids(opened, prompt), config.model, max_tokens)  # before the weights are read
+    check_prompts(list(_prompt_ids(opened, prompt)), config.model, max_tokens)  # before the weights are read
     stage, _ = load_model(checkpoint, mesh)
     return stream_text(stage, opened, prompt, sampling, max_tokens)
 

@@ -31,17 +31,35 @@ Core = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, Drop | None], Tens
 
 @dataclass
 class LayerCache:
-    """Keys and values of one layer's past tokens, each [t_max, b, k, d]; the one value that generation mutates."""
+    """Keys and values of one layer's past tokens, each [t_max, b, k, d]; the one value that generation mutates.
+
+    A sequence's token lies at its own position, whatever the lengths of the others. What stands behind its last token
+    is finite and of no meaning: no query sees it, and the next token overwrites it.
+    """
 
     keys: Tensor
     values: Tensor
 
-    def extend(self, k: Tensor, v: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        """Write k, v [s, b, k, d] at positions offset … and return all up to there, [offset + s, b, k, d]."""
-        end = offset + k.shape[0]
+    def extend(self, k: Tensor, v: Tensor, info: SequenceInfo) -> tuple[Tensor, Tensor]:
+        """Write k, v [s, b, k, d] at their tokens' positions, and return all up to the last of them, [t, b, k, d]."""
+        end = info.n_cached or info.offset + k.shape[0]
         assert end <= self.keys.shape[0], f"cache of {self.keys.shape[0]} tokens cannot hold {end}"
-        self.keys[offset:end], self.values[offset:end] = k, v
+        if info.positions is None:
+            self.keys[info.offset : end], self.values[info.offset : end] = k, v
+        else:
+            place = info.positions.t(), torch.arange(k.shape[1], device=k.device)
+            self.keys[place], self.values[place] = k, v
         return self.keys[:end], self.values[:end]
+
+    def select(self, rows: Tensor, n_used: int, length: int) -> "LayerCache":
+        """Return a cache for `length` tokens of the given rows, [a] int64, of which `n_used` are taken over."""
+
+        def taken(x: Tensor) -> Tensor:
+            out = x.new_zeros(length, len(rows), *x.shape[2:])
+            torch.index_select(x[:n_used], 1, rows, out=out[:n_used])
+            return out
+
+        return LayerCache(taken(self.keys), taken(self.values))
 
 
 def softmax_core(
@@ -154,6 +172,9 @@ class HeadAttention(nn.Module):
         drops = self.training and self.dropout.p > 0.0
         if info.documents is not None and self.core is blocked_core and not drops:
             return ops.attention(q, k, v, ops.first_keys(info.documents))
+        if info.n_cached is not None and info.positions is not None:
+            later = torch.arange(len(k), device=k.device) > info.positions.unsqueeze(-1)
+            return self.core(q, k, v, later.unsqueeze(1), False, None)
         mask = None if info.documents is None else other_document(info.documents, info.documents)
         if drops:
             return softmax_core(q, k, v, mask, True, lambda probs: self._drop(probs, info))
@@ -224,7 +245,7 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = ops.rope(q, k, *rotary, offset=info.offset, positions=info.positions)
         if cache is not None:
-            k, v = cache.extend(k, v, info.offset)
+            k, v = cache.extend(k, v, info)
         return self.proj(self.heads(q, k, v, info))
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

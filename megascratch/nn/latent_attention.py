@@ -91,7 +91,7 @@ class LatentAttention(nn.Module):
             q_rotary.contiguous(), k_rotary, *rotary, offset=info.offset, positions=info.positions
         )
         if cache is not None:
-            whole, k_rotary = cache.extend(latent.unsqueeze(2), k_rotary, info.offset)
+            whole, k_rotary = cache.extend(latent.unsqueeze(2), k_rotary, info)
             latent = whole.squeeze(2)
         q = torch.cat((q, q_rotary), dim=-1) * self.temperature
         k, v = at.activations.part("mla_up_proj", self._expand, latent, k_rotary)

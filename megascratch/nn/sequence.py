@@ -16,8 +16,9 @@ class SequenceInfo:
     Attributes:
         length: tokens of each sequence in this forward pass on this rank of cp, s.
         offset: position of the first of them; more than 0 only in cached generation.
-        positions: [b, s] int64 where they restart within a sequence or are divided over cp, else None: offset …
-            offset + s − 1.
+        positions: [b, s] int64 where they restart within a sequence, are divided over cp, or differ between sequences
+            in cached generation; else None: offset … offset + s − 1.
+        n_cached: length of the cache that tokens at `positions` read: the largest position + 1. None elsewhere.
         documents: [b, s] int64, the number of each token's document; no token attends to another document's. None for
             one document.
         sample_ids: [b] int64, the global index of each sample; dropout masks depend on it. None outside training.
@@ -31,6 +32,7 @@ class SequenceInfo:
     length: int
     offset: int = 0
     positions: Tensor | None = None
+    n_cached: int | None = None
     documents: Tensor | None = None
     sample_ids: Tensor | None = None
     seed: int = 0
