@@ -1,6 +1,8 @@
 """The value that the engine consumes: one microbatch of one data-parallel rank."""
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Microbatch:
-    """`b` samples of `s` tokens.
+    """`b` samples of `s` tokens, and what an objective has to know of them besides.
 
     Attributes:
         tokens: inputs, [b, s] int64.
@@ -18,6 +20,10 @@ class Microbatch:
         documents: number of each input's document within its sample, [b, s] int64; one begins where positions restart.
         sample_ids: index of each sample in the whole run, [b] int64; the sample log and layout-independent dropout
             depend on it.
+        of_tokens: by name, what is known of each label (its advantage, its log-probability when it was sampled),
+            [b, s]; divided over cp as the tokens are.
+        of_samples: by name, what is known of each sample, or of each of its n documents (a margin, a reference's
+            log-probability), [b, ...]; whole on every rank.
     """
 
     tokens: Tensor
@@ -26,10 +32,25 @@ class Microbatch:
     position_ids: Tensor
     documents: Tensor
     sample_ids: Tensor
+    of_tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    of_samples: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "Microbatch":
         """Return the microbatch on a device."""
-        return Microbatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return self.apply(lambda x: x.to(device, non_blocking=True))
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "Microbatch":
+        """Return the microbatch with a function applied to every tensor."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in values.items():
+            is_tensor = isinstance(value, Tensor)
+            values[name] = function(value) if is_tensor else {key: function(x) for key, x in value.items()}
+        return Microbatch(**values)
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor, in an order that microbatches with equal names share."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        return [x for value in values for x in ([value] if isinstance(value, Tensor) else value.values())]
 
     def ahead(self, n_tokens: int) -> "Microbatch":
         """Return what each place is to read and to predict so many tokens later; beyond its document it has no loss."""
@@ -57,4 +78,5 @@ class Microbatch:
             loss_mask=self.loss_mask[:, index],
             position_ids=self.position_ids[:, index],
             documents=self.documents[:, index],
+            of_tokens={name: x[:, index] for name, x in self.of_tokens.items()},
         )

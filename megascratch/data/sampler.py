@@ -12,8 +12,9 @@ Legend: `b` micro-batch, `s` sequence length.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,10 +58,19 @@ class Batches:
         global_batch: samples in a step, over all ranks.
         micro_batch: samples in a microbatch.
         dp_rank, dp_size: this rank's place on the data-parallel axis.
+        collate: reads samples of this kind of dataset, by their numbers, into one microbatch.
     """
 
-    def __init__(self, dataset: SampleDataset, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> None:
-        self.dataset = dataset
+    def __init__(
+        self,
+        dataset: Sized,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int,
+        dp_size: int,
+        collate: Callable[[Any, range], Microbatch] = collate,
+    ) -> None:
+        self.dataset, self.collate = dataset, collate
         self.global_batch = global_batch
         self.micro_batch = micro_batch
         self.dp_rank = dp_rank
@@ -83,7 +93,7 @@ class Batches:
         """
         self.require(consumed_samples + self.global_batch)
         ids = microbatch_ids(consumed_samples, self.global_batch, self.micro_batch, self.dp_rank, self.dp_size)
-        return [collate(self.dataset, sample_ids) for sample_ids in ids]
+        return [self.collate(self.dataset, sample_ids) for sample_ids in ids]
 
     def steps(self, consumed_samples: int, n_steps: int, prefetch: int = 2) -> Iterator[list[Microbatch]]:
         """Yield the microbatches of `n_steps` steps; a thread reads `prefetch` steps ahead (0: no thread)."""

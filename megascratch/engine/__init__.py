@@ -1,19 +1,31 @@
 """The engine and the one training loop, shared by pretraining and every alignment method."""
 
-from megascratch.engine.engine import Engine, StepReport, Totals
-from megascratch.engine.objective import Loss, Objective, Outputs, next_token
-from megascratch.engine.pretrain import open_datasets, pretrain
+from megascratch.engine.engine import Engine, StepReport
+from megascratch.engine.objective import Loss, Objective, Outputs, Ratio, next_token
+from megascratch.engine.pretrain import open_datasets, pretrain, pretraining
+from megascratch.engine.task import Begin, Method, Source, Task, Validation
+from megascratch.engine.totals import Totals
+from megascratch.engine.train import train, train_on
 from megascratch.engine.trainer import Trainer
 
 __all__ = [
+    "Begin",
     "Engine",
     "Loss",
+    "Method",
     "Objective",
     "Outputs",
+    "Ratio",
+    "Source",
     "StepReport",
+    "Task",
     "Totals",
     "Trainer",
+    "Validation",
     "next_token",
     "open_datasets",
     "pretrain",
+    "pretraining",
+    "train",
+    "train_on",
 ]

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
-from megascratch.dist import comm
 from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
 from megascratch.dist.rng import initialize
@@ -28,6 +27,7 @@ from megascratch.engine.objective import Objective, Outputs
 from megascratch.engine.recompute import recompute_plans
 from megascratch.engine.router_notes import RouterNotes, metrics_of, move_biases
 from megascratch.engine.stages import make_stages, units_of
+from megascratch.engine.totals import Totals, add_up, means_of, tell_pipeline
 from megascratch.nn import (
     DTYPES,
     Placement,
@@ -42,16 +42,9 @@ from megascratch.nn.context import token_index
 from megascratch.optim import LossScale, Optimizer, is_frozen, learning_rate, require_names
 from megascratch.pipeline import Action, Boundary, Kind, configured_routes, configured_schedule, run
 
+_End = Callable[[Outputs, Microbatch, int], Tensor]
+"""Takes what the last stage made of a micro-batch, this rank's tokens of it, and its number."""
 _PHASES = {Kind.F: "forward", Kind.B: "backward", Kind.I: "backward", Kind.W: "backward"}
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Means over a global batch, equal on every rank, with the weight that divided them."""
-
-    loss: float
-    weight: float
-    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -194,6 +187,31 @@ class Engine:
             stage.eval()
         return self._run(microbatches, objective, grad_seed=None)
 
+    @torch.no_grad()
+    def compute(
+        self, microbatches: Sequence[Microbatch], function: Callable[[Outputs, Microbatch], Tensor]
+    ) -> list[Tensor]:
+        """Return what a function makes of each micro-batch, without gradients and with dropout off, on every rank.
+
+        Args:
+            microbatches: of this data-parallel rank, as many as a step has.
+            function: as an objective, but returns a tensor of one shape for all micro-batches, the same on every rank
+                of tp and cp (`Outputs.document_sums`, `Outputs.whole_sequences`).
+
+        Returns: on the mesh's device.
+        """
+        for stage in self.stages.values():
+            stage.eval()
+        self.router_notes.forget()
+        results: dict[int, Tensor] = {}
+
+        def end(outputs: Outputs, microbatch: Microbatch, index: int) -> Tensor:
+            results[index] = function(outputs, microbatch)
+            return results[index]
+
+        self._drive([microbatch.to(self.mesh.device) for microbatch in microbatches], end, grad_seed=None)
+        return tell_pipeline(results, len(microbatches), self.mesh)
+
     def _run(
         self,
         microbatches: Sequence[Microbatch],
@@ -206,27 +224,30 @@ class Engine:
         clock = self.mesh.clock
         with clock.region("data"):
             moved = [microbatch.to(self.mesh.device) for microbatch in microbatches]
-        drive = partial(self._drive, objective=objective, grad_seed=grad_seed, on_event=on_event)
+
+        def drive(moved: Sequence[Microbatch]) -> dict[str, Tensor]:
+            sums: dict[str, Tensor] = {}
+            self._drive(moved, partial(self._add_up, objective, sums, grad_seed), grad_seed, on_event)
+            return sums
+
         # An observer has to see every action, so a step that has one is not replayed.
         if self.graph is None or grad_seed is None or on_event is not None:
-            return self._reduce(drive(moved))
+            return means_of(drive(moved), self.mesh)
         with clock.region("graph"), clock.paused():
             sums = self.graph(drive, moved)
-        return self._reduce(sums)
+        return means_of(sums, self.mesh)
 
     def _drive(
         self,
         microbatches: Sequence[Microbatch],
-        objective: Objective,
+        end: "_End",
         grad_seed: float | None,
-        on_event: Callable[[Action, bool], None] | None,
-    ) -> dict[str, Tensor]:
-        """Run the pipeline's actions on microbatches that are on the device; return what the objective summed up."""
-        sums: dict[str, Tensor] = {}
+        on_event: Callable[[Action, bool], None] | None = None,
+    ) -> None:
+        """Run the pipeline's actions on microbatches that are on the device; `end` takes the last stage's outputs."""
         moved = [self._views(microbatch) for microbatch in microbatches]
         functions = {
-            index: partial(self._run_stage, stage, moved, objective, grad_seed, sums)
-            for index, stage in self.stages.items()
+            index: partial(self._run_stage, stage, moved, end, grad_seed) for index, stage in self.stages.items()
         }
         backward = grad_seed is not None
         schedule = self.schedule(len(moved), backward=backward)
@@ -243,7 +264,6 @@ class Engine:
             weight_gradients=self.weight_gradients,
             on_event=partial(self._on_event, on_event),
         )
-        return sums
 
     def _on_event(self, on_event: Callable[[Action, bool], None] | None, action: Action, starts: bool) -> None:
         """Pass an event of the pipeline on to the clock, to the buckets, and to who else wants to know."""
@@ -260,13 +280,12 @@ class Engine:
         self,
         stage: Stage,
         microbatches: Sequence["_Views"],
-        objective: Objective,
+        end: "_End",
         grad_seed: float | None,
-        sums: dict[str, Tensor],
         x: Tensor | None,
         index: int,
     ) -> Tensor:
-        """Run a stage on micro-batch `index`: the activations, or on the last stage the scalar to differentiate."""
+        """Run a stage on micro-batch `index`: the activations, or on the last stage what `end` makes of them."""
         microbatch, later, loss_tokens = microbatches[index]
         data = self.config.data
         info = SequenceInfo(
@@ -284,15 +303,28 @@ class Engine:
             return y
         assert stage.model.vocab_size is not None
         sequence_parallel = stage.placement.sequence_parallel
-        outputs = Outputs(stage.norm(y), stage.head_weight, stage.model.vocab_size, self.mesh.tp, sequence_parallel)
+        outputs = Outputs(
+            stage.norm(y), stage.head_weight, stage.model.vocab_size, self.mesh.tp, self.mesh.cp, sequence_parallel
+        )
         if later and grad_seed is not None:
             further = stage.look_ahead(y, [m.tokens for m in later], info)
             ahead = [(replace(outputs, hidden=hidden), m) for hidden, m in zip(further, later)]
             outputs = replace(outputs, ahead=ahead, ahead_factor=stage.model.mtp_loss_scaling_factor)
         self.router_notes.add(info.notes)
+        return end(outputs, microbatch, index)
+
+    def _add_up(
+        self,
+        objective: Objective,
+        sums: dict[str, Tensor],
+        grad_seed: float | None,
+        outputs: Outputs,
+        microbatch: Microbatch,
+        index: int,
+    ) -> Tensor:
+        """Add what the objective says of a micro-batch to `sums`, and return the scalar to differentiate."""
         loss = objective(outputs, microbatch)
-        for name, value in {"": loss.total, "weight": loss.weight, **loss.metrics}.items():
-            sums[name] = sums.get(name, 0.0) + value.detach().double()
+        add_up(sums, loss)
         total = loss.total if loss.besides is None else loss.total + loss.besides
         return total * grad_seed if grad_seed is not None else total
 
@@ -307,22 +339,6 @@ class Engine:
         if self.mesh.cp.size == 1:
             return microbatch
         return microbatch.part(token_index(microbatch.tokens.shape[1], self.mesh.cp, self.mesh.device))
-
-    def _reduce(self, sums: dict[str, Tensor]) -> Totals:
-        """Add up the last stage's sums over data-parallel ranks and tell every rank.
-
-        The names travel too: only the last stage knows which metrics its objective has.
-        """
-        names = list(sums)
-        if self.mesh.pp.size > 1:
-            everyone = comm.gather_bytes("\n".join(names).encode(), self.mesh.pp, self.mesh.device)
-            names = max(everyone, key=len).decode().split("\n")  # empty where there is no last stage
-        zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        values = torch.stack([sums.get(name, zero) for name in names])
-        values = comm.sum_over(comm.sum_over(values, self.mesh.pp), self.mesh.data)
-        means = dict(zip(names, values.tolist()))
-        loss, weight = means.pop(""), means.pop("weight")
-        return Totals(loss / weight, weight, {name: value / weight for name, value in means.items()})
 
     def _boundary_shape(self) -> tuple[int, ...]:
         parallel = self.config.parallel

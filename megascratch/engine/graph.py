@@ -12,8 +12,6 @@ Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-captu
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,11 +54,11 @@ class StepGraph:
         if self._steps <= _WARM_UP_STEPS:
             return self._warm_up(lambda: drive(microbatches))
         if self._replay is None:
-            self._static = [_copied(microbatch) for microbatch in microbatches]
+            self._static = [microbatch.apply(Tensor.clone) for microbatch in microbatches]
             self._sums, self._replay = self._record(lambda: drive(self._static))
         for static, microbatch in zip(self._static, microbatches, strict=True):
-            for field in fields(Microbatch):
-                getattr(static, field.name).copy_(getattr(microbatch, field.name))
+            for own, given in zip(static.tensors(), microbatch.tensors(), strict=True):
+                own.copy_(given)
         self._replay()
         return self._sums
 
@@ -89,8 +87,3 @@ def cuda_step_graph(device: torch.device) -> StepGraph:
         return sums, graph.replay
 
     return StepGraph(warm_up, record)
-
-
-def _copied(microbatch: Microbatch) -> Microbatch:
-    values: dict[str, Any] = {field.name: getattr(microbatch, field.name).clone() for field in fields(Microbatch)}
-    return Microbatch(**values)

@@ -11,6 +11,7 @@ Legend: `s` sequence, `b` micro-batch, `h` hidden, `v` vocabulary.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from megascratch.data.microbatch import Microbatch
 from megascratch.dist import comm
 from megascratch.dist.mesh import Axis
 from megascratch.nn import linear_cross_entropy, linear_logprobs
+from megascratch.nn.context import natural_order
 from megascratch.nn.linear import column_linear
 from megascratch.ops import acc_dtype
 
@@ -32,6 +34,7 @@ class Outputs:
         head: this rank's rows of the projection onto the vocabulary, [v/tp, h].
         vocab_size: logical v.
         tp: axis that the vocabulary is divided over.
+        cp: axis that the sequences are divided over: a tensor [b, s] has this rank's tokens of each.
         sequence_parallel: whether `hidden` is divided along s.
         ahead: what modules that look further ahead computed, with the tokens that they are to predict (`labels`); empty
             in evaluation.
@@ -42,6 +45,7 @@ class Outputs:
     head: Tensor
     vocab_size: int
     tp: Axis
+    cp: Axis
     sequence_parallel: bool
     ahead: Sequence[tuple["Outputs", Microbatch]] = ()
     ahead_factor: float = 0.0
@@ -59,10 +63,43 @@ class Outputs:
         """Return Σ −weights · log p(label), a scalar: `logprobs` for a loss whose weights [b, s] are known; cheaper."""
         return linear_cross_entropy(self._whole(), self.head, labels.t(), weights.t(), self.vocab_size, self.tp)
 
+    @property
+    def share(self) -> float:
+        """What this rank counts of a sum over whole sequences, which every rank of cp computes alike."""
+        return 1.0 / self.cp.size
+
+    def document_sums(self, values: Tensor, documents: Tensor, n_documents: int) -> Tensor:
+        """Add up [b, s] over each document: [b, n_documents], the same on every rank of cp.
+
+        Args:
+            values: 0 where a token counts for nothing, as all of documents from `n_documents` on must.
+            documents: [b, s] int64, from 0.
+            n_documents: of each sample.
+
+        What is made of the sums is computed on every rank of cp, so only its `share` belongs into a loss.
+        """
+        own = values.new_zeros(values.shape[0], n_documents)
+        own = own.scatter_add(1, documents.clamp(max=n_documents - 1), values)
+        return comm.copy(comm.all_reduce(own, self.cp), self.cp)
+
+    def whole_sequences(self, values: Tensor) -> Tensor:
+        """Put [b, s], which cp divides, together in the order of the tokens; without gradient."""
+        if self.cp.size == 1:
+            return values.detach()
+        joined = comm.gather(values.detach().t(), self.cp)
+        return joined[natural_order(len(joined), self.cp, joined.device)].t()
+
     def _whole(self) -> Tensor:
         """The head's input on every rank of tp, [s, b, h]; gradients are summed over the axis on the way back."""
         enter = comm.all_gather if self.sequence_parallel else comm.copy
         return enter(self.hidden, self.tp)
+
+
+class Ratio(NamedTuple):
+    """A metric's scalar sum, and the scalar that it is divided by once both are added up over the global batch."""
+
+    total: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -73,12 +110,12 @@ class Loss:
         total: scalar to differentiate: a sum, not a mean.
         besides: scalar sum that is differentiated with `total`, and not reported as the loss.
         weight: scalar that the engine divides by, after adding up all micro-batches of all ranks.
-        metrics: further scalar sums, divided by the same weight.
+        metrics: further scalar sums, divided by the same weight, or each with a weight of its own.
     """
 
     total: Tensor
     weight: Tensor
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, "Tensor | Ratio"] = field(default_factory=dict)
     besides: Tensor | None = None
 
 

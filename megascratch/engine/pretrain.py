@@ -1,74 +1,49 @@
-"""Pretraining, as one rank runs it: join the world, open the data, build or resume the engine, train."""
+"""Pretraining: the next token of samples cut from indexed datasets."""
 
-from contextlib import nullcontext
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import megascratch
 from megascratch.config import Config
 from megascratch.data.blend import Datasets, build_datasets
+from megascratch.data.microbatch import Microbatch
 from megascratch.data.sampler import Batches
 from megascratch.data.samples import EodRules
-from megascratch.dist.agreement import code_digest, require_agreement
-from megascratch.dist.launch import Environment, process_group, share_cores
-from megascratch.dist.mesh import Mesh, MeshSpec
-from megascratch.engine.engine import Engine
-from megascratch.engine.metrics import RunDirectory
-from megascratch.engine.objective import next_token
-from megascratch.engine.state import load_engine, require_equal_replicas
-from megascratch.engine.trainer import Trainer
-from megascratch.log import make_console
+from megascratch.dist.launch import Environment
+from megascratch.dist.mesh import Mesh
+from megascratch.engine.objective import Loss, Objective, Outputs, next_token
+from megascratch.engine.task import Begin, Task, Validation, valid_loss
+from megascratch.engine.totals import Totals
+from megascratch.engine.train import train
 from megascratch.tokenizer import Tokenizer, formats
 
 
-def pretrain(config: Config, environment: Environment | None) -> int:
-    """Train this rank's part of a model.
+def pretraining(config: Config, mesh: Mesh) -> Begin:
+    """Open the datasets that a recipe names.
 
-    Args:
-        config: resolved and checked, `model.vocab_size` included.
-        environment: who this process is; None for a run of one rank.
-
-    Returns: exit code: 0 done, 75 stopped by a signal after saving a checkpoint.
-
-    Raises: UserError: if data, tokenizer or checkpoint do not fit the recipe.
+    Raises: DataError: if one is missing, damaged, too small, or holds ids outside the vocabulary.
     """
-    environment = environment or Environment(rank=0, world_size=1, local_rank=0, local_world_size=1)
-    share_cores(environment.local_world_size)
-    world = process_group(environment, config.train.timeout_s) if environment.world_size > 1 else nullcontext()
-    with world:
-        return _train(config, Mesh.create(MeshSpec.of(config.parallel), environment.device))
-
-
-def _train(config: Config, mesh: Mesh) -> int:
-    console = make_console(mesh.rank)
-    versions = {"megascratch": megascratch.__version__, "its code": code_digest(), "torch": torch.__version__}
-    require_agreement({**versions, **config.model_dump(mode="json")}, mesh.world, mesh.device)
     tokenizer = formats.open_tokenizer(Path(config.data.tokenizer)) if config.data.tokenizer else None
     datasets = open_datasets(config, tokenizer)
-    train = _batches(datasets, "train", config, mesh)
+    train, valid = (_batches(datasets, part, config, mesh) for part in ("train", "valid"))
     assert train is not None
     train.require(config.train.steps * config.train.global_batch)
-    run = RunDirectory(config, writes=mesh.rank == 0)
-    engine = Engine(config, mesh)
-    consumed_samples = 0
-    source = resume_path(config)
-    if source is not None:
-        consumed_samples = load_engine(engine, source)
-        console.print(f"resumed from {source} after step {engine.step}")
-    require_equal_replicas(engine)
-    trainer = Trainer(
-        engine,
-        next_token,
-        train,
-        _batches(datasets, "valid", config, mesh),
-        None if tokenizer is None else token_lengths(tokenizer, config.model.vocab_size or 0),
-        run,
-        console,
-        consumed_samples,
-    )
-    return trainer.run()
+    validation = None
+    if valid is not None:
+        objective: Objective = next_token
+        if tokenizer is not None:
+            objective = counting_bytes(token_lengths(tokenizer, config.model.vocab_size or 0), mesh.device)
+        validation = Validation(valid, config.eval.batches, objective, _describe)
+    task = Task(next_token, train, validation)
+    return lambda engine: task
+
+
+def pretrain(config: Config, environment: Environment | None) -> int:
+    """Pretrain this rank's part of a model. Arguments, result and errors as of `train`."""
+    return train(config, environment, pretraining)
 
 
 def open_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
@@ -94,13 +69,22 @@ def open_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
     )
 
 
-def resume_path(config: Config) -> Path | None:
-    """Return the checkpoint that a run starts from: `checkpoint.load`, or else its own newest, or none."""
-    if config.checkpoint.load is not None:
-        return Path(config.checkpoint.load)
-    assert config.checkpoint.dir is not None
-    own = Path(config.checkpoint.dir)
-    return own if (own / "latest").exists() else None
+def counting_bytes(token_bytes: np.ndarray, device: torch.device) -> Objective:
+    """Return `next_token` with the bytes of text that the predicted tokens stand for as a metric.
+
+    Args:
+        token_bytes: of each id, [v].
+        device: where the objective is computed.
+    """
+    lengths = torch.from_numpy(token_bytes).double().to(device)
+
+    def objective(outputs: Outputs, microbatch: Microbatch) -> Loss:
+        loss = next_token(outputs, microbatch)
+        return replace(
+            loss, metrics={**loss.metrics, "bytes": (lengths[microbatch.labels] * microbatch.loss_mask).sum()}
+        )
+
+    return objective
 
 
 def token_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
@@ -108,6 +92,15 @@ def token_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     lengths = np.zeros(vocab_size, dtype=np.float32)
     lengths[: tokenizer.vocab_size] = tokenizer.byte_lengths()
     return lengths
+
+
+def _describe(totals: Totals) -> dict[str, float]:
+    """Name the loss in nats a token and, where bytes are known, in bits a byte."""
+    bytes_a_token = totals.metrics.get("bytes", 0.0)
+    values = valid_loss(replace(totals, metrics={k: v for k, v in totals.metrics.items() if k != "bytes"}))
+    if bytes_a_token:
+        values["valid_bits_per_byte"] = totals.loss / math.log(2) / bytes_a_token
+    return values
 
 
 def _batches(datasets: Datasets, part: str, config: Config, mesh: Mesh) -> Batches | None:

@@ -3,20 +3,17 @@
 for each step: train ─ (validate) ─ log ─ (save) ─ asked to stop? save and leave with 75
 """
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
 from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
-from megascratch.data.sampler import Batches
 from megascratch.dist import comm
 from megascratch.dist.launch import StopSignal
 from megascratch.dist.mesh import Mesh
@@ -24,8 +21,9 @@ from megascratch.engine.engine import Engine, StepReport
 from megascratch.engine.gpu import GpuMonitor
 from megascratch.engine.meter import Meter, peak_memory_bytes
 from megascratch.engine.metrics import RunDirectory, describe_step
-from megascratch.engine.objective import Objective
 from megascratch.engine.state import save_engine
+from megascratch.engine.task import Task, Validation
+from megascratch.engine.totals import Totals
 from megascratch.engine.trace import traced
 from megascratch.errors import EXIT_DONE, EXIT_STOPPED, MegascratchError
 from megascratch.log import progress
@@ -43,10 +41,7 @@ class Trainer:
 
     Args:
         engine: the model, loaded where it resumes.
-        objective: what is minimised.
-        train: this rank's batches.
-        valid: validation batches, or None.
-        token_bytes: bytes that each token id stands for, [v], for bits per byte; None leaves that metric out.
+        task: batches and objective.
         run: the run directory.
         console: rank-aware.
         consumed_samples: where in the data the run stands.
@@ -55,16 +50,12 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        objective: Objective,
-        train: Batches,
-        valid: Batches | None,
-        token_bytes: np.ndarray | None,
+        task: Task,
         run: RunDirectory,
         console: Console,
         consumed_samples: int = 0,
     ) -> None:
-        self.engine, self.objective, self.train, self.valid = engine, objective, train, valid
-        self.token_bytes = None if token_bytes is None else torch.from_numpy(token_bytes)
+        self.engine, self.task = engine, task
         self.run_directory, self.console, self.consumed_samples = run, console, consumed_samples
         self.gpu = GpuMonitor(self.mesh.device)
         self.meter = Meter(self.config, self.mesh)
@@ -89,21 +80,24 @@ class Trainer:
         last = min(train.steps, train.stop_step or train.steps)
         stop, stopped = StopSignal(), False
         remaining = last - self.engine.step
-        batches = self.train.steps(self.consumed_samples, max(0, remaining))
+        batches = self.task.train.steps(self.consumed_samples, max(0, remaining))
         saved_step = None
         with progress(self.console, "train", remaining, "steps") as advance:
             for _ in range(remaining):
                 values = self._step(batches)
-                stopped, values["peak_memory_bytes"] = self._agree(stop)
+                asked, values["peak_memory_bytes"] = self._agree(stop)
+                resumable = self.engine.step % self.task.resumable_every == 0
+                stopped = asked and resumable
                 due = self.config.eval.every and self.engine.step % self.config.eval.every == 0
-                if self.valid is not None and (due or self.engine.step == train.steps):
-                    values |= self._validate()
+                if self.task.validation is not None and (due or self.engine.step == train.steps):
+                    values |= self._validate(self.task.validation)
                 self.run_directory.log(values)
                 if self.engine.step % self.config.log.every == 0 or self.engine.step == last:
                     describe_step(values, self.console)
                 advance(1)
                 every = self.config.checkpoint.every
-                if stopped or self.engine.step == last or (every and self.engine.step % every == 0):
+                due = every and resumable and self.engine.step % every < self.task.resumable_every
+                if stopped or self.engine.step == last or due:
                     saved_step = self._save()
                 if stopped:
                     break
@@ -122,7 +116,7 @@ class Trainer:
         with self._traced(step):
             with clock.region("data"):
                 microbatches = next(batches)
-            report = self.engine.train_step(microbatches, self.objective, on_event=recorder)
+            report = self.engine.train_step(microbatches, self.task.objective, on_event=recorder)
             phases = clock.read()
             cost = self.meter.values(time.perf_counter() - start, phases)
         if recorder is not None:
@@ -166,21 +160,12 @@ class Trainer:
             **self.gpu.read(),
         }
 
-    def _validate(self) -> dict[str, float]:
-        """Return the mean validation loss in nats a token, and in bits a byte where token lengths are known."""
-        assert self.valid is not None
-        nats = weight = n_bytes = 0.0
-        for microbatches in self.valid.steps(0, self.config.eval.batches, prefetch=0):
-            totals = self.engine.evaluate(microbatches, self.objective)
-            nats += totals.loss * totals.weight
-            weight += totals.weight
-            if self.token_bytes is not None:
-                own = sum((self.token_bytes[m.labels] * m.loss_mask).double().sum() for m in microbatches)
-                n_bytes += comm.sum_over(torch.as_tensor(own, device=self.mesh.device), self.mesh.dp).item()
-        values = {"valid_loss": nats / weight}
-        if n_bytes:
-            values["valid_bits_per_byte"] = nats / math.log(2) / n_bytes
-        return values
+    def _validate(self, validation: Validation) -> dict[str, float]:
+        """Return what the means over all validation batches are called and described by."""
+        batches = validation.batches.steps(0, validation.n_steps, prefetch=0)
+        return validation.describe(
+            Totals.over([self.engine.evaluate(batch, validation.objective) for batch in batches])
+        )
 
     def _agree(self, stop: StopSignal) -> tuple[bool, int]:
         """Return whether any rank was asked to stop, and the peak memory of the fullest rank."""

@@ -121,9 +121,9 @@ def _pretrain_on_ranks(config: Config) -> int:
     import torch
 
     from megascratch.dist.mesh import Mesh, MeshSpec
-    from megascratch.engine.pretrain import _train
+    from megascratch.engine import pretraining, train_on
 
-    return _train(config, Mesh.create(MeshSpec.of(config.parallel), torch.device("cpu")))
+    return train_on(config, Mesh.create(MeshSpec.of(config.parallel), torch.device("cpu")), pretraining)
 
 
 def test_validation_loss_is_the_same_on_every_layout(corpus: Path, tmp_path: Path) -> None:

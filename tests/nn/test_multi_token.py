@@ -59,7 +59,7 @@ def test_modules_and_their_loss_by_hand(tied: bool) -> None:
         expected.append(module.norm(so_far))
     torch.testing.assert_close(hidden, expected, rtol=1e-12, atol=1e-12)
 
-    outputs = Outputs(stage.norm(x), stage.head_weight, V, stage.placement.tp, False)
+    outputs = Outputs(stage.norm(x), stage.head_weight, V, stage.placement.tp, stage.placement.cp, False)
     ahead = [(replace(outputs, hidden=h), m) for h, m in zip(hidden, later)]
     loss = next_token(replace(outputs, ahead=ahead, ahead_factor=0.3), microbatch)
     sums = []

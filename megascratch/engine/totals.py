@@ -1,0 +1,86 @@
+"""What the last stage found, told to every rank: sums over a global batch, and results of each micro-batch.
+
+Only the last stage sees an objective's outputs, and which metrics it has: names and shapes travel before numbers.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megascratch.dist import comm
+from megascratch.dist.mesh import Mesh
+from megascratch.engine.objective import Loss, Ratio
+
+# Names of sums that no metric has: a metric's weight is called _WEIGHT and its name.
+_LOSS, _WEIGHT = "", "\t"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Means over a global batch, equal on every rank, with the weights that divided them.
+
+    Attributes:
+        loss, weight: of what is minimised.
+        metrics: without those that a batch has nothing of.
+        weights: of each metric.
+    """
+
+    loss: float
+    weight: float
+    metrics: dict[str, float]
+    weights: dict[str, float]
+
+    @classmethod
+    def over(cls, batches: Sequence["Totals"]) -> "Totals":
+        """Return the means over several batches together, which is no mean of their means."""
+        weight = sum(one.weight for one in batches)
+        weights: dict[str, float] = {}
+        metrics: dict[str, float] = {}
+        for one in batches:
+            for name, value in one.metrics.items():
+                weights[name] = weights.get(name, 0.0) + one.weights[name]
+                metrics[name] = metrics.get(name, 0.0) + value * one.weights[name]
+        loss = sum(one.loss * one.weight for one in batches) / weight
+        return cls(loss, weight, {name: value / weights[name] for name, value in metrics.items()}, weights)
+
+
+def add_up(sums: dict[str, Tensor], loss: Loss) -> None:
+    """Add a micro-batch's sums, in float64."""
+    entries = {_LOSS: loss.total, _WEIGHT: loss.weight}
+    for name, value in loss.metrics.items():
+        ratio = value if isinstance(value, Ratio) else Ratio(value, loss.weight)
+        entries |= {name: ratio.total, f"{_WEIGHT}{name}": ratio.weight}
+    for name, value in entries.items():
+        sums[name] = sums.get(name, 0.0) + value.detach().double()
+
+
+def means_of(sums: Mapping[str, Tensor], mesh: Mesh) -> Totals:
+    """Add the sums up over data-parallel ranks, divide each by its weight, and tell every rank."""
+    names = list(sums)
+    if mesh.pp.size > 1:
+        everyone = comm.gather_bytes("\n".join(names).encode(), mesh.pp, mesh.device)
+        names = max(everyone, key=len).decode().split("\n")  # empty where there is no last stage
+    zero = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    values = torch.stack([sums.get(name, zero) for name in names])
+    values = comm.sum_over(comm.sum_over(values, mesh.pp), mesh.data)
+    totals = dict(zip(names, values.tolist()))
+    loss, weight = totals.pop(_LOSS), totals.pop(_WEIGHT)
+    weights = {name.removeprefix(_WEIGHT): value for name, value in totals.items() if name.startswith(_WEIGHT)}
+    weights = {name: value for name, value in weights.items() if value != 0}
+    return Totals(loss / weight, weight, {name: totals[name] / weights[name] for name in weights}, weights)
+
+
+def tell_pipeline(results: Mapping[int, Tensor], n: int, mesh: Mesh) -> list[Tensor]:
+    """Give every rank of pp the results 0 … n − 1, each of which one of them has; all have one shape and dtype."""
+    if mesh.pp.size == 1:
+        return [results[index] for index in range(n)]
+    own = next(iter(results.values()), None)
+    said = b"" if own is None else json.dumps([str(own.dtype).removeprefix("torch."), *own.shape]).encode()
+    dtype, *shape = json.loads(max(comm.gather_bytes(said, mesh.pp, mesh.device), key=len))
+    everyones = torch.zeros(n, *shape, dtype=getattr(torch, dtype), device=mesh.device)
+    for index, result in results.items():
+        everyones[index] = result
+    return list(comm.sum_over(everyones, mesh.pp))

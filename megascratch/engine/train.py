@@ -1,0 +1,63 @@
+"""Any training, as one rank runs it: join the world, open the data, build or resume the engine, train."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+import megascratch
+from megascratch.config import Config
+from megascratch.dist.agreement import code_digest, require_agreement
+from megascratch.dist.launch import Environment, process_group, share_cores
+from megascratch.dist.mesh import Mesh, MeshSpec
+from megascratch.engine.engine import Engine
+from megascratch.engine.metrics import RunDirectory
+from megascratch.engine.state import load_engine, require_equal_replicas
+from megascratch.engine.task import Method
+from megascratch.engine.trainer import Trainer
+from megascratch.log import make_console
+
+
+def train(config: Config, environment: Environment | None, method: Method) -> int:
+    """Train this rank's part of a model.
+
+    Args:
+        config: resolved and checked, `model.vocab_size` included.
+        environment: who this process is; None for a run of one rank.
+        method: what to train on.
+
+    Returns: exit code: 0 done, 75 stopped by a signal after saving a checkpoint.
+
+    Raises: UserError: if data, tokenizer or checkpoint do not fit the recipe.
+    """
+    environment = environment or Environment(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    share_cores(environment.local_world_size)
+    world = process_group(environment, config.train.timeout_s) if environment.world_size > 1 else nullcontext()
+    with world:
+        return train_on(config, Mesh.create(MeshSpec.of(config.parallel), environment.device), method)
+
+
+def train_on(config: Config, mesh: Mesh, method: Method) -> int:
+    """Train on a mesh that is there. Arguments, result and errors as of `train`."""
+    console = make_console(mesh.rank)
+    versions = {"megascratch": megascratch.__version__, "its code": code_digest(), "torch": torch.__version__}
+    require_agreement({**versions, **config.model_dump(mode="json")}, mesh.world, mesh.device)
+    begin = method(config, mesh)
+    run = RunDirectory(config, writes=mesh.rank == 0)
+    engine = Engine(config, mesh)
+    consumed_samples = 0
+    source = resume_path(config)
+    if source is not None:
+        consumed_samples = load_engine(engine, source)
+        console.print(f"resumed from {source} after step {engine.step}")
+    require_equal_replicas(engine)
+    return Trainer(engine, begin(engine), run, console, consumed_samples).run()
+
+
+def resume_path(config: Config) -> Path | None:
+    """Return the checkpoint that a run starts from: `checkpoint.load`, or else its own newest, or none."""
+    if config.checkpoint.load is not None:
+        return Path(config.checkpoint.load)
+    assert config.checkpoint.dir is not None
+    own = Path(config.checkpoint.dir)
+    return own if (own / "latest").exists() else None
