@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megascratch.dist.layout import Extent, Init, extents, spec_of
+from megascratch.dist.layout import Box, Extent, Init, extents, spec_of
 from megascratch.dist.mesh import Mesh
 
 _GAMMA = 0x9E3779B97F4A7C15
@@ -36,30 +36,22 @@ def random_bits(key: int, index: Tensor) -> Tensor:
         key: from `stream_key`.
         index: int64 of any shape; equal indices give equal bits.
     """
-    z = index * _signed(_GAMMA) + _signed((key + _GAMMA) % 2**64)  # int64 arithmetic wraps, as the algorithm wants
-    z = (z ^ _shift_right(z, 30)) * _signed(_MIX_1)
-    z = (z ^ _shift_right(z, 27)) * _signed(_MIX_2)
-    return z ^ _shift_right(z, 31)
+    z = (index * _signed(_GAMMA)).add_(_signed((key + _GAMMA) % 2**64))  # int64 wraps, as the algorithm wants
+    z.bitwise_xor_(_shift_right(z, 30)).mul_(_signed(_MIX_1))
+    z.bitwise_xor_(_shift_right(z, 27)).mul_(_signed(_MIX_2))
+    return z.bitwise_xor_(_shift_right(z, 31))
 
 
 def uniform(key: int, index: Tensor) -> Tensor:
     """Return float64 values in (0, 1), both ends left out, with 52 random bits, one for each index."""
-    return (_shift_right(random_bits(key, index), 12).double() + 0.5) * 2.0**-52
+    return _shift_right(random_bits(key, index), 12).double().add_(0.5).mul_(2.0**-52)
 
 
 def normal(key: int, index: Tensor) -> Tensor:
     """Return standard normal float64 values, one for each index (Box–Muller on the two halves of 64 bits)."""
     bits = random_bits(key, index)
-    radius = ((_shift_right(bits, 32).double() + 0.5) * 2.0**-32).log_().mul_(-2.0).sqrt_()
-    return ((bits & 0xFFFFFFFF).double() * (2.0 * math.pi * 2.0**-32)).cos_().mul_(radius)
-
-
-def logical_index(extent: Extent, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return, in the shape of an extent's logical box, each element's index in the flattened logical tensor (int64)."""
-    index = torch.zeros((), dtype=torch.int64, device=device)
-    for s, n in zip(extent.logical, shape):
-        index = index.unsqueeze(-1) * n + torch.arange(s.start, s.stop, device=device)
-    return index
+    radius = _shift_right(bits, 32).double().add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+    return bits.bitwise_and_(0xFFFFFFFF).double().mul_(2.0 * math.pi * 2.0**-32).cos_().mul_(radius)
 
 
 def keep_mask(key: int, index: Tensor, dropout: float) -> Tensor:
@@ -83,19 +75,27 @@ def initialize(params: Mapping[str, Tensor], mesh: Mesh, seed: int) -> None:
             param[extent.local] = _values(spec.init, stream_key(seed, spec.name), extent, spec.shape, param)
 
 
-_CHUNK = 1 << 22  # elements drawn at once: int64 and float64 temporaries stay near 100 MB
+_CHUNK = 1 << 17  # elements drawn at once: a megabyte of each temporary stays in the processor's cache
 
 
 def _values(init: Init, key: int, extent: Extent, shape: Sequence[int], like: Tensor) -> Tensor:
     lengths = [s.stop - s.start for s in extent.logical]
     out = torch.full(lengths, init.mean, dtype=like.dtype, device=like.device)
     if init.std:
-        index = logical_index(extent, shape, like.device).view(-1)
-        flat = out.view(-1)
-        for start in range(0, flat.numel(), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            flat[part] = (normal(key, index[part]) * init.std + init.mean).to(like.dtype)
+        starts = _logical_index(extent.logical[:-1], shape[:-1], like.device).view(-1, 1) * shape[-1]
+        columns = torch.arange(extent.logical[-1].start, extent.logical[-1].stop, device=like.device)
+        rows_at_once = _CHUNK // lengths[-1] + 1
+        for rows, start in zip(out.view(-1, lengths[-1]).split(rows_at_once), starts.split(rows_at_once)):
+            rows.copy_(normal(key, start + columns).mul_(init.std).add_(init.mean))
     return out
+
+
+def _logical_index(box: Box, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return, in the shape of a box of a logical tensor, each element's index in the flattened tensor (int64)."""
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    for s, n in zip(box, shape):
+        index = index.unsqueeze(-1) * n + torch.arange(s.start, s.stop, device=device)
+    return index
 
 
 def _signed(value: int) -> int:
@@ -105,4 +105,4 @@ def _signed(value: int) -> int:
 
 def _shift_right(x: Tensor, n: int) -> Tensor:
     """Shift without dragging the sign along."""
-    return (x >> n) & ((1 << (64 - n)) - 1)
+    return (x >> n).bitwise_and_((1 << (64 - n)) - 1)
