@@ -6,6 +6,7 @@ Under torchrun, and under Slurm's `srun` without it, the environment names this 
 of more than one rank is started on this machine through torch's own elastic launcher.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -102,6 +103,21 @@ def share_cores(local_world_size: int) -> None:
     """Give each of the ranks on this machine its share of the cores, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ or local_world_size > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep large blocks that are freed, for the next step asks for the same ones.
+
+    glibc gives them back to the system and asks again, which zeroes every page anew: on a CPU 6% of a float32 step of
+    16M parameters, 2% in bfloat16. Other C libraries have no such call, and GPUs an allocator of their own.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)  # large blocks from the heap, too
+        mallopt(_M_TRIM_THRESHOLD, -1)  # and the heap never gets smaller
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def start_ranks(n_ranks: int, target: Callable[..., int], *args: Any) -> int:

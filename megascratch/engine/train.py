@@ -8,7 +8,7 @@ import torch
 import megascratch
 from megascratch.config import Config
 from megascratch.dist.agreement import code_digest, require_agreement
-from megascratch.dist.launch import Environment, process_group, share_cores
+from megascratch.dist.launch import Environment, keep_freed_memory, process_group, share_cores
 from megascratch.dist.mesh import Mesh, MeshSpec
 from megascratch.engine.engine import Engine
 from megascratch.engine.metrics import RunDirectory
@@ -32,6 +32,7 @@ def train(config: Config, environment: Environment | None, method: Method) -> in
     """
     environment = environment or Environment(rank=0, world_size=1, local_rank=0, local_world_size=1)
     share_cores(environment.local_world_size)
+    keep_freed_memory()
     world = process_group(environment, config.train.timeout_s) if environment.world_size > 1 else nullcontext()
     with world:
         return train_on(config, Mesh.create(MeshSpec.of(config.parallel), environment.device), method)

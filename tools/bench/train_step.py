@@ -76,6 +76,7 @@ def make_ours(shape: Shape, dtype: str) -> Step:
 
     from megascratch.config import config_from_dict
     from megascratch.data.microbatch import Microbatch
+    from megascratch.dist.launch import keep_freed_memory
     from megascratch.dist.mesh import Mesh
     from megascratch.engine import Engine, next_token
 
@@ -84,6 +85,7 @@ def make_ours(shape: Shape, dtype: str) -> Step:
     train = {"global_batch": shape.batch, "micro_batch": shape.batch, "dtype": dtype}
     optim = {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS, "weight_decay": DECAY, "clip": CLIP}
     sections = {"model": model, "train": train, "optim": optim, "data": {"seq_length": shape.s}, "parallel": {"dp": 1}}
+    keep_freed_memory()  # as training does
     engine = Engine(config_from_dict(sections), Mesh.serial())
     tokens, labels = tokens_of(shape)
     positions = torch.arange(shape.s).expand(shape.batch, -1)
