@@ -83,6 +83,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, damaged, or does not fit the model."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint is not what was written: an earlier one may be good."""
+
+
 class MissingDependency(UserError):
     """An optional package is not installed; the remedy names the extra that brings it."""
 

@@ -5,21 +5,30 @@ from megascratch.checkpoint.format import OPTIMIZER, Shard
 from megascratch.checkpoint.hf import from_hf, to_hf
 from megascratch.checkpoint.inspect import Description, describe, verify
 from megascratch.checkpoint.load import Reader, find, load, read_state
-from megascratch.checkpoint.save import save
+from megascratch.checkpoint.places import place
+from megascratch.checkpoint.retention import complete_steps, prune, step_of
+from megascratch.checkpoint.save import Saving, save
+from megascratch.checkpoint.staging import Staging
 from megascratch.checkpoint.weights import weight_shards
 
 __all__ = [
     "OPTIMIZER",
     "Description",
     "Reader",
+    "Saving",
     "Shard",
+    "Staging",
+    "complete_steps",
     "convert",
     "describe",
     "find",
     "from_hf",
     "load",
+    "place",
+    "prune",
     "read_state",
     "save",
+    "step_of",
     "to_hf",
     "verify",
     "weight_shards",

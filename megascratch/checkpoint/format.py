@@ -24,10 +24,9 @@ offsets and sizes lie inside files of the stated length, before any memory is ta
 """
 
 import math
-import os
 import re
-import stat
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,9 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from megascratch.checkpoint.places import SourceFile
 from megascratch.dist.layout import Box, Extent, lengths
-from megascratch.errors import CheckpointError, Problem
+from megascratch.errors import DamagedCheckpoint, Problem
 
 FORMAT = "megascratch checkpoint"
 VERSION = 1
@@ -78,7 +78,9 @@ class Shard:
         shape: logical shape.
         tensor: local storage: the n-dimensional part, or a 1-dimensional run of it (ZeRO); saved in its own dtype.
         extents: from `dist.layout.extents` or `run_extents`; a 1-dimensional run holds its logical box row by row.
-        writes: whether this rank's copy is the one to be saved; loading ignores it.
+        writes: whether copies like this one are saved; loading ignores it, and the next two.
+        replica: number of this copy among the ranks that hold the same, and share the writing.
+        replicas: how many of them there are.
     """
 
     name: str
@@ -86,6 +88,8 @@ class Shard:
     tensor: Tensor
     extents: Sequence[Extent]
     writes: bool = True
+    replica: int = 0
+    replicas: int = 1
 
     def part(self, extent: Extent) -> Tensor:
         """Return a view of the local storage with the shape of the extent's logical box."""
@@ -109,9 +113,9 @@ def digest(data: Any) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
-def damage(where: Path, value: str, rule: str, remedy: str = _RESTORE) -> CheckpointError:
+def damage(where: Path, value: str, rule: str, remedy: str = _RESTORE) -> DamagedCheckpoint:
     """Return the error for a checkpoint that is not what it should be."""
-    return CheckpointError(Problem(value, rule, remedy), str(where))
+    return DamagedCheckpoint(Problem(value, rule, remedy), str(where))
 
 
 class _Record(BaseModel):
@@ -254,29 +258,27 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
 
     Raises: CheckpointError: if it is missing, is no regular file, or is larger than the limit.
     """
-    descriptor, size = open_regular(path)
-    with os.fdopen(descriptor, "rb") as file:
-        if size > limit_bytes:
-            raise damage(path.parent, path.name, f"has {size} bytes, more than the {limit_bytes} it may have")
-        return file.read(limit_bytes)
+    with closing(open_regular(path)) as file:
+        if file.size > limit_bytes:
+            raise damage(path.parent, path.name, f"has {file.size} bytes, more than the {limit_bytes} it may have")
+        return file.read(file.size)
 
 
-def open_regular(path: Path) -> tuple[int, int]:
-    """Open a file of a checkpoint for reading: (descriptor, size in bytes).
+def open_regular(path: Path) -> SourceFile:
+    """Open a file of a checkpoint for reading.
 
     Raises: CheckpointError: if it is missing, or is a link or a device, which could lead out of the directory or hang.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = SourceFile(path)
     except FileNotFoundError:
         raise damage(path.parent, path.name, "is missing") from None
     except OSError as error:
-        raise damage(path.parent, path.name, f"cannot be opened: {error.strerror}") from None
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
+        raise damage(path.parent, path.name, f"cannot be opened: {error.strerror or error}") from None
+    if not file.is_regular:
+        file.close()
         raise damage(path.parent, path.name, "is not a regular file")
-    return descriptor, status.st_size
+    return file
 
 
 def _check(manifest: Manifest, where: Path) -> None:

@@ -83,11 +83,11 @@ def verify(path: Path, console: Console) -> None:
     with progress(console, f"verifying {reader.directory.name}", total, "B") as advance:
         for file, pieces in by_file.items():
             try:
-                with reader.open(file) as descriptor:
+                with reader.open(file) as opened:
                     for piece, name in sorted(pieces, key=lambda pair: pair[0].offset):
                         for index in range(len(piece.xxh3)):
                             try:
-                                reader.read_chunk(descriptor, name, piece, index)
+                                reader.read_chunk(opened, name, piece, index)
                             except CheckpointError as error:
                                 problems += error.problems
                         advance(piece.bytes)

@@ -13,10 +13,8 @@ also brings them back. One chunk of memory is needed besides the tensors that ar
 
 import json
 import math
-import os
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,8 @@ from megascratch.checkpoint.format import (
     read_bounded,
     whole,
 )
+from megascratch.checkpoint.places import SourceFile
+from megascratch.checkpoint.retention import STEP_NAME
 from megascratch.config import Config, config_from_dict
 from megascratch.dist.layout import Box, Extent, intersect, lengths, run_boxes, shift
 from megascratch.errors import CheckpointError, Problem
@@ -103,7 +103,7 @@ def find(path: Path) -> Path:
         remedy = f"give {path / steps[-1]}" if steps else "give a checkpoint, or a directory of checkpoints"
         raise damage(path, path.name, rule, remedy)
     name = read_bounded(path / LATEST, _LARGEST_LATEST_BYTES).decode(errors="replace").strip()
-    if not re.fullmatch(r"step_\d{8,18}", name):
+    if not STEP_NAME.fullmatch(name):
         raise damage(path, f"{LATEST} = {name[:40]!r}", "must name a checkpoint: step_ and a number of 8 digits")
     for candidate in (path / name, path / f"{name}.old"):  # .old: a save of the same step was killed while swapping
         if (candidate / MANIFEST).is_file():
@@ -126,6 +126,37 @@ class _Read:
     name: str
     piece: Piece
     wants: list[_Want]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """What a chunk has for a wanted box.
+
+    Attributes:
+        offset: where `logical`, a box of consecutive elements, begins in the chunk.
+        logical: a box of the chunk.
+        common: the part of it that is wanted.
+        want: by whom.
+    """
+
+    offset: int
+    logical: Box
+    common: Box
+    want: _Want
+
+    def first_in_want(self) -> int:
+        """Return which element of the wanted box, row by row, is the first."""
+        return self._element([s.start for s in self.common])
+
+    def last_in_want(self) -> int:
+        """Return which element of the wanted box is the one behind the last."""
+        return self._element([s.stop - 1 for s in self.common]) + 1
+
+    def _element(self, index: Sequence[int]) -> int:
+        element = 0
+        for i, side in zip(index, self.want.box):
+            element = element * (side.stop - side.start) + i - side.start
+        return element
 
 
 class Reader:
@@ -186,11 +217,11 @@ class Reader:
                 if wanted:
                     by_file.setdefault(piece.file, []).append(_Read(shard.name, piece, wanted))
         for name in sorted(by_file):
-            with self.open(name) as descriptor:
+            with self.open(name) as file:
                 for read in sorted(by_file[name], key=lambda read: read.piece.offset):
-                    self._fill_from(descriptor, read)
+                    self._fill_from(file, read)
 
-    def _fill_from(self, descriptor: int, read: _Read) -> None:
+    def _fill_from(self, file: SourceFile, read: _Read) -> None:
         dtype = DTYPES[self.manifest.tensors[read.name].dtype]
         shape, origin = lengths(read.piece.slices), whole(lengths(read.piece.slices))
         numel, step = math.prod(shape), self.manifest.chunk_bytes // dtype.itemsize
@@ -201,57 +232,82 @@ class Reader:
                 logical = shift(box, origin, read.piece.slices)
                 for want in read.wants:
                     if (common := intersect(logical, want.box)) is not None:
-                        copies.append((offset, logical, common, want))
+                        copies.append(_Copy(offset, logical, common, want))
             if not copies:
                 continue
-            chunk = self.read_chunk(descriptor, read.name, read.piece, index).view(dtype)
-            for offset, logical, common, want in copies:
-                source = chunk[offset : offset + math.prod(lengths(logical))].view(lengths(logical))
-                want.storage[_within(common, want.box)].copy_(source[_within(common, logical)])
+            if (target := _target_of(copies, last - first, dtype)) is not None:
+                self.read_chunk(file, read.name, read.piece, index, target)
+                continue
+            chunk = self.read_chunk(file, read.name, read.piece, index).view(dtype)
+            for copy in copies:
+                shape_here = lengths(copy.logical)
+                source = chunk[copy.offset : copy.offset + math.prod(shape_here)].view(shape_here)
+                wanted = copy.want.storage[_within(copy.common, copy.want.box)]
+                wanted.copy_(source[_within(copy.common, copy.logical)])
 
     @contextmanager
-    def open(self, name: str) -> Iterator[int]:
+    def open(self, name: str) -> Iterator[SourceFile]:
         """Open a file of pieces, and verify its length and its header when it is opened for the first time.
 
         Raises: CheckpointError: if it is missing, truncated, or its header is damaged.
         """
         record = self.manifest.files[name]
-        descriptor, size = open_regular(self.directory / name)
-        try:
+        with closing(open_regular(self.directory / name)) as file:
             if name not in self._verified:
-                if size != record.bytes:
-                    raise damage(self.directory, name, f"has {size} bytes, the manifest says {record.bytes}")
-                if digest(os.pread(descriptor, record.header_bytes, 0)) != record.header_xxh3:
+                if file.size != record.bytes:
+                    raise damage(self.directory, name, f"has {file.size} bytes, the manifest says {record.bytes}")
+                if digest(file.read(record.header_bytes)) != record.header_xxh3:
                     span = f"{name}, bytes 0..{record.header_bytes}"
                     raise damage(self.directory, span, "do not match the checksum of the header: they are damaged")
                 self._verified.add(name)
-            yield descriptor
-        finally:
-            os.close(descriptor)
+            yield file
 
-    def read_chunk(self, descriptor: int, name: str, piece: Piece, index: int) -> Tensor:
-        """Read and verify one chunk of a piece: [bytes] uint8, valid until the next one is read.
+    def read_chunk(
+        self, file: SourceFile, name: str, piece: Piece, index: int, target: memoryview | None = None
+    ) -> Tensor:
+        """Read and verify one chunk of a piece.
+
+        Args:
+            file: that the piece is in.
+            name: of its tensor.
+            piece, index: which chunk.
+            target: memory of the chunk's length that it is read into.
+
+        Returns: [bytes] uint8, valid until the next one is read; empty where a target was given.
 
         Raises: CheckpointError: if its checksum differs.
         """
         begin = index * self.manifest.chunk_bytes
         length = min(self.manifest.chunk_bytes, piece.bytes - begin)
-        if len(self._chunk) < length:
+        if target is None and len(self._chunk) < length:
             self._chunk = torch.empty(length, dtype=torch.uint8)
-        chunk = self._chunk[:length]
-        buffer, done = chunk.numpy().data, 0
+        chunk = self._chunk[: 0 if target is not None else length]
+        buffer = chunk.numpy().data if target is None else target
         span = f"{piece.file}, bytes {piece.offset + begin}..{piece.offset + begin + length}"
-        while done < length:
-            try:
-                count = os.preadv(descriptor, [buffer[done:]], piece.offset + begin + done)
-            except OSError as error:
-                raise damage(self.directory, span, f"of tensor {name} cannot be read: {error.strerror}") from None
-            if count == 0:
-                break  # the file shrank since it was opened: the checksum will differ
-            done += count
+        try:
+            done = file.read_into(buffer, piece.offset + begin)
+        except OSError as error:
+            raise damage(self.directory, span, f"of tensor {name} cannot be read: {error.strerror or error}") from None
+        # A file that shrank since it was opened gives less.
         if done < length or digest(buffer) != piece.xxh3[index]:
             raise damage(self.directory, span, f"of tensor {name} do not match their checksum: they are damaged")
         return chunk
+
+
+def _target_of(copies: Sequence[_Copy], numel: int, dtype: torch.dtype) -> memoryview | None:
+    """Return the memory that a chunk of `numel` elements goes to as it is, or None where it must be taken apart."""
+    if len({id(copy.want) for copy in copies}) > 1 or sum(math.prod(lengths(copy.common)) for copy in copies) < numel:
+        return None
+    want = copies[0].want
+    storage = want.storage
+    if storage.dtype != dtype or storage.device.type != "cpu" or not storage.is_contiguous():
+        return None
+    # Boxes of a run are in order: they lie behind each other in the wanted box too if first and last are as far apart.
+    start, end = copies[0].first_in_want(), copies[-1].last_in_want()
+    if end - start != numel:
+        return None
+    flat: memoryview = storage.view(-1)[start:end].view(torch.uint8).numpy().data
+    return flat
 
 
 def tensor_shard(name: str, record: TensorRecord, box: Box, dtype: torch.dtype) -> Shard:

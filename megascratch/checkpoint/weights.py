@@ -22,8 +22,11 @@ def weight_shards(params: Iterable[Tensor], mesh: Mesh) -> list[Shard]:
             spec.shape,
             param.detach(),
             extents(spec, mesh.spec.sizes, mesh.coords),
-            writes=spec.is_owner(mesh) and mesh.axis(spec.data_axis).rank == 0,
+            spec.is_owner(mesh),
+            data.rank,
+            data.size,
         )
         for param in params
         for spec in [spec_of(param)]
+        for data in [mesh.axis(spec.data_axis)]
     ]

@@ -328,6 +328,16 @@ def _steps(config: Config, _: int | None) -> Iterator[Problem]:
         )
 
 
+def _local_copies(config: Config, _: int | None) -> Iterator[Problem]:
+    checkpoint = config.checkpoint
+    if checkpoint.local_every and checkpoint.local_dir is None:
+        rule = "needs checkpoint.local_dir, on the node"
+        yield Problem(f"checkpoint.local_every = {checkpoint.local_every}", rule, "for example /dev/shm/megascratch")
+    if checkpoint.local_dir is not None and not checkpoint.local_every:
+        rule = "needs checkpoint.local_every"
+        yield Problem(f"checkpoint.local_dir = {checkpoint.local_dir}", rule, "set it, or leave local_dir out")
+
+
 RULES: tuple[Rule, ...] = (
     _heads,
     _tensor_parallel,
@@ -343,4 +353,5 @@ RULES: tuple[Rule, ...] = (
     _fp8,
     _cuda_graph,
     _steps,
+    _local_copies,
 )

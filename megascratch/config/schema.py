@@ -243,10 +243,28 @@ class OptimConfig(Section):
 class CheckpointConfig(Section):
     """Where checkpoints go, where one is resumed from, and how many are kept."""
 
-    dir: str | None = None  # <log.dir>/checkpoints when left out
+    dir: str | None = None  # <log.dir>/checkpoints when left out; a URL that fsspec opens serves too
     load: str | None = None  # a checkpoint, or a directory with `latest`; the run's own newest when left out
-    every: Whole = 0  # steps; 0 saves at the end and on a signal only
+    # Steps, or "30 min"; 0 saves at the end and on a signal only.
+    every: Whole | Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?min$")] = 0
     keep: Whole = 0  # newest n; 0 keeps all
+    keep_every: Whole = 0  # checkpoints of steps that it divides stay too
+    asynchronous: bool = False  # write from a copy, while training goes on
+    on_failure: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written
+    # After SIGTERM or SIGUSR1, the time to finish the step, save and end. Our launcher waits as long before it kills.
+    deadline_s: Count = 300
+    local_every: Whole = 0  # steps; each rank copies its own state into local_dir, for a quick restart
+    local_dir: str | None = None  # on the node: /dev/shm/…, or a local disk
+
+    @property
+    def every_steps(self) -> int:
+        """How many steps lie between two checkpoints; 0 where time or nothing decides."""
+        return self.every if isinstance(self.every, int) else 0
+
+    @property
+    def every_s(self) -> float | None:
+        """How many seconds lie between two checkpoints, where time decides."""
+        return float(self.every.removesuffix("min")) * 60 if isinstance(self.every, str) else None
 
 
 class LogConfig(Section):

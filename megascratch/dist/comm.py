@@ -21,6 +21,7 @@ sent: a layer's memory can be counted for any layout by one process. No function
 multiplied with, the size of the axis; all other dimensions stay.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascratch.dist.mesh import Axis
+from megascratch.errors import Problem
 
 # torch 2.13 gave these two new names and warns at the old ones.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -267,6 +269,17 @@ def gather_bytes(data: bytes, axis: Axis, device: torch.device | None = None) ->
     padded[: len(data)] = own.to(padded.device)
     rows = _gathered(padded, axis, 0).view(axis.size, -1).cpu()
     return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths)]
+
+
+def gather_flags(flag: bool, axis: Axis, device: torch.device | None = None) -> list[bool]:
+    """Return every rank's flag, in the order of the axis, on every rank."""
+    return [data == b"1" for data in gather_bytes(b"1" if flag else b"0", axis, device)]
+
+
+def gather_problems(problems: Sequence[Problem], axis: Axis, device: torch.device | None = None) -> list[Problem]:
+    """Return the problems that any rank has met, on every rank: a rank that fails must not leave others waiting."""
+    own = json.dumps([[p.value, p.rule, p.remedy] for p in problems]).encode()
+    return [Problem(*problem) for data in gather_bytes(own, axis, device) for problem in json.loads(data)]
 
 
 def isend(x: Tensor, axis: Axis, peer: int, tag: int) -> Work:

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import socket
+import uuid
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,11 +32,13 @@ class RunDirectory:
     def __init__(self, config: Config, writes: bool) -> None:
         self.path = Path(config.log.dir)
         self.writes = writes
+        self.id = ""  # of the run, through all its restarts; rank 0's counts
         self._tensorboard: SummaryWriter | None = None
         if not writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
+        self.id = self._take_id()
         (self.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
         self.stop_file.unlink(missing_ok=True)  # it stopped an earlier run
         tokenizer = config.data.tokenizer
@@ -63,6 +66,12 @@ class RunDirectory:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         return file
+
+    def _take_id(self) -> str:
+        file = self.path / "run_id"
+        if not file.is_file():
+            file.write_text(f"{uuid.uuid4().hex}\n", encoding="utf-8")
+        return file.read_text(encoding="utf-8").strip()
 
     @property
     def stop_file(self) -> Path:

@@ -4,6 +4,7 @@ A checkpoint knows logical tensors only, so this is where a rank says which part
 `extents`, its runs of optimizer state by `run_extents`. Resharding is loading.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megascratch.dist.agreement import require_agreement, tensor_digest
 from megascratch.dist.layout import spec_of
 from megascratch.engine.engine import Engine
 from megascratch.errors import CheckpointError, Problem
+from megascratch.optim import StatePart
 
 # Keys of [model] that say how a model was made or is run, not which weights it has.
 _NOT_ARCHITECTURE = {"preset", "dropout", "init_std", "max_seq_length", "rope_scaling"}
@@ -22,10 +24,7 @@ _NOT_ARCHITECTURE |= {"moe.router_bias_update_rate", "moe.expert_capacity_factor
 
 def engine_shards(engine: Engine) -> list[Shard]:
     """Return this rank's parts of the weights: whole parameters, and runs of those that ZeRO-3 divides."""
-    divided = [
-        Shard(part.spec.name, part.spec.shape, part.tensor, part.extents, part.counts)
-        for part in engine.optimizer.weight_parts()
-    ]
+    divided = [_run_shard(part.spec.name, part) for part in engine.optimizer.weight_parts()]
     whole = [param for param in engine.parameters() if not engine.optimizer.divides(param)]
     return [*weight_shards(whole, engine.mesh), *divided]
 
@@ -45,15 +44,18 @@ def require_equal_replicas(engine: Engine) -> None:
 
 def optimizer_shards(engine: Engine) -> list[Shard]:
     """Return this rank's runs of the optimizer's state."""
-    return [
-        Shard(f"{OPTIMIZER}{part.kind}/{part.spec.name}", part.spec.shape, part.tensor, part.extents, part.counts)
-        for part in engine.optimizer.state_parts()
-    ]
+    return [_run_shard(f"{OPTIMIZER}{part.kind}/{part.spec.name}", part) for part in engine.optimizer.state_parts()]
 
 
-def save_engine(engine: Engine, root: Path, consumed_samples: int) -> Path:
-    """Write a checkpoint of everything that the next step depends on. Every rank calls this at the same point."""
-    state = {
+def _run_shard(name: str, part: StatePart) -> Shard:
+    """Return a bucket's run as a shard; the ranks that hold the same run share the writing."""
+    replicas = part.replicas
+    return Shard(name, part.spec.shape, part.tensor, part.extents, part.counts, replicas.rank, replicas.size)
+
+
+def engine_state(engine: Engine, consumed_samples: int) -> dict[str, Any]:
+    """Return what the next step depends on besides tensors."""
+    return {
         "consumed_samples": consumed_samples,
         "updates": engine.optimizer.updates,
         "loss_scale": {"value": engine.loss_scale.value, "good_steps": engine.loss_scale.good_steps},
@@ -61,16 +63,23 @@ def save_engine(engine: Engine, root: Path, consumed_samples: int) -> Path:
         "rng": {"seed": engine.config.train.seed},
         "config": engine.config.model_dump(mode="json"),
     }
+
+
+def restore_counters(engine: Engine, state: Mapping[str, Any]) -> int:
+    """Put back what `engine_state` said, once tensors are loaded; returns how many samples the run has consumed."""
+    engine.optimizer.publish_masters()
+    engine.optimizer.updates = int(state["updates"])
+    engine.loss_scale.value = float(state["loss_scale"]["value"])
+    engine.loss_scale.good_steps = int(state["loss_scale"]["good_steps"])
+    engine.step = int(state["step"])
+    return int(state["consumed_samples"])
+
+
+def save_engine(engine: Engine, root: Path, consumed_samples: int) -> Path:
+    """Write a checkpoint of everything that the next step depends on. Every rank calls this at the same point."""
     shards = [*engine_shards(engine), *optimizer_shards(engine)]
-    return save(
-        root,
-        engine.step,
-        shards,
-        state,
-        engine.mesh.world,
-        keep=engine.config.checkpoint.keep,
-        device=engine.mesh.device,
-    )
+    world, device = engine.mesh.world, engine.mesh.device
+    return save(root, engine.step, shards, engine_state(engine, consumed_samples), world, device=device)
 
 
 def load_engine(engine: Engine, path: Path) -> int:
@@ -88,12 +97,7 @@ def load_engine(engine: Engine, path: Path) -> int:
         engine.optimizer.refresh_masters()
         return 0
     load(path, [*engine_shards(engine), *optimizer_shards(engine)])
-    engine.optimizer.publish_masters()
-    engine.optimizer.updates = int(state["updates"])
-    engine.loss_scale.value = float(state["loss_scale"]["value"])
-    engine.loss_scale.good_steps = int(state["loss_scale"]["good_steps"])
-    engine.step = int(state["step"])
-    return int(state["consumed_samples"])
+    return restore_counters(engine, state)
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,18 +1,19 @@
 """Any training, as one rank runs it: join the world, open the data, build or resume the engine, train."""
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
 import megascratch
 from megascratch.config import Config
+from megascratch.dist import comm
 from megascratch.dist.agreement import code_digest, require_agreement
 from megascratch.dist.launch import Environment, keep_freed_memory, process_group, share_cores
 from megascratch.dist.mesh import Mesh, MeshSpec
+from megascratch.engine.checkpoints import Checkpoints, resume
 from megascratch.engine.engine import Engine
 from megascratch.engine.metrics import RunDirectory
-from megascratch.engine.state import load_engine, require_equal_replicas
+from megascratch.engine.state import require_equal_replicas
 from megascratch.engine.task import Method
 from megascratch.engine.trainer import Trainer
 from megascratch.log import make_console
@@ -45,20 +46,10 @@ def train_on(config: Config, mesh: Mesh, method: Method) -> int:
     require_agreement({**versions, **config.model_dump(mode="json")}, mesh.world, mesh.device)
     begin = method(config, mesh)
     run = RunDirectory(config, writes=mesh.rank == 0)
+    run_id = comm.gather_bytes(run.id.encode(), mesh.world, mesh.device)[0].decode()
     engine = Engine(config, mesh)
-    consumed_samples = 0
-    source = resume_path(config)
-    if source is not None:
-        consumed_samples = load_engine(engine, source)
-        console.print(f"resumed from {source} after step {engine.step}")
+    state = resume(engine, config, console, run_id) or {}
     require_equal_replicas(engine)
-    return Trainer(engine, begin(engine), run, console, consumed_samples).run()
-
-
-def resume_path(config: Config) -> Path | None:
-    """Return the checkpoint that a run starts from: `checkpoint.load`, or else its own newest, or none."""
-    if config.checkpoint.load is not None:
-        return Path(config.checkpoint.load)
-    assert config.checkpoint.dir is not None
-    own = Path(config.checkpoint.dir)
-    return own if (own / "latest").exists() else None
+    task = begin(engine)
+    checkpoints = Checkpoints(engine, console, run_id, task.resumable_every)
+    return Trainer(engine, task, run, console, checkpoints, int(state.get("consumed_samples", 0))).run()

@@ -6,7 +6,6 @@ for each step: train ─ (validate) ─ log ─ (save) ─ asked to stop? save a
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from megascratch.data.microbatch import Microbatch
 from megascratch.dist import comm
 from megascratch.dist.launch import StopSignal
 from megascratch.dist.mesh import Mesh
+from megascratch.engine.checkpoints import Checkpoints, Vote
 from megascratch.engine.engine import Engine, StepReport
 from megascratch.engine.gpu import GpuMonitor
 from megascratch.engine.meter import Meter, peak_memory_bytes
 from megascratch.engine.metrics import RunDirectory, describe_step
-from megascratch.engine.state import save_engine
 from megascratch.engine.task import Task, Validation
 from megascratch.engine.totals import Totals
 from megascratch.engine.trace import traced
@@ -44,6 +43,7 @@ class Trainer:
         task: batches and objective.
         run: the run directory.
         console: rank-aware.
+        checkpoints: saves the engine.
         consumed_samples: where in the data the run stands.
     """
 
@@ -53,10 +53,12 @@ class Trainer:
         task: Task,
         run: RunDirectory,
         console: Console,
+        checkpoints: Checkpoints,
         consumed_samples: int = 0,
     ) -> None:
         self.engine, self.task = engine, task
         self.run_directory, self.console, self.consumed_samples = run, console, consumed_samples
+        self.checkpoints = checkpoints
         self.gpu = GpuMonitor(self.mesh.device)
         self.meter = Meter(self.config, self.mesh)
         self._skipped_in_a_row = 0
@@ -81,13 +83,11 @@ class Trainer:
         stop, stopped = StopSignal(), False
         remaining = last - self.engine.step
         batches = self.task.train.steps(self.consumed_samples, max(0, remaining))
-        saved_step = None
         with progress(self.console, "train", remaining, "steps") as advance:
             for _ in range(remaining):
                 values = self._step(batches)
-                asked, values["peak_memory_bytes"] = self._agree(stop)
-                resumable = self.engine.step % self.task.resumable_every == 0
-                stopped = asked and resumable
+                asked, values["peak_memory_bytes"], vote = self._agree(stop)
+                stopped = asked and self.engine.step % self.task.resumable_every == 0
                 due = self.config.eval.every and self.engine.step % self.config.eval.every == 0
                 if self.task.validation is not None and (due or self.engine.step == train.steps):
                     values |= self._validate(self.task.validation)
@@ -95,15 +95,13 @@ class Trainer:
                 if self.engine.step % self.config.log.every == 0 or self.engine.step == last:
                     describe_step(values, self.console)
                 advance(1)
-                every = self.config.checkpoint.every
-                due = every and resumable and self.engine.step % every < self.task.resumable_every
-                if stopped or self.engine.step == last or due:
-                    saved_step = self._save()
+                ending = stopped or self.engine.step == last
+                self.checkpoints.after_step(vote, self.consumed_samples, {}, ending=ending)
                 if stopped:
                     break
         self.run_directory.close()
         if stopped and self.engine.step < last:
-            self.console.print(f"stopped after step {saved_step}; the same command resumes")
+            self.console.print(f"stopped after step {self.engine.step}; the same command resumes")
             return EXIT_STOPPED
         return EXIT_DONE
 
@@ -167,15 +165,10 @@ class Trainer:
             Totals.over([self.engine.evaluate(batch, validation.objective) for batch in batches])
         )
 
-    def _agree(self, stop: StopSignal) -> tuple[bool, int]:
-        """Return whether any rank was asked to stop, and the peak memory of the fullest rank."""
+    def _agree(self, stop: StopSignal) -> tuple[bool, int, Vote]:
+        """Return whether any rank was asked to stop, the peak memory of the fullest rank, and what saving is to do."""
         asked = stop.received or (self.mesh.rank == 0 and self.run_directory.stop_file.exists())
-        own = (float(asked), float(peak_memory_bytes(self.mesh.device)))
+        vote = self.checkpoints.vote()
+        own = [float(x) for x in (asked, peak_memory_bytes(self.mesh.device), vote.due, vote.writing)]
         most = comm.max_over(torch.tensor(own, dtype=torch.float64, device=self.mesh.device), self.mesh.world).tolist()
-        return most[0] > 0, int(most[1])
-
-    def _save(self) -> int:
-        assert self.config.checkpoint.dir is not None
-        path = save_engine(self.engine, Path(self.config.checkpoint.dir), self.consumed_samples)
-        self.console.print(f"saved {path}")
-        return self.engine.step
+        return most[0] > 0, int(most[1]), Vote(due=most[2] > 0, writing=most[3] > 0)

@@ -18,7 +18,7 @@ from megascratch import ops
 from megascratch.config import OptimConfig
 from megascratch.dist import comm
 from megascratch.dist.layout import Extent, ParamSpec, run_extents
-from megascratch.dist.mesh import Mesh
+from megascratch.dist.mesh import Axis, Mesh
 from megascratch.optim.adamw import AdamW
 from megascratch.optim.buckets import Bucket, Unit, make_buckets
 from megascratch.optim.groups import pace_of
@@ -53,7 +53,8 @@ class StatePart:
         spec: the parameter.
         tensor: the run, one-dimensional.
         extents: where the run lies in the parameter's logical tensor.
-        counts: whether this rank's copy is the one to save.
+        counts: whether copies like this one are the ones to save: not those of a tied tensor, nor of other tp ranks.
+        replicas: the ranks that hold the same run.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class StatePart:
     tensor: Tensor
     extents: list[Extent]
     counts: bool
+    replicas: Axis
 
 
 class Optimizer:
@@ -153,7 +155,7 @@ class Optimizer:
             if first < last:
                 place = run_extents(span.spec, sizes, coords, first - span.start, last - span.start)
                 run = tensor[first - bucket.start : last - bucket.start]
-                yield StatePart(kind, span.spec, run, place, bucket.counts)
+                yield StatePart(kind, span.spec, run, place, span.spec.is_owner(self.mesh), bucket.replicas)
 
     def refresh_masters(self) -> None:
         """Take the master values from the model's, after weights were loaded without optimizer state."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ranks_and_models import WORLD, cut, cut_run, logical_tensors, rank_shards, tiny_config
 from safetensors import safe_open
 
-from megascratch.checkpoint import Shard, find, load, read_state, save
+from megascratch.checkpoint import Shard, find, load, places, read_state, save
 from megascratch.dist.layout import Extent, ParamSpec, Split, extents
 from megascratch.errors import CheckpointError
 
@@ -198,8 +198,8 @@ def _dies_at(root: Path, step: int, owner: object, name: str, call: int) -> None
     assert status in (0, signal.SIGKILL)  # 0 where there is no such call
 
 
-POINTS = [(save_module, name, 1) for name in ("digest", "write_contents", "_swap_in", "_replace_text", "prune")]
-POINTS += [(save_module, "_flush_directory", call) for call in (1, 2, 3)]
+POINTS = [(save_module, name, 1) for name in ("digest", "write_contents", "_swap_in", "replace_text", "prune")]
+POINTS += [(save_module, "flush_directory", call) for call in (1, 2)] + [(places, "flush_directory", 1)]
 POINTS += [(Path, name, call) for name in ("rename", "replace", "mkdir") for call in (1, 2)]
 POINTS += [(os, "fsync", call) for call in range(1, 8)]
 

@@ -271,6 +271,13 @@ MOE = "model.moe={num_experts=8,ffn_hidden=16}"
             None,
             r"warmup_steps = 11 +must not exceed train\.steps = 10 +shorten the warm-up",
         ),
+        (
+            "_local_copies",
+            "checkpoint.local_every=5",
+            None,
+            r"local_every = 5 +needs checkpoint\.local_dir, on the node +for example /dev/shm/",
+        ),
+        ("_local_copies", "checkpoint.local_dir=/x", None, r"local_dir = /x +needs checkpoint\.local_every +set it"),
     ],
 )
 def test_broken_rule(rule: str, overrides: str, world_size: int | None, message: str) -> None:

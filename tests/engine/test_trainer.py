@@ -9,14 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import VOCAB_SIZE, pretrain_on_ranks, records, run_config, write_corpus
 
-from megascratch.config import Config, config_from_dict, load_config
-from megascratch.data.writer import IndexedDatasetWriter
+from megascratch.config import load_config
 from megascratch.dist.testing import run_ranks
 from megascratch.engine import pretrain
 from megascratch.engine.meter import PHASES
@@ -26,68 +24,44 @@ from megascratch.errors import CheckpointError, ConfigError, DataError
 from megascratch.pipeline import Kind, configured_schedule, simulate
 from megascratch.plan import measured_costs, read_times
 
-VOCAB_SIZE = 64
-
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Documents that count upwards: a model that learns anything learns that."""
-    prefix = tmp_path / "counting"
-    with IndexedDatasetWriter(prefix, np.dtype(np.uint16)) as writer:
-        for start in range(200):
-            tokens = (start + np.arange(40)) % VOCAB_SIZE
-            writer.add_document(tokens, [len(tokens)])
-    return prefix
-
-
-def _config(corpus: Path, folder: Path, **sections: dict[str, Any]) -> Config:
-    raw: dict[str, dict[str, Any]] = {
-        "model": {"n_layers": 2, "hidden": 32, "n_heads": 4, "ffn_hidden": 64, "vocab_size": VOCAB_SIZE},
-        "data": {"paths": [str(corpus)], "seq_length": 16, "split": "90,10,0"},
-        "train": {"steps": 6, "global_batch": 4, "dtype": "fp32"},
-        "optim": {"lr": 0.01},
-        "eval": {"batches": 2},
-        "log": {"dir": str(folder / "run"), "tensorboard": False},
-    }
-    for section, keys in sections.items():
-        raw.setdefault(section, {}).update(keys)
-    return config_from_dict(raw)
-
-
-def _records(config: Config) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(config.log.dir) / "metrics.jsonl").read_text().splitlines()]
+    return write_corpus(tmp_path)
 
 
 def test_a_run_leaves_what_the_contract_says(corpus: Path, tmp_path: Path) -> None:
-    config = _config(corpus, tmp_path, log={"tensorboard": True}, checkpoint={"every": 2, "keep": 2}, eval={"every": 3})
+    config = run_config(
+        corpus, tmp_path, log={"tensorboard": True}, checkpoint={"every": 2, "keep": 2}, eval={"every": 3}
+    )
     assert pretrain(config, None) == 0
     run = tmp_path / "run"
     assert load_config(run / "config.toml") == config
     assert list((run / "tensorboard").iterdir())
     assert (run / "checkpoints/latest").read_text().strip() == "step_00000006"
     assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000006"]
-    records = _records(config)
-    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    assert records[-1]["tokens"] == 6 * 4 * 16
-    assert {"loss", "grad_norm", "lr", "tokens_per_s", "mfu", "step_s"} <= records[0].keys()
-    assert [i for i, record in enumerate(records, 1) if "valid_loss" in record] == [3, 6]
-    assert records[-1]["loss"] < records[0]["loss"] < math.log(VOCAB_SIZE) + 0.5
+    logged = records(config)
+    assert [record["step"] for record in logged] == [1, 2, 3, 4, 5, 6]
+    assert logged[-1]["tokens"] == 6 * 4 * 16
+    assert {"loss", "grad_norm", "lr", "tokens_per_s", "mfu", "step_s"} <= logged[0].keys()
+    assert [i for i, record in enumerate(logged, 1) if "valid_loss" in record] == [3, 6]
+    assert logged[-1]["loss"] < logged[0]["loss"] < math.log(VOCAB_SIZE) + 0.5
 
 
 def test_a_planned_stop_and_the_same_command_again_make_one_run(corpus: Path, tmp_path: Path) -> None:
-    straight = _config(corpus, tmp_path / "straight")
+    straight = run_config(corpus, tmp_path / "straight")
     assert pretrain(straight, None) == 0
-    parts = _config(corpus, tmp_path / "parts", train={"stop_step": 3})
+    parts = run_config(corpus, tmp_path / "parts", train={"stop_step": 3})
     assert pretrain(parts, None) == 0
-    assert pretrain(_config(corpus, tmp_path / "parts"), None) == 0
-    for got, want in zip(_records(parts), _records(straight), strict=True):
+    assert pretrain(run_config(corpus, tmp_path / "parts"), None) == 0
+    for got, want in zip(records(parts), records(straight), strict=True):
         assert (got["step"], got["loss"], got["grad_norm"]) == (want["step"], want["loss"], want["grad_norm"])
-    assert pretrain(_config(corpus, tmp_path / "parts"), None) == 0, "a finished run has nothing left to do"
-    assert len(_records(parts)) == 6
+    assert pretrain(run_config(corpus, tmp_path / "parts"), None) == 0, "a finished run has nothing left to do"
+    assert len(records(parts)) == 6
 
 
 def test_the_stop_file_saves_and_returns_75(corpus: Path, tmp_path: Path) -> None:
-    config = _config(corpus, tmp_path, train={"steps": 100_000}, data={"split": "100,0,0"})
+    config = run_config(corpus, tmp_path, train={"steps": 100_000}, data={"split": "100,0,0"})
     script = (
         "import sys; from megascratch.config import load_config; from megascratch.engine import pretrain;"
         "sys.exit(pretrain(load_config(None, sys.argv[1:]), None))"
@@ -113,32 +87,23 @@ def test_the_stop_file_saves_and_returns_75(corpus: Path, tmp_path: Path) -> Non
         _, said = process.communicate(timeout=60)
         assert process.returncode == 75
         assert "the same command resumes" in said
-    steps = [record["step"] for record in _records(config)]
+    steps = [record["step"] for record in records(config)]
     assert steps == list(range(1, len(steps) + 1)), "the second process went on where the first one stopped"
 
 
-def _pretrain_on_ranks(config: Config) -> int:
-    import torch
-
-    from megascratch.dist.mesh import Mesh, MeshSpec
-    from megascratch.engine import pretraining, train_on
-
-    return train_on(config, Mesh.create(MeshSpec.of(config.parallel), torch.device("cpu")), pretraining)
-
-
 def test_validation_loss_is_the_same_on_every_layout(corpus: Path, tmp_path: Path) -> None:
-    serial = _config(corpus, tmp_path / "serial", train={"dtype": "fp64"})
+    serial = run_config(corpus, tmp_path / "serial", train={"dtype": "fp64"})
     assert pretrain(serial, None) == 0
     parallel = {"tp": 2, "pp": 2, "dp": 1, "vp": 1}
-    spread = _config(corpus, tmp_path / "spread", train={"dtype": "fp64"}, parallel=parallel)
-    run_ranks(4, _pretrain_on_ranks, spread)
-    assert _records(spread)[-1]["valid_loss"] == pytest.approx(_records(serial)[-1]["valid_loss"], rel=1e-9)
+    spread = run_config(corpus, tmp_path / "spread", train={"dtype": "fp64"}, parallel=parallel)
+    run_ranks(4, pretrain_on_ranks, spread)
+    assert records(spread)[-1]["valid_loss"] == pytest.approx(records(serial)[-1]["valid_loss"], rel=1e-9)
 
 
 def test_a_recorded_step_can_be_drawn_beside_the_simulated_one(corpus: Path, tmp_path: Path) -> None:
     parallel = {"pp": 2, "dp": 1, "schedule": "zb-h1"}
-    config = _config(corpus, tmp_path, train={"steps": 2}, parallel=parallel, log={"pipeline_step": 2})
-    run_ranks(2, _pretrain_on_ranks, config)
+    config = run_config(corpus, tmp_path, train={"steps": 2}, parallel=parallel, log={"pipeline_step": 2})
+    run_ranks(2, pretrain_on_ranks, config)
     timeline, schedule = read_times(tmp_path / "run/pipeline_step_2.json")
     assert [list(own) for own in schedule.actions] == configured_schedule(config.parallel, 4).actions
     assert [len(own) for own in timeline.computes()] == [12, 12]
@@ -151,28 +116,28 @@ def test_a_recorded_step_can_be_drawn_beside_the_simulated_one(corpus: Path, tmp
 
 
 def test_every_step_says_what_it_cost(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config = _config(corpus, tmp_path, log={"tensorboard": True, "peak_tflops": 0.1})
+    config = run_config(corpus, tmp_path, log={"tensorboard": True, "peak_tflops": 0.1})
     assert pretrain(config, None) == 0
-    records = _records(config)
-    for record in records:
+    logged = records(config)
+    for record in logged:
         parts = [record[f"{phase}_s"] for phase in PHASES]
         assert min(parts[1:4]) > 0
         assert sum(parts) <= record["step_s"]
         assert 0 < record["mfu"] < record["mfu_palm"]
         assert record["peak_memory_bytes"] > 100e6
-    assert sum(sum(r[f"{phase}_s"] for phase in PHASES) for r in records) > 0.5 * sum(r["step_s"] for r in records)
+    assert sum(sum(r[f"{phase}_s"] for phase in PHASES) for r in logged) > 0.5 * sum(r["step_s"] for r in logged)
     said = capfd.readouterr().err
     assert re.search(r"MFU \d+\.\d% causal, \d+\.\d% PaLM · ms data \d+, forward \d+, backward \d+, optimizer", said)
     events = EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
     for name in ("mfu_palm", "backward_s", "peak_memory_bytes"):
-        assert [event.value for event in events.Scalars(name)] == pytest.approx([r[name] for r in records], rel=1e-6)
+        assert [event.value for event in events.Scalars(name)] == pytest.approx([r[name] for r in logged], rel=1e-6)
 
 
 def test_a_traced_step_names_its_regions(corpus: Path, tmp_path: Path) -> None:
     parallel = {"pp": 2, "tp": 2, "dp": 1}
-    config = _config(corpus, tmp_path, train={"steps": 3}, parallel=parallel, log={"profile": [2]})
-    run_ranks(4, _pretrain_on_ranks, config)
+    config = run_config(corpus, tmp_path, train={"steps": 3}, parallel=parallel, log={"profile": [2]})
+    run_ranks(4, pretrain_on_ranks, config)
     files = sorted(path.name for path in (tmp_path / "run/profile").iterdir())
     assert files == ["step_00000002_rank_00000.json", "step_00000002_rank_00002.json"], "one of each pipeline stage"
     names = [
@@ -186,23 +151,23 @@ def test_a_traced_step_names_its_regions(corpus: Path, tmp_path: Path) -> None:
 
 def test_too_little_data_is_told_before_training(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError):
-        pretrain(_config(corpus, tmp_path, data={"seq_length": 9000}, model={"max_seq_length": 9000}), None)
+        pretrain(run_config(corpus, tmp_path, data={"seq_length": 9000}, model={"max_seq_length": 9000}), None)
     assert not (tmp_path / "run").exists()
 
 
 def test_an_id_outside_the_vocabulary_is_told_before_training(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="vocab"):
-        pretrain(_config(corpus, tmp_path, model={"vocab_size": VOCAB_SIZE - 1}), None)
+        pretrain(run_config(corpus, tmp_path, model={"vocab_size": VOCAB_SIZE - 1}), None)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_that_is_not_there_is_told(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
-        pretrain(_config(corpus, tmp_path, checkpoint={"load": str(tmp_path / "nowhere")}), None)
+        pretrain(run_config(corpus, tmp_path, checkpoint={"load": str(tmp_path / "nowhere")}), None)
 
 
 def test_a_second_job_in_the_same_directory_is_refused(corpus: Path, tmp_path: Path) -> None:
-    config = _config(corpus, tmp_path)
+    config = run_config(corpus, tmp_path)
     holder = RunDirectory(config, writes=True)
     with pytest.raises(ConfigError, match=rf"run +is in use by process {os.getpid()} on .* +stop that job"):
         pretrain(config, None)
@@ -212,6 +177,6 @@ def test_a_second_job_in_the_same_directory_is_refused(corpus: Path, tmp_path: P
 
 def test_divergence_ends_the_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megascratch.engine.trainer._MOST_SKIPPED_IN_A_ROW", 3)
-    config = _config(corpus, tmp_path, optim={"lr": 1e30, "clip": 0.0}, train={"steps": 50})
+    config = run_config(corpus, tmp_path, optim={"lr": 1e30, "clip": 0.0}, train={"steps": 50})
     with pytest.raises(DivergedError, match=r"not finite in 3 steps in a row.*lower optim\.lr"):
         pretrain(config, None)

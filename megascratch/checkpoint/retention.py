@@ -1,0 +1,43 @@
+"""Which checkpoints of a directory are complete, and which of them stay."""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from megascratch.checkpoint.format import MANIFEST
+from megascratch.checkpoint.places import is_local, remove_tree
+
+STEP_NAME = re.compile(r"step_(\d{8,18})(\.\d{1,4})?")
+
+
+def complete_steps(root: Path) -> list[Path]:
+    """Return the complete checkpoints of a directory, the newest last."""
+    found = [path for path in root.glob("step_*") if STEP_NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, path.name))
+
+
+def prune(root: Path, keep: int, saved: Path, *, keep_every: int = 0) -> None:
+    """Delete all but the `keep` newest checkpoints and every `keep_every`-th, and never the one just saved.
+
+    Newest is last written, not highest step: after a run was set back, the abandoned higher steps go first. What cannot
+    be deleted is tried again after the next save.
+    """
+    complete = [path for path in complete_steps(root) if path != saved]
+    older = complete[: max(0, len(complete) - (keep - 1))] if keep > 0 else []
+    surplus = [path for path in older if keep_every == 0 or step_of(path) % keep_every]
+    for path in dict.fromkeys([*surplus, *(path for path in complete if step_of(path) == step_of(saved))]):
+        with suppress(OSError):
+            if is_local(path):
+                doomed = path.with_name(path.name + ".tmp")  # from here on it does not look complete
+                remove_tree(doomed)
+                path = path.rename(doomed)
+            else:
+                (path / MANIFEST).unlink()
+            remove_tree(path)
+
+
+def step_of(path: Path) -> int:
+    """Return the step that a checkpoint's directory is named after."""
+    found = STEP_NAME.match(path.name)  # of one set aside, too
+    assert found is not None
+    return int(found[1])

@@ -1,0 +1,55 @@
+"""A run small enough for hundreds of them: a corpus that counts upwards, and a model of two layers that learns it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megascratch.config import Config, config_from_dict
+from megascratch.data.writer import IndexedDatasetWriter
+from megascratch.dist.mesh import Mesh, MeshSpec
+from megascratch.engine import pretraining, train_on
+
+VOCAB_SIZE = 64
+
+
+def write_corpus(folder: Path) -> Path:
+    """Write documents that count upwards, and return the dataset's prefix."""
+    prefix = folder / "counting"
+    with IndexedDatasetWriter(prefix, np.dtype(np.uint16)) as writer:
+        for start in range(200):
+            tokens = (start + np.arange(40)) % VOCAB_SIZE
+            writer.add_document(tokens, [len(tokens)])
+    return prefix
+
+
+def run_config(corpus: Path, folder: Path, **sections: dict[str, Any]) -> Config:
+    """Return the recipe of a run in `folder/run`; sections replace its keys."""
+    raw: dict[str, dict[str, Any]] = {
+        "model": {"n_layers": 2, "hidden": 32, "n_heads": 4, "ffn_hidden": 64, "vocab_size": VOCAB_SIZE},
+        "data": {"paths": [str(corpus)], "seq_length": 16, "split": "90,10,0"},
+        "train": {"steps": 6, "global_batch": 4, "dtype": "fp32"},
+        "optim": {"lr": 0.01},
+        "eval": {"batches": 2},
+        "log": {"dir": str(folder / "run"), "tensorboard": False},
+    }
+    for section, keys in sections.items():
+        raw.setdefault(section, {}).update(keys)
+    return config_from_dict(raw)
+
+
+def records(config: Config) -> list[dict[str, Any]]:
+    """Return what a run has logged."""
+    return [json.loads(line) for line in (Path(config.log.dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(config: Config) -> dict[int, float]:
+    """Return the loss of each step; of one that was trained twice, the later."""
+    return {record["step"]: record["loss"] for record in records(config)}
+
+
+def pretrain_on_ranks(config: Config) -> int:
+    """Train on the ranks of a test's process group."""
+    return train_on(config, Mesh.create(MeshSpec.of(config.parallel), torch.device("cpu")), pretraining)
