@@ -35,6 +35,10 @@ class MegascratchError(Exception):
     exit_code = EXIT_FAILED
 
 
+class CollectiveError(MegascratchError):
+    """Ranks that should run one collective together are at different places; debug mode finds it before they wait."""
+
+
 class UserError(MegascratchError):
     """The user's input is wrong. Exit code 2, no traceback.
 

@@ -12,7 +12,7 @@ from megascratch.data.microbatch import Microbatch
 from megascratch.data.sampler import Batches
 from megascratch.data.samples import Sample
 from megascratch.dist.layout import extents, spec_of
-from megascratch.dist.mesh import Mesh, MeshSpec
+from megascratch.dist.mesh import Mesh
 from megascratch.engine import Engine, StepReport, next_token
 
 VOCAB_SIZE, SEQ_LENGTH, GLOBAL_BATCH = 61, 16, 8
@@ -227,7 +227,7 @@ class Trained:
 
 def make_engine(config: Config) -> Engine:
     """Build the engine on this rank's mesh."""
-    return Engine(config, Mesh.create(MeshSpec.of(config.parallel), torch.device("cpu")))
+    return Engine(config, Mesh.of(config, torch.device("cpu")))
 
 
 def train_steps(engine: Engine, n_steps: int, consumed_samples: int = 0) -> Trained:

@@ -9,7 +9,7 @@ import torch
 
 from megascratch.config import Config, config_from_dict
 from megascratch.data.writer import IndexedDatasetWriter
-from megascratch.dist.mesh import Mesh, MeshSpec
+from megascratch.dist.mesh import Mesh
 from megascratch.engine import pretraining, train_on
 
 VOCAB_SIZE = 64
@@ -52,4 +52,4 @@ def losses(config: Config) -> dict[int, float]:
 
 def pretrain_on_ranks(config: Config) -> int:
     """Train on the ranks of a test's process group."""
-    return train_on(config, Mesh.create(MeshSpec.of(config.parallel), torch.device("cpu")), pretraining)
+    return train_on(config, Mesh.of(config, torch.device("cpu")), pretraining)

@@ -202,6 +202,7 @@ class TrainConfig(Section):
     attention: Literal["auto", "softmax", "sdpa", "blocked"] = "auto"  # auto: blocked on a CPU, sdpa on CUDA
     cuda_graph: bool = False  # replay forward and backward of the whole batch as one CUDA graph; GPUs only
     timeout_s: Count = 600  # a collective that waits longer ends the run
+    debug_collectives: bool = False  # before each, its ranks compare where they are; slow, and names who is astray
 
 
 class ParamGroup(Section):

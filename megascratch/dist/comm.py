@@ -23,6 +23,8 @@ multiplied with, the size of the axis; all other dimensions stay.
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -43,10 +45,43 @@ class Work(Protocol):
     def wait(self) -> Any: ...
 
 
+@dataclass
+class _Compared:
+    """A transfer in debug mode: what its ranks are about to do is compared before it is waited for."""
+
+    work: Work
+    compare: Callable[[], None]
+
+    def wait(self) -> None:
+        self.compare()
+        self.work.wait()
+
+
+def _together(operation: str, axis: Axis, x: Tensor | None = None) -> AbstractContextManager[None]:
+    """Begin a collective that this rank waits for; in debug mode, once all ranks are seen to begin the same.
+
+    Args:
+        operation: its name.
+        axis: over which it goes.
+        x: what it takes, where that has one shape on all ranks.
+    """
+    if axis.roll_call is not None:
+        axis.roll_call.meet(axis, operation, x)
+    return axis.waiting(operation)
+
+
+def _started(operation: str, axis: Axis, x: Tensor, start: Callable[[], Work]) -> Work:
+    """Start a collective that is waited for later."""
+    if axis.roll_call is None:
+        return start()
+    compare = axis.roll_call.announce(axis, operation, x)
+    return _Compared(start(), compare)
+
+
 def _reduced(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     if not x.is_meta:
-        with axis.waiting("all_reduce"):
+        with _together("all_reduce", axis, x):
             dist.all_reduce(out, op=op, group=axis.group)
     return out
 
@@ -55,7 +90,7 @@ def _gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
     x = x.contiguous()
     out = x.new_empty((axis.size, *x.shape))
     if not x.is_meta:
-        with axis.waiting("all_gather"):
+        with _together("all_gather", axis, x):
             _ALL_GATHER(out.view(-1), x.view(-1), group=axis.group)
     if dim == 0:  # [n, s, ...] is already the concatenation
         return out.view(axis.size * x.shape[0], *x.shape[1:])
@@ -69,7 +104,7 @@ def _reduce_scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
     shape[dim] //= axis.size
     out = x.new_empty(shape)
     if not x.is_meta:
-        with axis.waiting("reduce_scatter"):
+        with _together("reduce_scatter", axis, x):
             _REDUCE_SCATTER(out.view(-1), parts.view(-1), group=axis.group)
     return out
 
@@ -83,7 +118,7 @@ def _swapped(x: Tensor, axis: Axis, split_dim: int, join_dim: int) -> Tensor:
     parts = torch.stack(x.chunk(axis.size, dim=split_dim))
     out = torch.empty_like(parts)
     if not x.is_meta:
-        with axis.waiting("all_to_all"):
+        with _together("all_to_all", axis, x):
             dist.all_to_all_single(out.view(-1), parts.view(-1), group=axis.group)
     return torch.cat(out.unbind(0), dim=join_dim)
 
@@ -91,7 +126,8 @@ def _swapped(x: Tensor, axis: Axis, split_dim: int, join_dim: int) -> Tensor:
 def _rows_swapped(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
     out = x.new_empty(sum(receive), *x.shape[1:])
     if not x.is_meta:
-        dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=axis.group)
+        with _together("all_to_all_rows", axis):
+            dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=axis.group)
     return out
 
 
@@ -99,55 +135,57 @@ class _Linear(torch.autograd.Function):
     """A linear map with its adjoint as the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, apply: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.adjoint = adjoint
+    def forward(
+        ctx: Any, x: Tensor, axis: Axis, apply: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.adjoint = adjoint if axis.roll_call is None else axis.roll_call.backward_of_here(adjoint)
         return apply(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.adjoint(grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.adjoint(grad), None, None, None
 
 
 def copy(x: Tensor, axis: Axis) -> Tensor:
     """Hand the same tensor to every rank's own computation. Backward sums the gradients over the axis."""
     if axis.size == 1:
         return x
-    return _Linear.apply(x, lambda t: t.view_as(t), lambda g: _reduced(g, axis))
+    return _Linear.apply(x, axis, lambda t: t.view_as(t), lambda g: _reduced(g, axis))
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Sum over the axis; every rank gets the sum. Backward passes the gradient through."""
     if axis.size == 1:
         return x
-    return _Linear.apply(x, lambda t: _reduced(t, axis), lambda g: g)
+    return _Linear.apply(x, axis, lambda t: _reduced(t, axis), lambda g: g)
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """Concatenate the ranks' parts along `dim`. Backward sums the gradients and leaves each rank its part."""
     if axis.size == 1:
         return x
-    return _Linear.apply(x, lambda t: _gathered(t, axis, dim), lambda g: _reduce_scattered(g, axis, dim))
+    return _Linear.apply(x, axis, lambda t: _gathered(t, axis, dim), lambda g: _reduce_scattered(g, axis, dim))
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """Sum over the axis and leave each rank its part along `dim`. Backward concatenates the gradients."""
     if axis.size == 1:
         return x
-    return _Linear.apply(x, lambda t: _reduce_scattered(t, axis, dim), lambda g: _gathered(g, axis, dim))
+    return _Linear.apply(x, axis, lambda t: _reduce_scattered(t, axis, dim), lambda g: _gathered(g, axis, dim))
 
 
 def scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """Take this rank's part, along `dim`, of a tensor that is the same everywhere. Backward concatenates."""
     if axis.size == 1:
         return x
-    return _Linear.apply(x, lambda t: _part(t, axis, dim), lambda g: _gathered(g, axis, dim))
+    return _Linear.apply(x, axis, lambda t: _part(t, axis, dim), lambda g: _gathered(g, axis, dim))
 
 
 def gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """Concatenate parts for ranks that then all compute the same. Backward takes this rank's part of the gradient."""
     if axis.size == 1:
         return x
-    return _Linear.apply(x, lambda t: _gathered(t, axis, dim), lambda g: _part(g, axis, dim))
+    return _Linear.apply(x, axis, lambda t: _gathered(t, axis, dim), lambda g: _part(g, axis, dim))
 
 
 def all_to_all(x: Tensor, axis: Axis, split_dim: int, join_dim: int) -> Tensor:
@@ -155,7 +193,7 @@ def all_to_all(x: Tensor, axis: Axis, split_dim: int, join_dim: int) -> Tensor:
     if axis.size == 1:
         return x
     return _Linear.apply(
-        x, lambda t: _swapped(t, axis, split_dim, join_dim), lambda g: _swapped(g, axis, join_dim, split_dim)
+        x, axis, lambda t: _swapped(t, axis, split_dim, join_dim), lambda g: _swapped(g, axis, join_dim, split_dim)
     )
 
 
@@ -172,7 +210,7 @@ def all_to_all_rows(x: Tensor, send: Sequence[int], receive: Sequence[int], axis
     if axis.size == 1:
         return x
     return _Linear.apply(
-        x, lambda t: _rows_swapped(t, send, receive, axis), lambda g: _rows_swapped(g, receive, send, axis)
+        x, axis, lambda t: _rows_swapped(t, send, receive, axis), lambda g: _rows_swapped(g, receive, send, axis)
     )
 
 
@@ -192,13 +230,15 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
 def reduce_buffer(buffer: Tensor, axis: Axis) -> None:
     """Sum a gradient buffer over the axis in place: the one collective that writes to its argument, to save a copy."""
     if axis.size > 1:
-        with axis.waiting("all_reduce"):
+        with _together("all_reduce", axis, buffer):
             dist.all_reduce(buffer, group=axis.group)
 
 
 def start_all_reduce(buffer: Tensor, axis: Axis) -> Work | None:
     """Start to sum a buffer over the axis in place; None where there is nothing to wait for."""
-    return None if axis.size == 1 else dist.all_reduce(buffer, group=axis.group, async_op=True)
+    if axis.size == 1:
+        return None
+    return _started("all_reduce", axis, buffer, lambda: dist.all_reduce(buffer, group=axis.group, async_op=True))
 
 
 def start_reduce_scatter(buffer: Tensor, part: Tensor, axis: Axis) -> Work | None:
@@ -206,8 +246,9 @@ def start_reduce_scatter(buffer: Tensor, part: Tensor, axis: Axis) -> Work | Non
     if axis.size == 1:
         part.copy_(buffer)
         return None
-    work: Work = _REDUCE_SCATTER(part, buffer, group=axis.group, async_op=True)
-    return work
+    return _started(
+        "reduce_scatter", axis, buffer, lambda: _REDUCE_SCATTER(part, buffer, group=axis.group, async_op=True)
+    )
 
 
 def start_all_gather(buffer: Tensor, part: Tensor, axis: Axis) -> Work | None:
@@ -215,8 +256,7 @@ def start_all_gather(buffer: Tensor, part: Tensor, axis: Axis) -> Work | None:
     if axis.size == 1:
         buffer.copy_(part)
         return None
-    work: Work = _ALL_GATHER(buffer, part, group=axis.group, async_op=True)
-    return work
+    return _started("all_gather", axis, part, lambda: _ALL_GATHER(buffer, part, group=axis.group, async_op=True))
 
 
 def exchange(parts: Sequence[Tensor], sizes: Sequence[int], axis: Axis) -> list[Tensor]:
@@ -231,7 +271,7 @@ def exchange(parts: Sequence[Tensor], sizes: Sequence[int], axis: Axis) -> list[
         return list(parts)
     out = parts[0].new_empty(sum(sizes))
     sent = torch.cat(list(parts))
-    with axis.waiting("all_to_all"):
+    with _together("exchange", axis):
         dist.all_to_all_single(out, sent, list(sizes), [p.numel() for p in parts], group=axis.group)
     return list(out.split(list(sizes)))
 
@@ -241,7 +281,7 @@ def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:
     if axis.size == 1:
         return x
     out = x.detach().clone(memory_format=torch.contiguous_format)
-    with axis.waiting("broadcast"):
+    with _together("broadcast", axis, x):
         dist.broadcast(out, src=axis.ranks[source], group=axis.group)
     return out
 
@@ -249,7 +289,7 @@ def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:
-        with axis.waiting("barrier"):
+        with _together("barrier", axis):
             dist.barrier(group=axis.group)
 
 
@@ -284,16 +324,21 @@ def gather_problems(problems: Sequence[Problem], axis: Axis, device: torch.devic
 
 def isend(x: Tensor, axis: Axis, peer: int, tag: int) -> Work:
     """Start sending a contiguous tensor to the rank at coordinate `peer`. It must not change before `wait`."""
-    work = dist.isend(x, dst=axis.ranks[peer], group=axis.group, tag=tag)
-    assert work is not None
-    return work
+    return _transferred(dist.isend, x, axis, peer, tag)
 
 
 def irecv(buffer: Tensor, axis: Axis, peer: int, tag: int) -> Work:
     """Start receiving into a contiguous buffer from the rank at coordinate `peer`; it is filled after `wait`."""
-    work = dist.irecv(buffer, src=axis.ranks[peer], group=axis.group, tag=tag)
+    return _transferred(dist.irecv, buffer, axis, peer, tag)
+
+
+def _transferred(start: Callable[..., Work | None], x: Tensor, axis: Axis, peer: int, tag: int) -> Work:
+    compare = None
+    if axis.roll_call is not None:
+        compare = axis.roll_call.announce_transfer(axis, peer, start is dist.isend, tag, x)
+    work = start(x, axis.ranks[peer], group=axis.group, tag=tag)
     assert work is not None
-    return work
+    return work if compare is None else _Compared(work, compare)
 
 
 def pass_on(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
@@ -301,6 +346,7 @@ def pass_on(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
     buffer, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
     if x.is_meta:
         return lambda: buffer
+    compare = None if axis.roll_call is None else axis.roll_call.announce(axis, "pass_on", x)
     following, previous = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
     works = dist.batch_isend_irecv(
         [
@@ -310,6 +356,8 @@ def pass_on(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
     )
 
     def wait() -> Tensor:
+        if compare is not None:
+            compare()
         with axis.waiting("pass_on"):
             for work in works:
                 work.wait()

@@ -24,12 +24,14 @@ model in opposite directions.
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from megascratch.config import ParallelConfig
+from megascratch.config import Config, ParallelConfig
 from megascratch.dist.clock import StepClock
+from megascratch.dist.roll_call import RollCall, join_roll_call
 from megascratch.errors import LayoutError, Problem
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest
@@ -116,6 +118,7 @@ class Axis:
         ranks: global ranks along it, in order.
         group: process group, or None when size is 1: then every collective is the identity.
         clock: of this rank, which counts the time of collectives.
+        roll_call: of this rank, which compares where ranks are before a collective; None outside of debug mode.
     """
 
     name: str
@@ -124,6 +127,7 @@ class Axis:
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
     clock: StepClock | None = field(default=None, compare=False, repr=False)
+    roll_call: RollCall | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -172,6 +176,10 @@ class Mesh:
     def coords(self) -> dict[str, int]:
         return self.spec.coords(self.rank)
 
+    @property
+    def roll_call(self) -> RollCall | None:
+        return self.world.roll_call
+
     @classmethod
     def serial(cls, device: torch.device | None = None) -> "Mesh":
         """Return the mesh of one rank, without any process group: the serial model is the parallel model."""
@@ -197,8 +205,20 @@ class Mesh:
         return cls(spec, rank, device, **axes, ends=Axis("ends"), mirror=Axis("mirror"), clock=StepClock(device))
 
     @classmethod
-    def create(cls, spec: MeshSpec, device: torch.device) -> "Mesh":
+    def of(cls, config: Config, device: torch.device) -> "Mesh":
+        """Make the mesh that a resolved recipe describes; see `create`."""
+        debug = config.train.debug_collectives and dist.is_initialized()
+        roll_call = join_roll_call(config.train.timeout_s) if debug else None
+        return cls.create(MeshSpec.of(config.parallel), device, roll_call)
+
+    @classmethod
+    def create(cls, spec: MeshSpec, device: torch.device, roll_call: RollCall | None = None) -> "Mesh":
         """Make the process groups of every axis. Every rank of the default group must call this, at the same point.
+
+        Args:
+            spec: sizes of the axes.
+            device: of this rank.
+            roll_call: to compare where ranks are before each collective; on every rank, or on none.
 
         Raises: LayoutError: if the world has another size than the mesh.
         """
@@ -215,9 +235,10 @@ class Mesh:
             )
 
         clock = StepClock(device)
+        own_axis = partial(_own_axis, rank=rank, clock=clock, roll_call=roll_call)
 
         def make(name: str, axes: tuple[str, ...]) -> Axis:
-            return _own_axis(name, list(spec.groups(axes)), rank, clock)
+            return own_axis(name, list(spec.groups(axes)))
 
         single = {axis: make(axis, (axis,)) for axis in AXES}
         ends = [tuple(dict.fromkeys((group[0], group[-1]))) for group in spec.groups(("pp",))]
@@ -233,8 +254,8 @@ class Mesh:
             shard, replicas = data, Axis("replicas", ranks=(rank,))
         else:
             groups = list(spec.groups(("dp", "cp")))
-            shard = _own_axis("shard", [g[i : i + n] for g in groups for i in range(0, len(g), n)], rank, clock)
-            replicas = _own_axis("replicas", [g[i::n] for g in groups for i in range(n)], rank, clock)
+            shard = own_axis("shard", [g[i : i + n] for g in groups for i in range(0, len(g), n)])
+            replicas = own_axis("replicas", [g[i::n] for g in groups for i in range(n)])
         return cls(
             spec,
             rank,
@@ -244,8 +265,8 @@ class Mesh:
             shard=shard,
             replicas=replicas,
             stage=make("stage", ("dp", "cp", "tp")),
-            ends=_own_axis("ends", ends, rank, clock),
-            mirror=_own_axis("mirror", mirror, rank, clock),
+            ends=own_axis("ends", ends),
+            mirror=own_axis("mirror", mirror),
             ep=make("ep", ("ep",)),
             expert_data=make("expert_data", ("edp", "cp")),
             world=make("world", AXES),
@@ -253,7 +274,9 @@ class Mesh:
         )
 
 
-def _own_axis(name: str, groups: list[tuple[int, ...]], rank: int, clock: StepClock) -> Axis:
+def _own_axis(
+    name: str, groups: list[tuple[int, ...]], rank: int, clock: StepClock, roll_call: RollCall | None
+) -> Axis:
     """Create the process group of every group in `groups`, and return the one that holds this rank.
 
     Creating a group is collective over the whole world, so every rank walks through all of them in the same order.
@@ -265,5 +288,5 @@ def _own_axis(name: str, groups: list[tuple[int, ...]], rank: int, clock: StepCl
         group = dist.new_group(list(ranks))
         if rank in ranks:
             assert group is not None
-            own = Axis(name, len(ranks), ranks.index(rank), ranks, group, clock)
+            own = Axis(name, len(ranks), ranks.index(rank), ranks, group, clock, roll_call)
     return own

@@ -162,6 +162,8 @@ class Engine:
         """
         for stage in self.stages.values():
             stage.train()
+        if self.mesh.roll_call is not None:
+            self.mesh.roll_call.step = self.step + 1
         with self.mesh.clock.region("optimizer"):
             self.optimizer.zero_grads()
         # Sums over a global batch overflow 16 bits where means would not; the exact weight is known only at the end.

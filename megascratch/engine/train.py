@@ -9,7 +9,7 @@ from megascratch.config import Config
 from megascratch.dist import comm
 from megascratch.dist.agreement import code_digest, require_agreement
 from megascratch.dist.launch import Environment, keep_freed_memory, process_group, share_cores
-from megascratch.dist.mesh import Mesh, MeshSpec
+from megascratch.dist.mesh import Mesh
 from megascratch.engine.checkpoints import Checkpoints, resume
 from megascratch.engine.engine import Engine
 from megascratch.engine.metrics import RunDirectory
@@ -36,7 +36,7 @@ def train(config: Config, environment: Environment | None, method: Method) -> in
     keep_freed_memory()
     world = process_group(environment, config.train.timeout_s) if environment.world_size > 1 else nullcontext()
     with world:
-        return train_on(config, Mesh.create(MeshSpec.of(config.parallel), environment.device), method)
+        return train_on(config, Mesh.of(config, environment.device), method)
 
 
 def train_on(config: Config, mesh: Mesh, method: Method) -> int:
