@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megascratch.config import Config, config_from_dict
-from megascratch.dist.mesh import Mesh
+from megascratch.dist.mesh import Mesh, MeshSpec
 from megascratch.engine.memory import GIB, MemoryModel
 from megascratch.engine.recompute import describe, recompute_plans
 from megascratch.errors import LayoutError
