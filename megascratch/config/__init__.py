@@ -2,6 +2,7 @@
 
 from megascratch.config.load import config_from_dict, load_config, resolve, to_toml
 from megascratch.config.presets import PRESETS
+from megascratch.config.rollouts import GrpoConfig, PpoConfig, RolloutConfig, ScoreConfig
 from megascratch.config.schema import (
     CheckpointConfig,
     Config,
@@ -24,6 +25,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "GrpoConfig",
     "LogConfig",
     "MLAConfig",
     "MoEConfig",
@@ -31,7 +33,10 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "ParamGroup",
+    "PpoConfig",
+    "RolloutConfig",
     "RopeScaling",
+    "ScoreConfig",
     "TrainConfig",
     "config_from_dict",
     "load_config",

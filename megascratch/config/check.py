@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from megascratch.config.check_layers import data_parallel, experts, latent_attention
+from megascratch.config.check_rollouts import rollouts
 from megascratch.config.schema import Config
 from megascratch.config.words import divisors, multiples_near
 from megascratch.errors import Problem
@@ -354,4 +355,5 @@ RULES: tuple[Rule, ...] = (
     _cuda_graph,
     _steps,
     _local_copies,
+    rollouts,
 )

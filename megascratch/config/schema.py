@@ -9,12 +9,10 @@ Units are in the names: `_steps`, `_tokens`, `_bytes`, `_s`. `None` means "follo
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+from megascratch.config.rollouts import GrpoConfig, PpoConfig, RolloutConfig
+from megascratch.config.section import Count, Fraction, Positive, Section, Whole
 
 ScheduleName = Literal[
     "gpipe",
@@ -30,13 +28,6 @@ ScheduleName = Literal[
 ]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp_act", "mla_up_proj"]
 DType = Literal["fp64", "fp32", "bf16", "fp16", "fp8"]  # fp8: bf16 whose linear layers multiply in 8 bits
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and unknown keys are refused."""
-
-    # A shell writes data.split=100 where TOML would quote it.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class RopeScaling(Section):
@@ -297,3 +288,6 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
+    rollout: RolloutConfig | None = None  # of ppo and grpo
+    ppo: PpoConfig = PpoConfig()
+    grpo: GrpoConfig = GrpoConfig()

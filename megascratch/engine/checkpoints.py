@@ -18,12 +18,20 @@ from typing import Any
 
 from rich.console import Console
 
-from megascratch.checkpoint import Saving, Staging, complete_steps, find, place, prune, read_state, step_of
+from megascratch.checkpoint import Saving, Staging, complete_steps, find, load, place, prune, read_state, step_of
 from megascratch.config import Config
 from megascratch.dist import comm
 from megascratch.engine.engine import Engine
 from megascratch.engine.local_copies import LocalCopies
-from megascratch.engine.state import engine_shards, engine_state, load_engine, optimizer_shards
+from megascratch.engine.state import (
+    companion_name,
+    companion_shards,
+    engine_shards,
+    engine_state,
+    load_engine,
+    optimizer_shards,
+    restore_counters,
+)
 from megascratch.errors import CheckpointError, DamagedCheckpoint, Problem
 
 
@@ -43,18 +51,26 @@ class Checkpoints:
         console: rank-aware.
         run_id: names the run, so that no other's local copies are taken for its own.
         resumable_every: steps between the points where a run can be resumed; saving waits for one.
+        companions: further engines by name, which a checkpoint holds too. Local copies do not, so there are none.
 
     Attributes:
         saved_step: of the last checkpoint that was published or begun by this process, or None.
     """
 
-    def __init__(self, engine: Engine, console: Console, run_id: str = "", resumable_every: int = 1) -> None:
-        self.resumable_every = resumable_every
+    def __init__(
+        self,
+        engine: Engine,
+        console: Console,
+        run_id: str = "",
+        resumable_every: int = 1,
+        companions: Mapping[str, Engine] | None = None,
+    ) -> None:
+        self.resumable_every, self.companions = resumable_every, companions or {}
         self.engine, self.console, self.saved_step = engine, console, None
         self.config = engine.config.checkpoint
         assert self.config.dir is not None
         self.root = place(self.config.dir)
-        self.local = LocalCopies.of(engine, run_id)
+        self.local = None if self.companions else LocalCopies.of(engine, run_id)
         self._staging = Staging() if self.config.asynchronous else None
         self._pending: Saving | None = None
         self._cleaner: threading.Thread | None = None
@@ -98,6 +114,9 @@ class Checkpoints:
             self._wait_for_pending(ending)
         shards = [*engine_shards(self.engine), *optimizer_shards(self.engine)]
         state = engine_state(self.engine, consumed_samples) | dict(extra)
+        for name, engine in self.companions.items():
+            shards += companion_shards(name, engine)
+            state[companion_name(name)] = engine_state(engine, consumed_samples) | {"step": engine.step}
         mesh, staging = self.engine.mesh, None if ending else self._staging
         self._last_s = time.monotonic()
         saving = Saving(self.root, self.engine.step, shards, state, mesh.world, mesh.device, staging)
@@ -159,7 +178,7 @@ def resume(engine: Engine, config: Config, console: Console, run_id: str = "") -
         path = place(config.checkpoint.load)
         consumed_samples = load_engine(engine, path)
         console.print(f"resumed from {path} after step {engine.step}")
-        return _weights_alone(read_state(path)) | {"consumed_samples": consumed_samples}
+        return _weights_alone(read_state(path)) | {"consumed_samples": consumed_samples, "path": str(path)}
     assert config.checkpoint.dir is not None
     root = place(config.checkpoint.dir)
     candidates = _candidates(root)
@@ -171,11 +190,24 @@ def resume(engine: Engine, config: Config, console: Console, run_id: str = "") -
         error = _agreed_error(engine, path)
         if error is None:
             console.print(f"resumed from {path} after step {engine.step}")
-            return read_state(path)
+            return read_state(path) | {"path": str(path)}
         if i + 1 == len(candidates):
             raise error
         console.print(f"{error}\ngoing back to {candidates[i + 1][1]}")
     return None
+
+
+def resume_companions(companions: Mapping[str, Engine], state: Mapping[str, Any]) -> None:
+    """Load further engines from the checkpoint that the run goes on from.
+
+    Args:
+        companions: by name.
+        state: from `resume`. One without them, as of the checkpoint that the run began with, leaves them as they are.
+    """
+    for name, engine in companions.items():
+        if (saved := state.get(companion_name(name))) is not None:
+            load(find(place(state["path"])), companion_shards(name, engine))
+            restore_counters(engine, saved)
 
 
 def _candidates(root: Path) -> list[tuple[int, Path]]:

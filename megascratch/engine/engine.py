@@ -7,6 +7,7 @@ A micro-batch's loss is a sum. It is differentiated as it is (times a constant t
 and everything is divided once by the weight of the whole global batch: no layout can weigh a token differently.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -127,7 +128,6 @@ class Engine:
         self.loss_scale = LossScale.of(config.optim, train.dtype)
         self.step = 0  # training steps done, skipped ones included
         self.router_notes = RouterNotes(config.model, mesh, placement.sequence_parallel)
-        self.boundary = Boundary(self._boundary_shape(), placement.dtype, mesh.device)
         self.schedule = cache(partial(configured_schedule, parallel))  # by number of micro-batches
 
     def parameters(self) -> list[nn.Parameter]:
@@ -156,10 +156,14 @@ class Engine:
         """Run one step: forward and backward of this rank's micro-batches, then the update.
 
         Args:
-            microbatches: of this data-parallel rank.
+            microbatches: of this data-parallel rank, all of one length; none makes a step that learns nothing.
             objective: to minimise.
             on_event: called before and after every action of the pipeline; see `pipeline.run`.
         """
+        lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
+        if not microbatches:
+            self.step += 1
+            return StepReport(math.nan, {}, 0.0, lr, self.loss_scale.value, skipped=False)
         for stage in self.stages.values():
             stage.train()
         if self.mesh.roll_call is not None:
@@ -171,7 +175,6 @@ class Engine:
         scale = self.loss_scale.value
         totals = self._run(microbatches, objective, scale / nominal, on_event)
         routers = self.router_notes.reports(totals.weight)
-        lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
         with self.mesh.clock.region("optimizer"):
             result = self.optimizer.step(lr, grad_scale=nominal / (scale * totals.weight))
         self.loss_scale.update(overflow=result.skipped)
@@ -261,7 +264,7 @@ class Engine:
             schedule,
             functions,
             self.mesh.pp,
-            self.boundary,
+            self._boundary(moved[0].microbatch),
             backward=backward,
             weight_gradients=self.weight_gradients,
             on_event=partial(self._on_event, on_event),
@@ -342,7 +345,9 @@ class Engine:
             return microbatch
         return microbatch.part(token_index(microbatch.tokens.shape[1], self.mesh.cp, self.mesh.device))
 
-    def _boundary_shape(self) -> tuple[int, ...]:
-        parallel = self.config.parallel
-        s = self.config.data.seq_length // parallel.cp // (parallel.tp if parallel.sequence_parallel else 1)
-        return (s, self.config.train.micro_batch, self.config.model.hidden)
+    def _boundary(self, microbatch: Microbatch) -> Boundary:
+        """Return what passes between stages for this rank's tokens of a micro-batch; of one shape in a step."""
+        placement = next(iter(self.stages.values())).placement
+        b, s = microbatch.tokens.shape
+        s //= placement.tp.size if placement.sequence_parallel else 1
+        return Boundary((s, b, self.config.model.hidden), placement.dtype, self.mesh.device)

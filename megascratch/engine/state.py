@@ -5,6 +5,7 @@ A checkpoint knows logical tensors only, so this is where a rank says which part
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ def engine_state(engine: Engine, consumed_samples: int) -> dict[str, Any]:
         "rng": {"seed": engine.config.train.seed},
         "config": engine.config.model_dump(mode="json"),
     }
+
+
+def companion_name(name: str) -> str:
+    """Return what a further engine's tensors and state are called by in the checkpoint of the first one."""
+    return f"companions/{name}"
+
+
+def companion_shards(name: str, engine: Engine) -> list[Shard]:
+    """Return this rank's parts of a further engine: weights and optimizer state."""
+    shards = [*engine_shards(engine), *optimizer_shards(engine)]
+    return [replace(shard, name=f"{companion_name(name)}/{shard.name}") for shard in shards]
 
 
 def restore_counters(engine: Engine, state: Mapping[str, Any]) -> int:

@@ -10,14 +10,14 @@ A source of batches is asked for a step's batch when the step before it is done,
 generates its batches, or scores them with another model, does so then: the engine holds the weights of that moment.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
 from megascratch.dist.mesh import Mesh
-from megascratch.engine.engine import Engine
+from megascratch.engine.engine import Engine, StepReport
 from megascratch.engine.objective import Objective
 from megascratch.engine.totals import Totals
 
@@ -26,7 +26,7 @@ class Source(Protocol):
     """This data-parallel rank's micro-batches, a function of how many samples the run has consumed."""
 
     def steps(self, consumed_samples: int, n_steps: int, prefetch: int = 2) -> Iterator[list[Microbatch]]:
-        """Yield the micro-batches of steps.
+        """Yield the micro-batches of steps; none where a step is to learn nothing.
 
         Args:
             consumed_samples: in all steps before.
@@ -68,12 +68,20 @@ class Task:
         validation: None without.
         resumable_every: steps between the points where a run can be resumed, because a batch serves several steps;
             saving, and ending on a signal, wait for one.
+        observe: is told what a step did, and returns what else there is to log of it.
+        companions: further engines in training (a critic), by name, which are saved beside this one.
+        state: what else the next step depends on, as JSON, at the time of saving.
+        restore: is given the saved state of the run; empty for a new one.
     """
 
     objective: Objective
     train: Source
     validation: Validation | None = None
     resumable_every: int = 1
+    observe: Callable[[StepReport], Mapping[str, Any]] = lambda report: {}
+    companions: Mapping[str, Engine] = field(default_factory=dict)
+    state: Callable[[], dict[str, Any]] = dict
+    restore: Callable[[Mapping[str, Any]], None] = lambda state: None
 
 
 Begin = Callable[[Engine], Task]

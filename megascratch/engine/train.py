@@ -10,7 +10,7 @@ from megascratch.dist import comm
 from megascratch.dist.agreement import code_digest, require_agreement
 from megascratch.dist.launch import Environment, keep_freed_memory, process_group, share_cores
 from megascratch.dist.mesh import Mesh
-from megascratch.engine.checkpoints import Checkpoints, resume
+from megascratch.engine.checkpoints import Checkpoints, resume, resume_companions
 from megascratch.engine.engine import Engine
 from megascratch.engine.metrics import RunDirectory
 from megascratch.engine.state import require_equal_replicas
@@ -51,5 +51,7 @@ def train_on(config: Config, mesh: Mesh, method: Method) -> int:
     state = resume(engine, config, console, run_id) or {}
     require_equal_replicas(engine)
     task = begin(engine)
-    checkpoints = Checkpoints(engine, console, run_id, task.resumable_every)
+    resume_companions(task.companions, state)
+    task.restore(state)
+    checkpoints = Checkpoints(engine, console, run_id, task.resumable_every, task.companions)
     return Trainer(engine, task, run, console, checkpoints, int(state.get("consumed_samples", 0))).run()

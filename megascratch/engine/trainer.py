@@ -96,7 +96,7 @@ class Trainer:
                     describe_step(values, self.console)
                 advance(1)
                 ending = stopped or self.engine.step == last
-                self.checkpoints.after_step(vote, self.consumed_samples, {}, ending=ending)
+                self.checkpoints.after_step(vote, self.consumed_samples, self.task.state(), ending=ending)
                 if stopped:
                     break
         self.run_directory.close()
@@ -126,7 +126,7 @@ class Trainer:
                 f"the gradient was not finite in {self._skipped_in_a_row} steps in a row, up to step"
                 f" {self.engine.step}: lower optim.lr, or resume from an earlier checkpoint"
             )
-        return self._values(report, cost)
+        return {**self._values(report, cost), **self.task.observe(report)}
 
     def _traced(self, step: int) -> AbstractContextManager[None]:
         """Trace a step that `log.profile` names, on one rank of each pipeline stage."""

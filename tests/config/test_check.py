@@ -10,6 +10,7 @@ from megascratch.errors import ConfigError
 TINY = "model.preset=tiny"
 MLA = "model.mla={kv_lora_rank=8,qk_head_dim=8,qk_pos_emb_head_dim=4,v_head_dim=8} model.n_kv_heads=8"
 MOE = "model.moe={num_experts=8,ffn_hidden=16}"
+ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
 
 
 @pytest.mark.parametrize(
@@ -278,6 +279,22 @@ MOE = "model.moe={num_experts=8,ffn_hidden=16}"
             r"local_every = 5 +needs checkpoint\.local_dir, on the node +for example /dev/shm/",
         ),
         ("_local_copies", "checkpoint.local_dir=/x", None, r"local_dir = /x +needs checkpoint\.local_every +set it"),
+        ("rollouts", f"{ROLLOUT} train.global_batch=5", None, r"prompts × samples = 8 +must divide by .* = 5: a step"),
+        ("rollouts", f"{ROLLOUT} rollout.epochs=3", None, r"steps = 1000 +must divide by 3, the steps of a rollout"),
+        ("rollouts", f"{ROLLOUT} rollout.max_tokens=2000", None, r"max_tokens = 2000 +must leave room for a prompt"),
+        ("rollouts", "rollout.prompts=8", None, r"rollout\.scores +names no reward +for example"),
+        (
+            "rollouts",
+            "rollout.prompts=8 rollout.scores=[{kind='regex'}]",
+            None,
+            r"scores\[0\]\.kind = regex +needs rollout\.scores\[0\]\.pattern +set pattern",
+        ),
+        (
+            "rollouts",
+            "rollout.prompts=8 rollout.scores=[{kind='number',function='a:b'}]",
+            None,
+            r"scores\[0\]\.function +goes with kind = function, not number",
+        ),
     ],
 )
 def test_broken_rule(rule: str, overrides: str, world_size: int | None, message: str) -> None:
