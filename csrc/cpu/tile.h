@@ -51,14 +51,27 @@ struct Operand<BFloat16Pair> {
 template <typename A>
 constexpr int tile_columns_of = 2 * lanes_of<A>;
 
+// Ask for a column of cache lines, one of each of a tile's rows, which are `row` elements apart.
+template <typename T>
+MEGASCRATCH_DEVICE void prefetch_lines(const T* at, int64_t row) {
+  for (int i = 0; i < tile_rows; ++i) __builtin_prefetch(at + i * row);
+}
+template <typename T>
+constexpr int line_elements = 64 / sizeof(T);
+
 // out = a b, or out + a b: `tile_rows` rows of a, of which `a_row` leads from row to row and `a_step` from step to step.
+//
+// Where the operands of a layer come from memory, they are waited for: so what the tile adds to is asked for before it
+// is summed, and where rows of a are read as they lie, those of the next tile beside this one's.
 template <bool add, typename A>
 void multiply_tile(
     const A* a, int64_t a_row, int64_t a_step, const A* packed, int64_t steps, A* out, int64_t out_row) {
   using Vector = VectorOf<A>;
   constexpr int lanes = lanes_of<A>;
+  for (int j = 0; j < 2 * lanes; j += line_elements<A>) prefetch_lines(out + j, out_row);
   Vector sums[tile_rows][2] = {};
   for (int64_t i = 0; i < steps; ++i, packed += 2 * lanes, a += a_step) {
+    if (a_step == 1 && i % line_elements<A> == 0) prefetch_lines(a + tile_rows * a_row, a_row);
     const Vector first = load_vector(packed), second = load_vector(packed + lanes);
 #pragma GCC unroll 12
     for (int row = 0; row < tile_rows; ++row) {
@@ -82,8 +95,10 @@ __attribute__((target("avx512bf16"))) void multiply_tile(
     const BFloat16Pair* a, int64_t a_row, int64_t a_step, const BFloat16Pair* packed, int64_t steps, float* out,
     int64_t out_row) {
   constexpr int lanes = 16;
+  for (int j = 0; j < 2 * lanes; j += line_elements<float>) prefetch_lines(out + j, out_row);
   __m512 sums[tile_rows][2] = {};
   for (int64_t i = 0; i < steps; ++i, packed += 2 * lanes, a += a_step) {
+    if (a_step == 1 && i % line_elements<BFloat16Pair> == 0) prefetch_lines(a + tile_rows * a_row, a_row);
     const __m512bh first = (__m512bh)_mm512_loadu_si512(packed);
     const __m512bh second = (__m512bh)_mm512_loadu_si512(packed + lanes);
 #pragma GCC unroll 12
