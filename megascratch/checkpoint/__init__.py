@@ -7,8 +7,8 @@ from megascratch.checkpoint.inspect import Description, describe, verify
 from megascratch.checkpoint.load import Reader, find, load, read_state
 from megascratch.checkpoint.places import place
 from megascratch.checkpoint.retention import complete_steps, prune, step_of
-from megascratch.checkpoint.save import Saving, save
-from megascratch.checkpoint.staging import Staging
+from megascratch.checkpoint.save import Saving, save, shared_pieces
+from megascratch.checkpoint.staging import Staging, aligned
 from megascratch.checkpoint.weights import weight_shards
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Saving",
     "Shard",
     "Staging",
+    "aligned",
     "complete_steps",
     "convert",
     "describe",
@@ -28,6 +29,7 @@ __all__ = [
     "prune",
     "read_state",
     "save",
+    "shared_pieces",
     "step_of",
     "to_hf",
     "verify",

@@ -94,14 +94,29 @@ class SourceFile:
             os.close(self._descriptor)
 
 
-def create(path: Path) -> BinaryIO:
-    """Open a new file for writing; `flush` it before it is closed."""
-    return path.open("xb") if is_local(path) else path.open("wb")
+def create(path: Path, *, over: bool = False) -> BinaryIO:
+    """Open a new file for writing; `flush` it before it is closed.
+
+    Args:
+        path: must not exist, but behind a URL.
+        over: take a file that is there for its space: on a RAM disk, taking pages anew costs more than filling them.
+    """
+    if not is_local(path):
+        return path.open("wb")
+    return path.open("r+b" if over and path.exists() else "xb")
+
+
+def start_flush(file: BinaryIO, path: Path, offset: int, n_bytes: int) -> None:
+    """Have bytes that were written begin their way to the disk, so that `flush` finds little left to wait for."""
+    if is_local(path):
+        # Linux starts to write dirty pages out when it is told that they are not needed in memory.
+        os.posix_fadvise(file.fileno(), offset, n_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def flush(file: BinaryIO, path: Path) -> None:
-    """Have all that was written reach the disk."""
+    """End the file here, and have all that was written reach the disk."""
     if is_local(path):
+        file.truncate()
         file.flush()
         os.fsync(file.fileno())
 

@@ -16,12 +16,23 @@ def complete_steps(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, path.name))
 
 
-def prune(root: Path, keep: int, saved: Path, *, keep_every: int = 0) -> None:
+def aside(path: Path) -> Path:
+    """Return where a checkpoint goes while one of the same step takes its place."""
+    return path.with_name(path.name + ".old")
+
+
+def spare(root: Path) -> Path:
+    """Return where the files of a deleted checkpoint lie whose space the next one is to take."""
+    return root / "spare.tmp"
+
+
+def prune(root: Path, keep: int, saved: Path, *, keep_every: int = 0, recycle: bool = False) -> None:
     """Delete all but the `keep` newest checkpoints and every `keep_every`-th, and never the one just saved.
 
     Newest is last written, not highest step: after a run was set back, the abandoned higher steps go first. What cannot
-    be deleted is tried again after the next save.
+    be deleted is tried again after the next save. `recycle` leaves one for its space, where nobody else reads.
     """
+    remove_tree(aside(saved))
     complete = [path for path in complete_steps(root) if path != saved]
     older = complete[: max(0, len(complete) - (keep - 1))] if keep > 0 else []
     surplus = [path for path in older if keep_every == 0 or step_of(path) % keep_every]
@@ -31,6 +42,9 @@ def prune(root: Path, keep: int, saved: Path, *, keep_every: int = 0) -> None:
                 doomed = path.with_name(path.name + ".tmp")  # from here on it does not look complete
                 remove_tree(doomed)
                 path = path.rename(doomed)
+                if recycle and not spare(root).exists():
+                    path.rename(spare(root))
+                    continue
             else:
                 (path / MANIFEST).unlink()
             remove_tree(path)

@@ -52,9 +52,10 @@ from megascratch.checkpoint.places import (
     is_local,
     remove_tree,
     replace_text,
+    start_flush,
     write_flushed,
 )
-from megascratch.checkpoint.retention import prune
+from megascratch.checkpoint.retention import aside, prune, spare
 from megascratch.checkpoint.staging import Staging
 from megascratch.dist.comm import gather_bytes
 from megascratch.dist.layout import Box, Extent, lengths
@@ -87,6 +88,7 @@ def save(
     world: Axis,
     keep: int = 0,
     device: torch.device | None = None,
+    recycle: bool = False,
 ) -> Path:
     """Write a checkpoint `root/step_<step>`. Every rank of `world` calls this at the same point.
 
@@ -98,21 +100,23 @@ def save(
         world: all ranks.
         keep: how many of the newest complete checkpoints stay; 0 keeps all. The one just saved always stays.
         device: where the backend wants the tensors that it gathers; CPU when left out.
+        recycle: write over the files of a checkpoint that `keep` no longer wants. On a RAM disk that is twice as fast
+            as taking new pages; whoever still reads the old one reads nonsense.
 
     Returns: the directory.
 
     Raises: CheckpointError: on every rank, if any of them could not write; what was there before is untouched.
     """
-    saving = Saving(root, step, shards, state, world, device)
+    saving = Saving(root, step, shards, state, world, device, recycle=recycle)
     saving.write()
-    return saving.publish(clean=partial(prune, root, keep))
+    return saving.publish(clean=partial(prune, root, keep, recycle=recycle))
 
 
 class Saving:
     """A checkpoint on its way. Every rank begins and publishes it at the same point; in between each writes by itself.
 
     Args:
-        root, step, shards, state, world, device: as for `save`.
+        root, step, shards, state, world, device, recycle: as for `save`.
         staging: takes a copy of the shards, so that they may change before they are written.
 
     Raises: CheckpointError: on every rank, if the directory cannot be made.
@@ -127,7 +131,10 @@ class Saving:
         world: Axis,
         device: torch.device | None = None,
         staging: Staging | None = None,
+        *,
+        recycle: bool = False,
     ) -> None:
+        self._recycle = recycle
         self.root, self.step, self.world, self._device = root, step, world, device
         self._state = json.dumps({**state, "step": step}, indent=1, allow_nan=False).encode()
         self._final = root / f"step_{step:08d}"
@@ -158,7 +165,9 @@ class Saving:
     def write(self) -> None:
         """Write this rank's pieces; what goes wrong is told by `publish`."""
         file = self._folder / f"rank_{self.world.rank:05d}.safetensors"
-        self._written = self._attempt(lambda: write_pieces(file, self._pieces).model_dump(mode="json"))
+        self._written = self._attempt(
+            lambda: write_pieces(file, self._pieces, over=self._recycle).model_dump(mode="json")
+        )
         self._pieces = []
 
     def publish(self, clean: Callable[[Path], None]) -> Path:
@@ -196,19 +205,26 @@ class Saving:
             names = (self._final.name + (f".{n}" if n else "") for n in range(10_000))
             folder = next(self.root / name for name in names if not (self.root / name / MANIFEST).exists())
         remove_tree(folder)  # of a save that was killed
-        folder.mkdir(parents=True)
+        if self._recycle and spare(self.root).exists():
+            spare(self.root).rename(folder)
+            for name in (MANIFEST, STATE):
+                (folder / name).unlink(missing_ok=True)
+        else:
+            folder.mkdir(parents=True)
         return folder.name
 
     def _publish(self, tables: Sequence[str], clean: Callable[[Path], None]) -> str:
         parsed = map(Table.model_validate_json, tables)
         manifest = Manifest.build(self.step, parsed, CHUNK_BYTES, self._state, self._final)
+        for file in self._folder.iterdir() if self._recycle else ():
+            if file.name not in manifest.files:  # of a layout with more ranks
+                file.unlink()
         write_contents(self._folder, manifest, self._state)
         final = self._folder
         if is_local(self.root):
             final = self._final
             _swap_in(self._folder, final)
         replace_text(self.root / LATEST, f"{final.name}\n")
-        remove_tree(_aside(final))
         clean(final)
         return final.name
 
@@ -272,13 +288,20 @@ def _with_value(piece: NewPiece, value: Callable[[], Tensor]) -> NewPiece:
     return NewPiece(piece.name, piece.shape, piece.dtype, piece.box, value)
 
 
-def write_pieces(path: Path, pieces: Iterable[NewPiece], advance: Callable[[float], None] = lambda _: None) -> Table:
+def write_pieces(
+    path: Path,
+    pieces: Iterable[NewPiece],
+    advance: Callable[[float], None] = lambda _: None,
+    *,
+    over: bool = False,
+) -> Table:
     """Write pieces into a new safetensors file, one at a time, and flush it to the disk.
 
     Args:
-        path: must not exist.
+        path: must not exist, but where it is written over.
         pieces: in any order; wide elements are written first, so that each is aligned as readers expect.
         advance: is told the number of elements of each piece that was written.
+        over: take the space of a file that is there.
 
     Returns: the file and its pieces. With no pieces no file is written.
     """
@@ -296,7 +319,7 @@ def write_pieces(path: Path, pieces: Iterable[NewPiece], advance: Callable[[floa
     text += b" " * (-len(text) % 8)  # so that the data begin on a multiple of 8 bytes
     text = len(text).to_bytes(8, "little") + text
     tensors: dict[str, TensorRecord] = {}
-    with create(path) as file:
+    with create(path, over=over) as file:
         file.write(text)
         start = 0
         for piece in pieces:
@@ -306,6 +329,7 @@ def write_pieces(path: Path, pieces: Iterable[NewPiece], advance: Callable[[floa
                 chunk = data[begin : begin + CHUNK_BYTES]
                 sums.append(digest(chunk))
                 file.write(chunk)
+                start_flush(file, path, len(text) + start + begin, len(chunk))
             box = tuple((s.start, s.stop) for s in piece.box)
             stored = Piece(box=box, file=path.name, offset=len(text) + start, bytes=len(data), xxh3=tuple(sums))
             others = tensors[piece.name].pieces if piece.name in tensors else ()
@@ -357,14 +381,10 @@ def new_directory(path: Path) -> Iterator[Path]:
         remove_tree(folder)
 
 
-def _aside(final: Path) -> Path:
-    return final.with_name(final.name + ".old")
-
-
 def _swap_in(unfinished: Path, final: Path) -> None:
     """Put a finished directory in its place. `find` falls back on the one set aside, should we be killed between."""
     if final.exists():
-        remove_tree(_aside(final))
-        final.rename(_aside(final))
+        remove_tree(aside(final))
+        final.rename(aside(final))
     unfinished.rename(final)
     flush_directory(final.parent)

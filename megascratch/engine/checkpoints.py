@@ -18,7 +18,20 @@ from typing import Any
 
 from rich.console import Console
 
-from megascratch.checkpoint import Saving, Staging, complete_steps, find, load, place, prune, read_state, step_of
+from megascratch.checkpoint import (
+    Saving,
+    Shard,
+    Staging,
+    aligned,
+    complete_steps,
+    find,
+    load,
+    place,
+    prune,
+    read_state,
+    shared_pieces,
+    step_of,
+)
 from megascratch.config import Config
 from megascratch.dist import comm
 from megascratch.engine.engine import Engine
@@ -71,7 +84,10 @@ class Checkpoints:
         assert self.config.dir is not None
         self.root = place(self.config.dir)
         self.local = None if self.companions else LocalCopies.of(engine, run_id)
-        self._staging = Staging() if self.config.asynchronous else None
+        self._staging = None
+        if self.config.asynchronous:
+            n_bytes = sum(aligned(piece.bytes) for piece in shared_pieces(self._shards()))
+            self._staging = Staging(n_bytes, pinned=engine.mesh.device.type == "cuda")
         self._pending: Saving | None = None
         self._cleaner: threading.Thread | None = None
         self._last_s = time.monotonic()  # a clock that nobody sets
@@ -112,20 +128,24 @@ class Checkpoints:
     def _save(self, consumed_samples: int, extra: Mapping[str, Any], ending: bool) -> None:
         if self._pending is not None:
             self._wait_for_pending(ending)
-        shards = [*engine_shards(self.engine), *optimizer_shards(self.engine)]
         state = engine_state(self.engine, consumed_samples) | dict(extra)
         for name, engine in self.companions.items():
-            shards += companion_shards(name, engine)
             state[companion_name(name)] = engine_state(engine, consumed_samples) | {"step": engine.step}
         mesh, staging = self.engine.mesh, None if ending else self._staging
         self._last_s = time.monotonic()
-        saving = Saving(self.root, self.engine.step, shards, state, mesh.world, mesh.device, staging)
+        saving = Saving(self.root, self.engine.step, self._shards(), state, mesh.world, mesh.device, staging)
         self._pending = saving
         if staging is not None:
             saving.start()
         else:
             saving.write()
             self._publish()
+
+    def _shards(self) -> list[Shard]:
+        shards = [*engine_shards(self.engine), *optimizer_shards(self.engine)]
+        for name, engine in self.companions.items():
+            shards += companion_shards(name, engine)
+        return shards
 
     def _wait_for_pending(self, ending: bool) -> None:
         """Wait for the checkpoint before this one, and publish it.

@@ -49,7 +49,8 @@ class LocalCopies:
     def save(self, state: Mapping[str, Any], console: Console) -> None:
         """Copy this rank's state. A copy that fails is told, and training goes on: it only saves time."""
         try:
-            save(self.folder, self.engine.step, self._shards(), {**state, "layout": self._layout()}, _ALONE, keep=2)
+            state = {**state, "layout": self._layout()}
+            save(self.folder, self.engine.step, self._shards(), state, _ALONE, keep=2, recycle=True)
         except CheckpointError as error:
             console.print(f"after step {self.engine.step}: no local copy: {error}")
 

@@ -48,7 +48,7 @@ def test_a_rank_that_cannot_write_fails_on_every_rank(tmp_path: Path) -> None:
     blocker = tmp_path / "step_00000002.tmp" / "rank_00002.safetensors"
     if mesh.rank == 2:
 
-        def full(path: Path, pieces: object) -> None:
+        def full(path: Path, *_: object, **__: object) -> None:
             raise OSError(28, "No space left on device", str(path))
 
         monkeypatch = pytest.MonkeyPatch()  # this process ends with the test

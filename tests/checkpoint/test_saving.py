@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_a_copy_is_written_while_the_original_changes(tmp_path: Path) -> None:
     saving = Saving(tmp_path, 1, [one(value)], {"consumed_samples": 8}, WORLD, staging=staging)
     value.zero_()
     saving.start()
-    saving.publish(clean=lambda path: None)
+    saving.publish(clean=partial(prune, tmp_path, 0))
     assert torch.equal(loaded(tmp_path, value), torch.arange(1000.0))
     assert staging.bytes <= 1.1 * 4000
     Saving(tmp_path, 2, [one(value)], {}, WORLD, staging=staging).write()
@@ -70,9 +71,9 @@ def test_nothing_is_published_before_it_is_written(tmp_path: Path, monkeypatch: 
     save(tmp_path, 1, [one(torch.ones(4))], {}, WORLD)
     go_on, original = threading.Event(), save_module.write_pieces
 
-    def slow(*arguments: object) -> object:
+    def slow(*arguments: object, **options: object) -> object:
         go_on.wait()
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(save_module, "write_pieces", slow)
     saving = Saving(tmp_path, 2, [one(torch.zeros(4))], {}, WORLD, staging=Staging())
@@ -81,7 +82,7 @@ def test_nothing_is_published_before_it_is_written(tmp_path: Path, monkeypatch: 
     assert saving.is_writing
     assert find(tmp_path).name == "step_00000001"
     go_on.set()
-    assert saving.publish(clean=lambda path: None).name == "step_00000002"
+    assert saving.publish(clean=partial(prune, tmp_path, 0)).name == "step_00000002"
     assert not saving.is_writing
 
 
@@ -90,14 +91,14 @@ def test_a_save_that_failed_in_the_background_is_told_when_it_is_published(
 ) -> None:
     save(tmp_path, 1, [one(torch.ones(4))], {}, WORLD)
 
-    def full(path: Path, pieces: object) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(save_module, "write_pieces", full)
     saving = Saving(tmp_path, 2, [one(torch.zeros(4))], {}, WORLD, staging=Staging())
     saving.start()
     with pytest.raises(CheckpointError, match=r"rank 0: .*rank_00000\.safetensors +cannot be written: No space left"):
-        saving.publish(clean=lambda path: None)
+        saving.publish(clean=partial(prune, tmp_path, 0))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
 
 
@@ -160,3 +161,17 @@ def test_damage_behind_a_url_is_named(bucket: Path) -> None:
 def test_a_url_of_an_unknown_scheme() -> None:
     with pytest.raises(ConfigError, match=r"nowhere://x +is not a URL that can be opened"):
         place("nowhere://x")
+
+
+def test_a_recycled_file_holds_nothing_of_the_old_checkpoint(tmp_path: Path) -> None:
+    """Steps 10 and 20, then 30 in the space of 10: shorter, and without a file of a rank that is gone."""
+    for step in (10, 20):
+        save(tmp_path, step, [one(torch.randn(500))], {}, WORLD, keep=1, recycle=True)
+    spare = tmp_path / "spare.tmp"
+    (spare / "rank_00001.safetensors").write_bytes(b"of another layout")
+    inode = (spare / "rank_00000.safetensors").stat().st_ino
+    path = save(tmp_path, 30, [one(torch.arange(100.0))], {}, WORLD, keep=1, recycle=True)
+    assert (path / "rank_00000.safetensors").stat().st_ino == inode
+    assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "rank_00000.safetensors", "state.json"]
+    assert torch.equal(loaded(tmp_path, torch.zeros(100)), torch.arange(100.0))
+    assert len((path / "rank_00000.safetensors").read_bytes()) < 600

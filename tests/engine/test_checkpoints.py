@@ -67,11 +67,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     original = save_module.write_pieces
     config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 4})})
 
-    def slow(path: Path, *rest: Any) -> Any:
+    def slow(path: Path, *rest: Any, **options: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
             while len(records(config)) < 5:
                 time.sleep(0.002)
-        return original(path, *rest)
+        return original(path, *rest, **options)
 
     monkeypatch.setattr(save_module, "write_pieces", slow)
     assert pretrain(config, None) == 0
@@ -83,9 +83,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def fail_in_background(monkeypatch: pytest.MonkeyPatch) -> None:
     original = save_module.write_pieces
 
-    def write(path: Path, *rest: Any) -> Any:
+    def write(path: Path, *rest: Any, **options: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
-            return original(path, *rest)
+            return original(path, *rest, **options)
         raise OSError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr(save_module, "write_pieces", write)
@@ -161,7 +161,7 @@ def local_config(corpus: Path, folder: Path, **train: Any) -> Config:
     return run_config(corpus, folder, checkpoint=checkpoint, **sections)
 
 
-def test_local_copies_are_newer_and_exact(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_local_copies_are_newer_and_exact(corpus: Path, tmp_path: Path) -> None:
     """Killed after step 3: its checkpoint is step 2, its local copies are step 3. Two ranks, ZeRO-1, bf16 masters."""
     with RankPool() as pool:
         reference = local_config(corpus, tmp_path / "reference")
@@ -184,7 +184,6 @@ def test_local_copies_are_newer_and_exact(corpus: Path, tmp_path: Path, capfd: p
             assert records(killed)[before]["step"] == start + 1, name
             shutil.rmtree(saved / "step_00000004")
         assert losses(killed) == {step: loss for step, loss in losses(reference).items() if step <= 4}
-    assert "resumed from the local copies after step 3" in capfd.readouterr().err
     shutil.rmtree(tmp_path / "ram")
 
 
