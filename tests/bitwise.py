@@ -16,25 +16,39 @@ class Group:
         reason: why the order of summation is the same.
         layouts: what is said of each in the documentation → its `[parallel]` keys.
         model: key of `layouts.MODELS`.
+        global_batch: samples in a step.
     """
 
     reason: str
     layouts: dict[str, dict[str, Any]]
     model: str = "llama"
+    global_batch: int = 8
+
+
+def _in_tree(**parallel: Any) -> dict[str, Any]:
+    return {"deterministic_dp": True, **parallel}
 
 
 GROUPS = (
     Group(
-        "a stage adds its gradients in the order of the micro-batches, whenever it computes them; that of a weight is"
-        " the same product whether it is computed with the input's or put off; recomputing repeats the same operations",
+        "a stage adds its gradients in the order of the micro-batches, whenever it computes them and on whichever rank;"
+        " that of a weight is the same product whether it is computed with the input's or put off; recomputing repeats"
+        " the same operations; losses, and squares of the parameters' gradients, are summed exactly",
         {
+            "one rank": {},
             **{name: {"pp": 2, "schedule": name} for name in ("1f1b", "gpipe", "zb-h1", "zb-h2")},
+            "1f1b on 4 ranks": {"pp": 4},
+            **{
+                name: {"pp": 2, "vp": 2, "schedule": name}
+                for name in ("interleaved", "zb-v", "v-half", "v-min", "dualpipe-v")
+            },
             **{
                 f"{schedule} recompute {what}": {"pp": 2, "schedule": schedule, "recompute": what}
                 for schedule in ("1f1b", "zb-h1")
                 for what in choices("recompute")
                 if what != "none"
             },
+            "zb-v recompute full": {"pp": 2, "vp": 2, "schedule": "zb-v", "recompute": "full"},
             "zb-h1 with offloaded activations": {"pp": 2, "schedule": "zb-h1", "offload_activations": True},
             "1f1b, every module computed again": {
                 "pp": 2,
@@ -45,11 +59,20 @@ GROUPS = (
         "dropout",
     ),
     Group(
-        "the same with the two stages of a V on each rank; dualpipe-v starts backwards earlier, in the same order",
+        "with `deterministic_dp`, consecutive micro-batches are added in one tree, whose lower levels lie within ranks"
+        " and whose upper ones between them",
         {
-            **{name: {"pp": 2, "vp": 2, "schedule": name} for name in ("zb-v", "v-half", "v-min", "dualpipe-v")},
-            "zb-v recompute full": {"pp": 2, "vp": 2, "schedule": "zb-v", "recompute": "full"},
+            **{f"deterministic dp = {dp}": _in_tree(dp=dp) for dp in (1, 2, 4, 8)},
+            "the same dp = 2 under 1f1b": _in_tree(dp=2, pp=2),
+            "dp = 2 under interleaved": _in_tree(dp=2, pp=2, vp=2),
+            "dp = 4 under gpipe": _in_tree(dp=4, pp=2, schedule="gpipe"),
         },
-        "dropout",
+        "moe",
+        global_batch=24,
+    ),
+    Group(
+        "the same under tp and cp, whose own sums dp does not change",
+        {f"deterministic dp = {dp}, tp = 2, cp = 2": _in_tree(tp=2, cp=2, dp=dp) for dp in (1, 2)},
+        "qwen",
     ),
 )

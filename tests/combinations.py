@@ -22,6 +22,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "cp ulysses": {"cp": 2, "cp_algorithm": "ulysses"},
     "cp all_gather": {"cp": 2, "cp_algorithm": "all_gather"},
     "dp": {"dp": 2},
+    "deterministic dp": {"dp": 2, "deterministic_dp": True},
     "ep": {"ep": 2},
     **{f"zero {stage}": {"zero": stage} for stage in choices("zero") if stage},
     "zero within 2 ranks": {"zero_ranks": 2},
@@ -148,8 +149,9 @@ losses, gradient norms and weights agree bit for bit, and `tests/engine/test_sch
 |---|---|
 {bits}
 
-Not bitwise, and why: tp and cp cut a product or a softmax into parts and add them; dp and ZeRO add the ranks' sums of
-micro-batches; dualpipe adds the sums of two copies of the model; a tied embedding gets gradients from its two uses, and
+Every rank has as many threads: a product may be divided over them. Not bitwise, and why: tp and cp cut a product or a
+softmax into parts and add them; dp and ZeRO add the ranks' sums of micro-batches, unless `deterministic_dp` gives them
+an order; dualpipe adds the sums of two copies of the model; a tied embedding gets gradients from its two uses, and
 under pp the schedule decides in which order; another micro-batch size lets one product add what were two. These agree
 to 1e-9.
 """

@@ -205,9 +205,7 @@ class RandomSamples:
 
 def make_batches(config: Config, mesh: Mesh) -> Batches:
     """Return this rank's batches of `RandomSamples`."""
-    train = config.train
-    samples = RandomSamples(config.data.reset_position_ids)
-    return Batches(samples, train.global_batch, train.micro_batch, mesh.dp.rank, mesh.dp.size)
+    return Batches.of(config, RandomSamples(config.data.reset_position_ids), mesh.dp)
 
 
 @dataclass
@@ -238,7 +236,7 @@ def train_steps(engine: Engine, n_steps: int, consumed_samples: int = 0) -> Trai
         microbatches: list[Microbatch] = batches.at(consumed_samples)
         reports.append(engine.train_step(microbatches, next_token))
         sample_ids.append([int(i) for m in microbatches for i in m.sample_ids])
-        consumed_samples += engine.config.train.global_batch
+        consumed_samples += engine.config.train.batch_at(consumed_samples)
     return Trained(reports, sample_ids, local_weights(engine))
 
 

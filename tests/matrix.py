@@ -55,14 +55,23 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Switches that are off but in the layouts drawn for them: with each value of each factor.
+OPT_IN: dict[str, Any] = {"deterministic_dp": True}
+
+
 def combinations_of(values: Values) -> set[Combination]:
     """Return the pairs and triples of values that a layout tries together."""
-    given = [(name, value) for name, value in values.items() if value is not None]
+    given = [(name, values[name]) for name in (*OPT_IN, *FACTORS) if values.get(name) is not None]
     triples = {
         ((axis, values[axis]), ("schedule", values["schedule"]), ("zero", values["zero"]))
         for axis in ("tp", "cp", "dp")
     }
     return {*itertools.combinations(given, 2), *triples}
+
+
+def _switched() -> list[Combination]:
+    """Return the pairs of a switch that is on and a factor's value."""
+    return [(item, (name, value)) for item in OPT_IN.items() for name in FACTORS for value in FACTORS[name]]
 
 
 def _wanted() -> list[Combination]:
@@ -86,7 +95,7 @@ def matrix() -> tuple[tuple[Layout, ...], frozenset[Combination]]:
     covered: set[Combination] = set()
     impossible: set[Combination] = set()
     layouts: list[Layout] = []
-    for combination in wanted:
+    for combination in [*wanted, *_switched()]:
         if combination in covered:
             continue
         drawn = list(itertools.islice(_draw(dict(combination), source), _DRAWS))
@@ -102,8 +111,11 @@ def matrix() -> tuple[tuple[Layout, ...], frozenset[Combination]]:
 def _draw(fixed: Values, source: random.Random) -> Iterator[Values]:
     """Yield random layouts that have the fixed values, and that the rules allow."""
     for _ in range(_TRIALS):
-        values = {name: fixed.get(name, source.choice(choices)) for name, choices in FACTORS.items()}
+        values = {name: source.choice(choices) for name, choices in FACTORS.items()} | fixed
         # Guesses that the rules will like; they decide.
+        if values.get("deterministic_dp"):
+            values |= {"zero": 0, "ep": 1} | fixed
+            values["schedule"] = fixed.get("schedule", "1f1b" if values["vp"] == 1 else "interleaved")
         if "ep" not in fixed and not values["model"].startswith("moe"):
             values["ep"] = 1
         if values["ep"] > 1 and "model" not in fixed:
@@ -148,6 +160,7 @@ def _layout(values: Values) -> Layout:
     said += [f"by{parallel['zero_ranks']}"] if "zero_ranks" in parallel else []
     said += [] if parallel.get("sequence_parallel", True) else ["no-sp"]
     said += [f"recompute-{parallel['recompute']}"] if parallel["recompute"] != "none" else []
+    said += [name for name in OPT_IN if parallel.get(name)]
     said += ["offload"] if parallel["offload_activations"] else []
     said += [str(parallel[key]) for key in ("cp_algorithm", "layers_per_stage") if key in parallel]
     said += [f"mb{micro_batch}", *(["packed"] if packed else []), model, *([optim] if optim != "adamw" else [])]

@@ -9,6 +9,7 @@ from megascratch.cli.recipe import RecipeArguments, split_arguments
 from megascratch.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
+    from megascratch.config import Config
     from megascratch.pipeline import Costs, Schedule
     from megascratch.plan import Chart
 
@@ -77,10 +78,21 @@ def _print_recipe(arguments: list[str]) -> None:
     print(f"{planned.parameters:,} parameters, {planned.active / 1e9:.4g} billion of them for each token")
     causal, palm = planned.flops.causal / 1e9, planned.flops.palm / 1e9
     print(f"{causal:.4g} GFLOP a token in training ({palm:.4g} in PaLM's convention)")
+    print(_run_length(config))
     print(f"memory of pipeline ranks, GiB    {' '.join(f'{name:>11}' for name in (*_MEMORY, 'total'))}")
     for rank, memory in enumerate(planned.memory):
         values = [*(getattr(memory, name) for name in _MEMORY), memory.total]
         print(f"  rank {rank:<25} {' '.join(f'{value / GIB:>11.2f}' for value in values)}")
+
+
+def _run_length(config: "Config") -> str:
+    """Say how much a run reads, and how its batch grows."""
+    train = config.train
+    n_samples = train.samples_of(train.steps)
+    said = f"{train.steps:,} steps read {n_samples:,} samples, {n_samples * config.data.seq_length:,} tokens"
+    if train.rampup_batch_size is None:
+        return f"{said}: batches of {train.global_batch:,}"
+    return f"{said}: batches of {train.rampup_batch_size[0]:,} that grow to {train.global_batch:,}"
 
 
 def _find_schedule(name: str, pp: int, vp: int | None, microbatches: int, costs: "Costs") -> "Schedule":

@@ -7,7 +7,8 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
-from megascratch.config.check_layers import data_parallel, experts, latent_attention
+from megascratch.config.check_batch import batch, data_parallel, deterministic_dp
+from megascratch.config.check_layers import experts, latent_attention
 from megascratch.config.check_rollouts import rollouts
 from megascratch.config.schema import Config
 from megascratch.config.words import divisors, multiples_near
@@ -178,8 +179,7 @@ def _zero(config: Config, world_size: int | None) -> Iterator[Problem]:
     parallel, n = config.parallel, config.parallel.zero_ranks
     if n is None:
         return
-    others = parallel.tp * parallel.pp
-    data = parallel.cp * parallel.dp if parallel.dp is not None else max(1, (world_size or others) // others)
+    data = parallel.cp * data_parallel(config, world_size)
     if data % n:
         yield Problem(
             f"parallel.zero_ranks = {n}", f"must divide dp × cp = {data}", f"use {divisors(data)}, or leave it out"
@@ -208,32 +208,6 @@ def _world(config: Config, world_size: int | None) -> Iterator[Problem]:
             f"must be tp {parallel.tp} × pp {parallel.pp} × cp {parallel.cp} × dp {parallel.dp}"
             f" = {others * parallel.dp}",
             f"start {others * parallel.dp} ranks, or leave parallel.dp out",
-        )
-
-
-def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
-    parallel, train = config.parallel, config.train
-    dp = data_parallel(config, world_size)
-    step = train.micro_batch * dp
-    if train.global_batch % step:
-        yield Problem(
-            f"train.global_batch = {train.global_batch}",
-            f"must divide by micro_batch {train.micro_batch} × dp {dp}",
-            f"use {multiples_near(train.global_batch, step)}",
-        )
-        return
-    microbatches, least = train.global_batch // step, 2 * parallel.pp
-    if parallel.schedule in ("dualpipe", "dualpipe-v") and microbatches < least:
-        yield Problem(
-            f"train.global_batch = {train.global_batch}",
-            f"gives {microbatches} microbatches, and {parallel.schedule} needs {least}: twice pp",
-            f"use {step * least} or more, or zb-v",
-        )
-    elif parallel.schedule == "dualpipe" and microbatches % 2:
-        yield Problem(
-            f"train.global_batch = {train.global_batch}",
-            f"gives {microbatches} microbatches, half of which go each way in dualpipe",
-            f"use {multiples_near(train.global_batch, 2 * step)}",
         )
 
 
@@ -304,8 +278,7 @@ def _cuda_graph(config: Config, world_size: int | None) -> Iterator[Problem]:
     if not config.train.cuda_graph:
         return
     parallel, model = config.parallel, config.model
-    others = parallel.tp * parallel.pp * parallel.cp
-    dp = parallel.dp if parallel.dp is not None else max(1, (world_size or others) // others)
+    dp = data_parallel(config, world_size)
     for name, value, only in (("pp", parallel.pp, 1), ("cp", parallel.cp, 1), ("dp", dp, 1)):
         if value != only:
             yield Problem(f"parallel.{name} = {value}", "does not go with train.cuda_graph", "leave cuda_graph out")
@@ -348,7 +321,8 @@ RULES: tuple[Rule, ...] = (
     _context_parallel,
     _zero,
     _world,
-    _batch,
+    batch,
+    deterministic_dp,
     _lengths,
     _data,
     _fp8,

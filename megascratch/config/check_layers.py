@@ -2,16 +2,10 @@
 
 from collections.abc import Iterator
 
+from megascratch.config.check_batch import data_parallel
 from megascratch.config.schema import Config, ModelConfig
 from megascratch.config.words import divisors, multiples_near
 from megascratch.errors import Problem
-
-
-def data_parallel(config: Config, world_size: int | None) -> int:
-    """Return dp, also where it follows from the world."""
-    parallel = config.parallel
-    others = parallel.tp * parallel.pp * parallel.cp
-    return parallel.dp if parallel.dp is not None else max(1, (world_size or others) // others)
 
 
 def latent_attention(model: ModelConfig) -> Iterator[Problem]:

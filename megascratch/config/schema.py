@@ -158,6 +158,8 @@ class ParallelConfig(Section):
     sequence_parallel: bool | None = None  # on when tp > 1; without effect on tp = 1
     zero: Literal[0, 1, 2, 3] = 0  # what dp × cp divides: 1 optimizer state, 2 gradients too, 3 weights too
     zero_ranks: Count | None = None  # consecutive ranks that divide it, as those of a node (HSDP); all when left out
+    # Gradients of consecutive micro-batches are added in one tree: dp = 1, 2, 4, 8 … give the same bits.
+    deterministic_dp: bool = False
     # What is computed again in backward instead of kept. selective: the modules below; full: every layer; block: the
     # first recompute_layers of each stage; auto: as little as fits memory_budget_gib. Gradients are the same bits.
     recompute: Literal["none", "selective", "full", "block", "auto"] = "none"
@@ -187,6 +189,7 @@ class TrainConfig(Section):
     steps: Count = 1000
     stop_step: Count | None = None  # save and end after this step, to go on later; schedules still aim at `steps`
     global_batch: Count = 8
+    rampup_batch_size: tuple[Count, Count, Count] | None = None  # start, increment, samples: see `batch_at`
     micro_batch: Count = 1
     dtype: DType = "bf16"
     seed: Whole = 1234
@@ -194,6 +197,27 @@ class TrainConfig(Section):
     cuda_graph: bool = False  # replay forward and backward of the whole batch as one CUDA graph; GPUs only
     timeout_s: Count = 600  # a collective that waits longer ends the run
     debug_collectives: bool = False  # before each, its ranks compare where they are; slow, and names who is astray
+
+    def batch_at(self, consumed_samples: int) -> int:
+        """Return how many samples the step has that follows `consumed_samples`.
+
+        With a ramp-up the batch grows from `start` to `global_batch` by `increment` at a time, at equal distances over
+        the first `samples`. By hand, [2, 2, 12] to 6: 2 2 2 (6 samples seen) 4 4 (14 seen) 6 6 …
+        """
+        if self.rampup_batch_size is None:
+            return self.global_batch
+        start, increment, samples = self.rampup_batch_size
+        n_increments = (self.global_batch - start) // increment
+        return min(self.global_batch, start + increment * (consumed_samples * n_increments // samples))
+
+    def samples_of(self, n_steps: int) -> int:
+        """Return how many samples the first steps of a run have together."""
+        consumed = 0
+        for done in range(n_steps):
+            if self.batch_at(consumed) == self.global_batch:
+                return consumed + (n_steps - done) * self.global_batch
+            consumed += self.batch_at(consumed)
+        return consumed
 
 
 class ParamGroup(Section):

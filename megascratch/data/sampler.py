@@ -19,19 +19,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
 from megascratch.data.samples import SampleDataset
+from megascratch.dist.mesh import Axis
 from megascratch.errors import DataError, Problem
 
 
 def microbatch_ids(
-    consumed_samples: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
+    consumed_samples: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int, consecutive: bool = False
 ) -> list[range]:
     """Return the global sample ids of each microbatch of a rank in the step that follows `consumed_samples`.
 
-    Microbatch m of rank r takes the ids from consumed + (m * dp + r) * micro_batch on, as Megatron's sampler does.
+    Microbatch m of rank r takes the ids from consumed + (m * dp + r) * micro_batch on, as Megatron's sampler does. With
+    `consecutive`, a rank's microbatches follow each other, and ranks take turns once a step.
     """
     assert 0 <= dp_rank < dp_size and global_batch % (micro_batch * dp_size) == 0
+    if consecutive:
+        part = global_batch // dp_size
+        consumed_samples, global_batch, dp_rank, dp_size = consumed_samples + dp_rank * part, part, 0, 1
     starts = range(consumed_samples + dp_rank * micro_batch, consumed_samples + global_batch, micro_batch * dp_size)
     return [range(start, start + micro_batch) for start in starts]
 
@@ -59,6 +65,8 @@ class Batches:
         micro_batch: samples in a microbatch.
         dp_rank, dp_size: this rank's place on the data-parallel axis.
         collate: reads samples of this kind of dataset, by their numbers, into one microbatch.
+        batch_at: samples in the step that follows so many consumed ones; `global_batch` in all when left out.
+        consecutive: whether a rank's part of a step is one run of samples; see `microbatch_ids`.
     """
 
     def __init__(
@@ -69,12 +77,44 @@ class Batches:
         dp_rank: int,
         dp_size: int,
         collate: Callable[[Any, range], Microbatch] = collate,
+        batch_at: Callable[[int], int] | None = None,
+        consecutive: bool = False,
     ) -> None:
+        self.consecutive = consecutive
         self.dataset, self.collate = dataset, collate
-        self.global_batch = global_batch
+        self.batch_at = batch_at or (lambda consumed_samples: global_batch)
         self.micro_batch = micro_batch
         self.dp_rank = dp_rank
         self.dp_size = dp_size
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        dataset: Sized,
+        dp: Axis,
+        collate: Callable[[Any, range], Microbatch] = collate,
+        grows: bool = True,
+    ) -> "Batches":
+        """Return the batches of a recipe on this rank's data-parallel axis.
+
+        Args:
+            config: resolved.
+            dataset, collate: as above.
+            dp: data-parallel axis.
+            grows: whether `train.rampup_batch_size` counts: in training alone.
+        """
+        train = config.train
+        return cls(
+            dataset,
+            train.global_batch,
+            train.micro_batch,
+            dp.rank,
+            dp.size,
+            collate,
+            train.batch_at if grows else None,
+            config.parallel.deterministic_dp,
+        )
 
     def require(self, n_samples: int) -> None:
         """Check before training that the dataset lasts until `n_samples` are consumed.
@@ -91,13 +131,14 @@ class Batches:
 
         Raises: DataError: if the dataset ends before the step does, or a sample holds an id outside the vocabulary.
         """
-        self.require(consumed_samples + self.global_batch)
-        ids = microbatch_ids(consumed_samples, self.global_batch, self.micro_batch, self.dp_rank, self.dp_size)
+        batch = self.batch_at(consumed_samples)
+        self.require(consumed_samples + batch)
+        ids = microbatch_ids(consumed_samples, batch, self.micro_batch, self.dp_rank, self.dp_size, self.consecutive)
         return [self.collate(self.dataset, sample_ids) for sample_ids in ids]
 
     def steps(self, consumed_samples: int, n_steps: int, prefetch: int = 2) -> Iterator[list[Microbatch]]:
         """Yield the microbatches of `n_steps` steps; a thread reads `prefetch` steps ahead (0: no thread)."""
-        starts = range(consumed_samples, consumed_samples + n_steps * self.global_batch, self.global_batch)
+        starts = self._starts(consumed_samples, n_steps)
         if prefetch == 0:
             yield from map(self.at, starts)
             return
@@ -112,3 +153,9 @@ class Batches:
                 yield under_way.popleft().result()
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
+
+    def _starts(self, consumed_samples: int, n_steps: int) -> Iterator[int]:
+        """Yield how many samples are consumed before each of the steps."""
+        for _ in range(n_steps):
+            yield consumed_samples
+            consumed_samples += self.batch_at(consumed_samples)

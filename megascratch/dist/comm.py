@@ -343,22 +343,31 @@ def _transferred(start: Callable[..., Work | None], x: Tensor, axis: Axis, peer:
 
 def pass_on(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
     """Start handing a tensor to the next rank of the ring; the function returned waits for the previous rank's."""
+    return _exchanged(x, axis, (axis.rank + 1) % axis.size, axis.rank - 1)
+
+
+def swap(x: Tensor, axis: Axis, peer: int) -> Tensor:
+    """Hand a tensor to the rank at coordinate `peer`, and return the one that it hands over."""
+    return _exchanged(x, axis, peer, peer)()
+
+
+def _exchanged(x: Tensor, axis: Axis, to: int, source: int) -> Callable[[], Tensor]:
+    """Start handing a tensor to the rank at coordinate `to`; the function returned waits for that of `source`."""
     buffer, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
     if x.is_meta:
         return lambda: buffer
-    compare = None if axis.roll_call is None else axis.roll_call.announce(axis, "pass_on", x)
-    following, previous = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
+    compare = None if axis.roll_call is None else axis.roll_call.announce(axis, "exchange", x)
     works = dist.batch_isend_irecv(
         [
-            dist.P2POp(dist.isend, x, following, group=axis.group),
-            dist.P2POp(dist.irecv, buffer, previous, group=axis.group),
+            dist.P2POp(dist.isend, x, axis.ranks[to], group=axis.group),
+            dist.P2POp(dist.irecv, buffer, axis.ranks[source], group=axis.group),
         ]
     )
 
     def wait() -> Tensor:
         if compare is not None:
             compare()
-        with axis.waiting("pass_on"):
+        with axis.waiting("exchange"):
             for work in works:
                 work.wait()
         assert x.numel() == buffer.numel()  # x must live until it is sent

@@ -28,9 +28,8 @@ from megascratch.engine.objective import Objective, Outputs
 from megascratch.engine.recompute import recompute_plans
 from megascratch.engine.router_notes import RouterNotes, metrics_of, move_biases
 from megascratch.engine.stages import make_stages, units_of
-from megascratch.engine.totals import Totals, add_up, means_of, tell_pipeline
+from megascratch.engine.totals import Sums, Totals, add_up, means_of, tell_pipeline
 from megascratch.nn import (
-    DTYPES,
     Placement,
     SequenceInfo,
     Stage,
@@ -95,17 +94,7 @@ class Engine:
             require_fp8(mesh.device)
         self.graph = cuda_step_graph(mesh.device) if train.cuda_graph else None
         self.weight_gradients = WeightGradients()
-        placement = Placement(
-            mesh.tp,
-            bool(parallel.sequence_parallel),
-            DTYPES[train.dtype],
-            mesh.device,
-            mesh.cp,
-            parallel.cp_algorithm,
-            fp8=train.dtype == "fp8",
-            weight_gradients=self.weight_gradients,
-            ep=mesh.ep,
-        )
+        placement = Placement.of(config, mesh, self.weight_gradients)
         core = core_for(train.attention, mesh.device)
         plans = recompute_plans(config, mesh, placement, core)
         self.stages = make_stages(config, mesh, placement, configured_routes(parallel), core, plans)
@@ -117,7 +106,9 @@ class Engine:
             for param in stage.parameters():
                 if is_frozen(config.optim, spec_of(param).name):
                     param.requires_grad_(False)
-        self.optimizer = Optimizer(units_of(self.stages), mesh, config.optim, parallel.zero)
+        self.optimizer = Optimizer(
+            units_of(self.stages), mesh, config.optim, parallel.zero, in_tree=parallel.deterministic_dp
+        )
         overlap = self.optimizer.overlap
         self._told_of = {
             Kind.F: (overlap.start_forward, overlap.end_forward),
@@ -231,9 +222,9 @@ class Engine:
             moved = [microbatch.to(self.mesh.device) for microbatch in microbatches]
 
         def drive(moved: Sequence[Microbatch]) -> dict[str, Tensor]:
-            sums: dict[str, Tensor] = {}
+            sums: Sums = {}
             self._drive(moved, partial(self._add_up, objective, sums, grad_seed), grad_seed, on_event)
-            return sums
+            return {name: torch.stack(values) for name, values in sums.items()}
 
         # An observer has to see every action, so a step that has one is not replayed.
         if self.graph is None or grad_seed is None or on_event is not None:
@@ -321,7 +312,7 @@ class Engine:
     def _add_up(
         self,
         objective: Objective,
-        sums: dict[str, Tensor],
+        sums: Sums,
         grad_seed: float | None,
         outputs: Outputs,
         microbatch: Microbatch,

@@ -26,7 +26,7 @@ from megascratch.engine.stages import layers_per_stage, make_stages
 from megascratch.nn import NOTHING, Placement, Recompute, layer_range
 from megascratch.nn.layer_costs import META, LayerShape
 from megascratch.nn.loss import CHUNK_TOKENS
-from megascratch.optim import BUCKETS_UNDER_WAY
+from megascratch.optim import BUCKETS_UNDER_WAY, leaf_length
 from megascratch.pipeline import check, configured_routes, configured_schedule
 
 GIB = 1 << 30
@@ -92,6 +92,8 @@ class MemoryModel:
         self.layer_numel, self.rest_numel = max(layers, default=0), sum(self.numel.values()) - sum(layers)
         self.has_head = any(stage.is_last for stage in stages.values())
         n_microbatches = train.global_batch // (train.micro_batch * (parallel.dp or 1))
+        leaves = n_microbatches // leaf_length(n_microbatches)
+        self.n_sums = leaves.bit_length() if parallel.deterministic_dp else 1  # subtrees of a rank, held at once
         self.in_flight = check(configured_schedule(parallel, n_microbatches)).peak_in_flight[mesh.pp.rank]
 
     def with_plans(self, plans: Mapping[int, Recompute]) -> RankMemory:
@@ -108,7 +110,7 @@ class MemoryModel:
         masters = sum_ if value < sum_ else 0
         return RankMemory(
             weights=self._state_bytes(value, divided_from=3),
-            gradients=self._state_bytes(sum_, divided_from=2),
+            gradients=self._state_bytes(self.n_sums * sum_, divided_from=2),
             optimizer=self._state_bytes(masters + 2 * sum_, divided_from=1),
             activations=max(of_stages) * self.in_flight,
             passing=passing + (self._head_bytes() if self.has_head else 0) + self._travelling_bytes(),

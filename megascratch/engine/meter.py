@@ -23,20 +23,21 @@ class Meter:
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.mesh, self.n_devices = mesh, mesh.spec.world_size
-        self.step_tokens = config.train.global_batch * config.data.seq_length
+        self.seq_length = config.data.seq_length
         self.flops = token_flops(config.model, config.data.seq_length)
         self.peak = None if config.log.peak_tflops is None else config.log.peak_tflops * 1e12
         if self.peak is None and mesh.device.type == "cuda":
             self.peak = peak_flops(torch.cuda.get_device_name(mesh.device))
 
-    def values(self, step_s: float, phases: dict[str, float]) -> dict[str, float | None]:
+    def values(self, n_samples: int, step_s: float, phases: dict[str, float]) -> dict[str, float | None]:
         """Return what is logged of a step.
 
         Args:
+            n_samples: of the global batch.
             step_s: from asking for its data to the end of its update.
             phases: seconds of this rank, from `StepClock.read`.
         """
-        tokens_per_s = self.step_tokens / step_s
+        tokens_per_s = n_samples * self.seq_length / step_s
         causal, palm = (tokens_per_s * flops / self.n_devices for flops in (self.flops.causal, self.flops.palm))
         return {
             "tokens_per_s": tokens_per_s,

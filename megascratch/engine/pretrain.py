@@ -30,7 +30,7 @@ def pretraining(config: Config, mesh: Mesh) -> Begin:
     datasets = open_datasets(config, tokenizer)
     train, valid = (_batches(datasets, part, config, mesh) for part in ("train", "valid"))
     assert train is not None
-    train.require(config.train.steps * config.train.global_batch)
+    train.require(config.train.samples_of(config.train.steps))
     validation = None
     if valid is not None:
         objective: Objective = next_token
@@ -60,7 +60,7 @@ def open_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
         data.split,
         data.seq_length,
         train.seed,
-        (train.steps * train.global_batch, n_valid, 0),
+        (train.samples_of(train.steps), n_valid, 0),
         data.cache_dir,
         rules=EodRules(
             tokenizer.eod_id if tokenizer is not None else None, data.eod_mask_loss, data.reset_position_ids
@@ -107,5 +107,4 @@ def _batches(datasets: Datasets, part: str, config: Config, mesh: Mesh) -> Batch
     dataset = getattr(datasets, part)
     if dataset is None:
         return None
-    train = config.train
-    return Batches(dataset, train.global_batch, train.micro_batch, mesh.dp.rank, mesh.dp.size)
+    return Batches.of(config, dataset, mesh.dp, grows=part == "train")

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from megascratch.dist import comm
 from megascratch.dist.mesh import Mesh
+from megascratch.dist.sums import exact_sum
 from megascratch.engine.objective import Loss, Ratio
 
 # Names of sums that no metric has: a metric's weight is called _WEIGHT and its name.
@@ -47,26 +49,34 @@ class Totals:
         return cls(loss, weight, {name: value / weights[name] for name, value in metrics.items()}, weights)
 
 
-def add_up(sums: dict[str, Tensor], loss: Loss) -> None:
-    """Add a micro-batch's sums, in float64."""
+Sums = dict[str, list[Tensor]]
+"""By name, what each micro-batch has added, a float64 scalar; they are added up at the end, to the same bits always."""
+
+
+def add_up(sums: Sums, loss: Loss) -> None:
+    """Note a micro-batch's sums, in float64."""
     entries = {_LOSS: loss.total, _WEIGHT: loss.weight}
     for name, value in loss.metrics.items():
         ratio = value if isinstance(value, Ratio) else Ratio(value, loss.weight)
         entries |= {name: ratio.total, f"{_WEIGHT}{name}": ratio.weight}
     for name, value in entries.items():
-        sums[name] = sums.get(name, 0.0) + value.detach().double()
+        sums.setdefault(name, []).append(value.detach().double())
 
 
 def means_of(sums: Mapping[str, Tensor], mesh: Mesh) -> Totals:
-    """Add the sums up over data-parallel ranks, divide each by its weight, and tell every rank."""
+    """Add the sums up over micro-batches and data-parallel ranks, divide each by its weight, and tell every rank.
+
+    Args:
+        sums: by name, of each micro-batch that has one, [n].
+        mesh: this rank's place.
+    """
     names = list(sums)
     if mesh.pp.size > 1:
         everyone = comm.gather_bytes("\n".join(names).encode(), mesh.pp, mesh.device)
         names = max(everyone, key=len).decode().split("\n")  # empty where there is no last stage
-    zero = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    values = torch.stack([sums.get(name, zero) for name in names])
-    values = comm.sum_over(comm.sum_over(values, mesh.pp), mesh.data)
-    totals = dict(zip(names, values.tolist()))
+    nothing = torch.zeros(1, dtype=torch.float64, device=mesh.device)
+    values = pad_sequence([sums.get(name, nothing) for name in names], batch_first=True)
+    totals = dict(zip(names, exact_sum(values, mesh.pp, mesh.data).tolist()))
     loss, weight = totals.pop(_LOSS), totals.pop(_WEIGHT)
     weights = {name.removeprefix(_WEIGHT): value for name, value in totals.items() if name.startswith(_WEIGHT)}
     weights = {name: value for name, value in weights.items() if value != 0}

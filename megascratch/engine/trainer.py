@@ -4,7 +4,7 @@ for each step: train ─ (validate) ─ log ─ (save) ─ asked to stop? save a
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -108,6 +108,7 @@ class Trainer:
     def _step(self, batches: Iterator[list[Microbatch]]) -> dict[str, Any]:
         """Run one step on the next batch and return the values to log."""
         clock, step = self.mesh.clock, self.engine.step + 1
+        n_samples = self.config.train.batch_at(self.consumed_samples)
         clock.read()  # validation and saving since the last step are no part of this one
         start = time.perf_counter()
         recorder = Recorder(self.mesh.device) if step == self.config.log.pipeline_step else None
@@ -116,17 +117,17 @@ class Trainer:
                 microbatches = next(batches)
             report = self.engine.train_step(microbatches, self.task.objective, on_event=recorder)
             phases = clock.read()
-            cost = self.meter.values(time.perf_counter() - start, phases)
+            cost = self.meter.values(n_samples, time.perf_counter() - start, phases)
         if recorder is not None:
             self._keep_times(recorder, len(microbatches))
-        self.consumed_samples += self.config.train.global_batch
+        self.consumed_samples += n_samples
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if report.skipped else 0
         if self._skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
             raise DivergedError(
                 f"the gradient was not finite in {self._skipped_in_a_row} steps in a row, up to step"
                 f" {self.engine.step}: lower optim.lr, or resume from an earlier checkpoint"
             )
-        return {**self._values(report, cost), **self.task.observe(report)}
+        return {**self._values(report, {"global_batch": n_samples, **cost}), **self.task.observe(report)}
 
     def _traced(self, step: int) -> AbstractContextManager[None]:
         """Trace a step that `log.profile` names, on one rank of each pipeline stage."""
@@ -143,7 +144,7 @@ class Trainer:
             file.write_text(times_text(timeline, self.engine.schedule(n_microbatches, backward=True)), encoding="utf-8")
             self.console.print(f"wrote {file}: see it with megascratch plan --times {file} --out pipeline.svg")
 
-    def _values(self, report: StepReport, cost: dict[str, float | None]) -> dict[str, Any]:
+    def _values(self, report: StepReport, cost: Mapping[str, float | None]) -> dict[str, Any]:
         return {
             "step": self.engine.step,
             "tokens": self.consumed_samples * self.config.data.seq_length,

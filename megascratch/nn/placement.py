@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from megascratch.config import Config
 from megascratch.dist.layout import Init, Matrices, Split, parameter
-from megascratch.dist.mesh import Axis
+from megascratch.dist.mesh import Axis, Mesh
 from megascratch.nn.activations import Activations
 from megascratch.nn.weight_gradients import WeightGradients
 
@@ -46,6 +47,22 @@ class Placement:
     fp8: bool = False
     weight_gradients: WeightGradients | None = field(default=None, compare=False)
     activations: Activations = field(default_factory=Activations, compare=False)
+
+    @classmethod
+    def of(cls, config: Config, mesh: Mesh, weight_gradients: WeightGradients | None = None) -> "Placement":
+        """Return where a resolved recipe puts its layers, on a mesh that runs or a planned one."""
+        parallel, dtype = config.parallel, config.train.dtype
+        return cls(
+            mesh.tp,
+            bool(parallel.sequence_parallel),
+            DTYPES[dtype],
+            mesh.device,
+            mesh.cp,
+            parallel.cp_algorithm,
+            mesh.ep,
+            fp8=dtype == "fp8",
+            weight_gradients=weight_gradients,
+        )
 
     @property
     def token_axes(self) -> tuple[str, ...]:

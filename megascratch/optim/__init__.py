@@ -6,6 +6,7 @@ from megascratch.optim.loss_scale import LossScale
 from megascratch.optim.optimizer import Optimizer, StatePart, StepResult
 from megascratch.optim.overlap import BUCKETS_UNDER_WAY
 from megascratch.optim.schedule import learning_rate
+from megascratch.optim.tree import leaf_length
 
 __all__ = [
     "BUCKETS_UNDER_WAY",
@@ -15,6 +16,7 @@ __all__ = [
     "StepResult",
     "Unit",
     "is_frozen",
+    "leaf_length",
     "learning_rate",
     "require_names",
 ]

@@ -31,7 +31,9 @@ from megascratch import ops
 from megascratch.dist import comm
 from megascratch.dist.layout import ParamSpec, spec_of
 from megascratch.dist.mesh import Axis, Mesh
+from megascratch.dist.sums import tree_reduce_buffer
 from megascratch.optim.groups import Pace
+from megascratch.optim.tree import TreeSum
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,21 @@ class Bucket:
         mesh: this rank's place.
         zero: ZeRO stage.
         stages: numbers of the stages that use them.
+        in_tree: whether gradients are added in a fixed tree (`optim.tree`); without ZeRO, and of one stage.
     """
 
     def __init__(
-        self, key: BucketKey, params: list[nn.Parameter], mesh: Mesh, zero: int, stages: frozenset[int]
+        self,
+        key: BucketKey,
+        params: list[nn.Parameter],
+        mesh: Mesh,
+        zero: int,
+        stages: frozenset[int],
+        in_tree: bool = False,
     ) -> None:
         self.key, self.mesh, self.stages = key, mesh, stages
+        assert not in_tree or (zero == 0 and len(stages) == 1)
+        self.tree = TreeSum() if in_tree else None
         everyone = mesh.axis(key.data_axis)
         # Experts' own replicas are not taken apart: `zero_ranks` does not go with ep.
         shard, replicas = (mesh.shard, mesh.replicas) if key.data_axis == "data" else (everyone, Axis("replicas"))
@@ -166,9 +177,20 @@ class Bucket:
         self.grads.zero_()
         self._is_reduced = False
 
+    def end_leaf(self) -> None:
+        """What has been added up is one leaf of the tree."""
+        if self.tree is not None:
+            self.grads = self.tree.add(self.grads)
+
     def start_reduction(self) -> None:
         """Start to sum over the shard axis what has been added up. ZeRO-2 may do so many times a step, others once."""
         self.finish_reduction()
+        if self.tree is not None:
+            self.grads = self.tree.total(unused=self.grads)
+            tree_reduce_buffer(self.grads, self.mesh.dp)
+            comm.reduce_buffer(self.grads, self.mesh.cp)
+            self._is_reduced = True
+            return
         sums = self._sums
         if self.sharded:
             result = sums.new_empty(self.stop - self.start)
@@ -237,6 +259,7 @@ def make_buckets(
     max_numel: int,
     rule_of: Callable[[ParamSpec], str],
     pace_of: Callable[[ParamSpec], Pace],
+    in_tree: bool = False,
 ) -> list[Bucket]:
     """Sort parameters into buckets, those that learn.
 
@@ -247,6 +270,7 @@ def make_buckets(
         max_numel: a bucket is closed once it holds this many elements, and in front of a unit that does not fit in.
         rule_of: names a parameter's update rule.
         pace_of: its learning rate's factor and its weight decay.
+        in_tree: see `Bucket`.
 
     Returns: buckets in an order that depends on the specs alone, so ranks with equal specs issue equal collectives.
     """
@@ -273,7 +297,7 @@ def make_buckets(
             runs[-1].append(param)
     stages = [unit.stages for unit in units]
     return [
-        Bucket(key, run, mesh, zero, stages[scope] if isinstance(scope, int) else scope)
+        Bucket(key, run, mesh, zero, stages[scope] if isinstance(scope, int) else scope, in_tree)
         for (scope, key), runs in groups.items()
         for run in runs
     ]

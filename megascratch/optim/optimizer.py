@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from megascratch import ops
 from megascratch.config import OptimConfig
-from megascratch.dist import comm
 from megascratch.dist.layout import Extent, ParamSpec, run_extents
 from megascratch.dist.mesh import Axis, Mesh
+from megascratch.dist.sums import exact_sum
 from megascratch.optim.adamw import AdamW
 from megascratch.optim.buckets import Bucket, Unit, make_buckets
 from megascratch.optim.groups import pace_of
@@ -73,15 +73,16 @@ class Optimizer:
         mesh: this rank's place.
         optim: hyperparameters.
         zero: ZeRO stage.
+        in_tree: whether gradients are added in a tree that dp does not change.
 
     Attributes:
         overlap: to be told of what the pipeline does. Without it, `step` reduces and gathers everything itself.
     """
 
-    def __init__(self, units: Sequence[Unit], mesh: Mesh, optim: OptimConfig, zero: int) -> None:
+    def __init__(self, units: Sequence[Unit], mesh: Mesh, optim: OptimConfig, zero: int, in_tree: bool = False) -> None:
         self.mesh, self.clip = mesh, optim.clip
         self.buckets = make_buckets(
-            units, mesh, zero, optim.bucket_numel, partial(rule_of, optim), partial(pace_of, optim)
+            units, mesh, zero, optim.bucket_numel, partial(rule_of, optim), partial(pace_of, optim), in_tree
         )
         self.overlap = Overlap(self.buckets, units)
         self.runs = [OwnedRun.of(bucket, RULES[bucket.key.rule].state_names) for bucket in self.buckets]
@@ -121,12 +122,20 @@ class Optimizer:
         return [value for bucket, value in zip(self.buckets, values) if bucket.key.rule == rule]
 
     def _global_norm(self, reduced: list[Tensor]) -> float:
-        """Return the norm over every logical parameter once, whatever the layout replicates."""
-        squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for bucket, grad in zip(self.buckets, reduced):
-            if bucket.counts:
-                squares += ops.squared_norm(grad)
-        return math.sqrt(comm.sum_over(squares, self.mesh.world).item())
+        """Return the norm over every logical parameter once, whatever the layout replicates.
+
+        Each parameter's square is summed by itself, and those exactly: neither what shares a bucket nor which rank
+        has what changes a bit.
+        """
+        squares = [
+            ops.squared_norm(grad[max(span.start - bucket.start, 0) : span.stop - bucket.start])
+            for bucket, grad in zip(self.buckets, reduced)
+            if bucket.counts
+            for span in bucket.spans
+            if span.start < bucket.stop and span.stop > bucket.start
+        ]
+        own = torch.stack(squares) if squares else torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
+        return math.sqrt(exact_sum(own, self.mesh.world).item())
 
     def state_parts(self) -> Iterator[StatePart]:
         """Yield this rank's part of the optimizer state of every parameter that it updates."""

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megascratch.optim.buckets import Bucket, Unit
+from megascratch.optim.tree import leaf_length
 
 # ZeRO-2 keeps the whole gradients of a bucket until they are reduced: so many reductions may be under way.
 BUCKETS_UNDER_WAY = 2
@@ -46,6 +47,7 @@ class Overlap:
         self._rest = {stage: buckets_of(unit for unit in own[stage] if unit.module is None) for stage in stages}
         self._layers: dict[int, list[list[Bucket]]] = {}  # of a stage, of its layers in order
         self._backwards_left: dict[int, int] = {}  # of each stage, in this step
+        self._leaf_lengths: dict[int, int] = {}  # backwards of a stage that make one leaf of a fixed tree
         self._queue: deque[Bucket] = deque()  # to be reduced in this action, in order
         self._under_way: deque[Bucket] = deque()  # reductions of ZeRO-2, oldest first
         self._missing: dict[Bucket, set[Tensor]] = {}  # of the queue, if gradients tell when a bucket is ready
@@ -66,6 +68,7 @@ class Overlap:
             backwards: how many backwards each stage will have; of split ones, the weights' halves count.
         """
         self._backwards_left = dict(backwards)
+        self._leaf_lengths = {stage: leaf_length(n) for stage, n in backwards.items()}
 
     def start_forward(self, stage: int) -> None:
         """A stage is about to run forwards."""
@@ -107,6 +110,9 @@ class Overlap:
         while self._queue:
             self._reduce_next()
         self._backwards_left[stage] -= 1
+        if self._backwards_left[stage] % self._leaf_lengths[stage] == 0:
+            for bucket in self._of_stage[stage]:
+                bucket.end_leaf()
 
     def _start(self, stage: int, first_layer: int) -> None:
         """Have what a stage needs all the time, and start to fetch the layer that it begins with."""
@@ -124,6 +130,7 @@ class Overlap:
         self._queue = deque(
             bucket
             for bucket in reversed(self._of_stage[stage])
+            if bucket.tree is None  # which is whole after the last backward alone
             if bucket.divides_grads or sum(self._backwards_left.get(s, 0) for s in bucket.stages) == 1
         )
 

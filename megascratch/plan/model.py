@@ -11,7 +11,7 @@ from megascratch.dist.mesh import Mesh, MeshSpec
 from megascratch.engine.flops import TokenFlops, token_flops
 from megascratch.engine.memory import MemoryModel, RankMemory
 from megascratch.engine.recompute import recompute_plans
-from megascratch.nn import DTYPES, Placement, core_for, parameter_specs
+from megascratch.nn import Placement, core_for, parameter_specs
 from megascratch.nn.active import active_numel
 
 
@@ -55,15 +55,6 @@ def plan_model(config: Config) -> ModelPlan:
 
 
 def _memory(config: Config, mesh: Mesh) -> RankMemory:
-    parallel, train = config.parallel, config.train
-    placement = Placement(
-        mesh.tp,
-        bool(parallel.sequence_parallel),
-        DTYPES[train.dtype],
-        mesh.device,
-        mesh.cp,
-        parallel.cp_algorithm,
-        ep=mesh.ep,
-    )
-    core = core_for(train.attention, mesh.device)
+    placement = Placement.of(config, mesh)
+    core = core_for(config.train.attention, mesh.device)
     return MemoryModel(config, mesh, placement, core).with_plans(recompute_plans(config, mesh, placement, core))

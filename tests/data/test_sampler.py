@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megascratch.config import TrainConfig
 from megascratch.data.blend import build_datasets
 from megascratch.data.sampler import Batches, microbatch_ids
 from megascratch.errors import DataError
@@ -45,6 +46,24 @@ def test_ids_of_megatrons_sampler(micro, dp):
             batch = list(range(start, start + micro * dp))
             expected.append(batch[rank * micro : (rank + 1) * micro])
         assert [list(ids) for ids in microbatch_ids(consumed, global_batch, micro, rank, dp)] == expected
+
+
+@pytest.mark.parametrize(
+    ("start", "increment", "samples", "final"), [(2, 2, 12, 6), (16, 8, 3000, 64), (1, 3, 100, 22)]
+)
+def test_a_batch_grows_as_megatrons_does(start, increment, samples, final):
+    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+
+    theirs = RampupBatchsizeNumMicroBatchesCalculator(final, 1, 1, False, 1, start, increment, samples)
+    train = TrainConfig(global_batch=final, rampup_batch_size=(start, increment, samples))
+    sizes, consumed = [], 0
+    while consumed < 2 * samples:
+        theirs.update(consumed, consistency_check=True)
+        sizes.append(train.batch_at(consumed))
+        assert sizes[-1] == theirs.get_current_global_batch_size()
+        consumed += sizes[-1]
+        assert train.samples_of(len(sizes)) == consumed
+    assert sorted(set(sizes)) == list(range(start, final + 1, increment))
 
 
 def test_a_microbatch(train):

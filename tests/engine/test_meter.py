@@ -38,7 +38,7 @@ def test_the_published_convention_of_palm() -> None:
 
 def test_utilisation_in_both_conventions() -> None:
     config = _config(peak_tflops=1e-6)
-    values = Meter(config, Mesh.serial()).values(step_s=2.0, phases={"forward": 0.5, "backward": 1.0})
+    values = Meter(config, Mesh.serial()).values(4, step_s=2.0, phases={"forward": 0.5, "backward": 1.0})
     flops = token_flops(config.model, 32)
     assert values["tokens_per_s"] == 64
     assert values["mfu"] == pytest.approx(64 * flops.causal / 1e6)
@@ -48,7 +48,7 @@ def test_utilisation_in_both_conventions() -> None:
 
 
 def test_a_device_whose_peak_nobody_told_has_no_utilisation() -> None:
-    values = Meter(_config(), Mesh.serial()).values(step_s=2.0, phases={})
+    values = Meter(_config(), Mesh.serial()).values(4, step_s=2.0, phases={})
     assert values["mfu"] is None and values["mfu_palm"] is None
     assert values["tflops"]
 

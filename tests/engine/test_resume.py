@@ -124,6 +124,36 @@ def test_the_same_layout_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(got, want), name
 
 
+def _grow(parallel: dict[str, Any]) -> Config:
+    return make_config("tied", parallel, rampup_batch_size=(2, 2, 14), n_layers=2)
+
+
+def _grown(config: Config, root: Path, steps: range) -> Trained:
+    """Train some steps with a batch that grows, from the checkpoint that the steps before them left."""
+    engine = make_engine(config)
+    consumed = load_engine(engine, root) if steps.start else 0
+    assert (engine.step, consumed) == (steps.start, config.train.samples_of(steps.start))
+    trained = train_steps(engine, len(steps), consumed)
+    save_engine(engine, root, config.train.samples_of(steps.stop))
+    return trained
+
+
+def test_a_batch_that_grows_goes_on_under_another_layout(pool: RankPool, tmp_path: Path) -> None:
+    """Batches of 2 2 2 | 4 6 8 samples, stopped where the line is."""
+    reference = run_layout(_grow({}), 6)
+    assert [len(ids) for ids in reference.sample_ids] == [2, 2, 2, 4, 6, 8]
+    before = pool.run(4, _grown, _grow({"dp": 2, "tp": 2, "zero": 1}), tmp_path, range(3))
+    after = pool.run(4, _grown, _grow({"pp": 2, "dp": 2, "schedule": "zb-h1"}), tmp_path, range(3, 6))
+    reports = [*before[0].reports, *after[0].reports]
+    for got, want in zip(reports, reference.reports, strict=True):
+        assert (got.loss, got.grad_norm) == pytest.approx((want.loss, want.grad_norm), rel=1e-9)
+        assert got.lr == want.lr
+    assert _global_ids(before) + _global_ids(after) == [sorted(ids) for ids in reference.sample_ids]
+    weights = whole_weights(after)
+    for name, want in whole_weights([reference]).items():
+        torch.testing.assert_close(weights[name], want, rtol=1e-8, atol=1e-11)
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     _train_and_save(make_config("llama"), tmp_path)
     with pytest.raises(CheckpointError, match=r"model\.tie_embeddings = True +must be False, as in the checkpoint"):

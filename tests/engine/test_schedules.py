@@ -8,11 +8,11 @@ import pytest
 import torch
 from bitwise import GROUPS, Group
 from combinations import FEATURES, PAGE, goes_with, page
-from layouts import Layout, Trained, make_config, run_layout
+from layouts import Layout, Trained, make_config, run_layout, whole_weights
 from matrix import matrix
 
 from megascratch.config import Config
-from megascratch.dist.mesh import Axis, Mesh
+from megascratch.dist.mesh import Axis, Mesh, MeshSpec
 from megascratch.dist.testing import RankPool
 from megascratch.engine.stages import make_stages
 from megascratch.errors import LayoutError
@@ -20,22 +20,34 @@ from megascratch.pipeline import ScheduleError, configured_routes, configured_sc
 
 
 def _train_all(configs: list[Config]) -> list[Trained]:
-    """On one rank: three steps under each configuration."""
-    return [run_layout(config, 3) for config in configs]
+    """Five steps under each configuration."""
+    return [run_layout(config, 5) for config in configs]
 
 
-def _assert_equal_bits(pool: RankPool, model: str, layouts: list[dict[str, Any]]) -> None:
-    """Every layout gives the losses, norms and weights of the first, on each of two ranks."""
-    for first, *others in pool.run(2, _train_all, [make_config(model, parallel) for parallel in layouts]):
-        for other in others:
-            assert other.reports == first.reports
-            for (name, *_, ours), (_, *_, theirs) in zip(other.weights, first.weights, strict=True):
-                assert torch.equal(ours, theirs), name
+def _assert_equal_bits(pool: RankPool, model: str, layouts: list[dict[str, Any]], global_batch: int = 8) -> None:
+    """Every layout gives the losses, norms and weights of the first."""
+    configs = [make_config(model, parallel, global_batch=global_batch) for parallel in layouts]
+    results: dict[int, list[Trained]] = {}  # by the place in the list, of all ranks
+    for world in sorted({_world(config) for config in configs}):
+        places = [i for i, config in enumerate(configs) if _world(config) == world]
+        of_ranks = pool.run(world, _train_all, [configs[i] for i in places])
+        results |= {place: [trained[i] for trained in of_ranks] for i, place in enumerate(places)}
+    losses = [(report.loss, report.grad_norm) for report in results[0][0].reports]
+    weights = whole_weights(results[0])
+    for place, ranks in results.items():
+        for trained in ranks:
+            assert [(report.loss, report.grad_norm) for report in trained.reports] == losses, layouts[place]
+        for name, ours in whole_weights(ranks).items():
+            assert torch.equal(ours, weights[name]), f"{name} under {layouts[place]}"
+
+
+def _world(config: Config) -> int:
+    return MeshSpec.of(config.parallel).world_size
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: next(iter(group.layouts)))
 def test_layouts_that_sum_in_the_same_order_agree_bit_for_bit(group: Group, pool: RankPool) -> None:
-    _assert_equal_bits(pool, group.model, list(group.layouts.values()))
+    _assert_equal_bits(pool, group.model, list(group.layouts.values()), group.global_batch)
 
 
 def test_the_page_on_layouts_is_current_and_its_ticks_are_in_the_matrix() -> None:

@@ -8,7 +8,8 @@ import torch
 from megascratch.config import OptimConfig
 from megascratch.dist.layout import parameter
 from megascratch.dist.mesh import Mesh
-from megascratch.optim import LossScale, Optimizer, Unit
+from megascratch.optim import LossScale, Optimizer, Unit, leaf_length
+from megascratch.optim.tree import TreeSum
 
 
 def _params(dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
@@ -45,6 +46,19 @@ def test_a_step_is_torchs_clip_and_adamw(clip: float, bucket_numel: int) -> None
         assert result.grad_norm == pytest.approx(norm.item(), rel=1e-12)
         for got, want in zip(ours, theirs):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_tree_of_leaves_by_hand() -> None:
+    """12 micro-batches make 4 leaves of 3; two subtrees of one height become one, and buffers are used again."""
+    assert [leaf_length(n) for n in (1, 2, 3, 6, 12, 40)] == [1, 1, 3, 3, 3, 5]
+    tree, grads, seen = TreeSum(), torch.zeros(1), set()
+    for leaf in ("a", "b", "c", "d", "e", "f", "g", "h"):
+        seen.add(grads.data_ptr())
+        grads += ord(leaf)
+        grads = tree.add(grads)
+        assert grads.item() == 0
+    assert tree.total(unused=grads).item() == sum(map(ord, "abcdefgh"))
+    assert len(seen | {grads.data_ptr()}) == 4, "log₂ 8, and the leaf"
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:

@@ -55,5 +55,6 @@ def test_the_verb_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "46,702,792,704 parameters, 12.88 billion of them for each token" in printed
     assert printed.count("\n  rank ") == 2
+    assert "1,000 steps read 8,000 samples, 8,192,000 tokens: batches of 8\n" in printed
     assert exit_code("plan", "model.preset=tiny") == 2
     assert "model.vocab_size  must be given" in capsys.readouterr().err

@@ -159,10 +159,8 @@ def make_torchtitan(shape: Shape, dtype: str) -> Step:
     return peer_step(model, shape, dtype, float_cross_entropy)
 
 
-def make_picotron(shape: Shape, dtype: str) -> Step:
-    os.environ |= {"FLASH_ATTEN": "0", "DEVICE": "cpu", "LOCAL_RANK": "0", "CONTEXT_PARALLEL": "0"}
-    os.environ["DTYPE"] = "bfloat16" if dtype == "bf16" else "float32"
-    # Its model imports CUDA kernels that it does not call here.
+def stand_in_for_flash_attention() -> None:
+    """Let picotron's model import the CUDA kernels that it does not call with FLASH_ATTEN=0."""
     for name, members in {
         "flash_attn.flash_attn_interface": ["flash_attn_func"],
         "flash_attn.layers.rotary": ["apply_rotary_emb"],
@@ -173,14 +171,24 @@ def make_picotron(shape: Shape, dtype: str) -> Step:
             sys.modules.setdefault(".".join(parts[:depth]), types.ModuleType(".".join(parts[:depth])))
         for member in members:
             setattr(sys.modules[name], member, None)
+
+
+def picotron_config(shape: Shape) -> Any:
+    """Return what picotron's model reads of a Hugging Face configuration."""
+    return types.SimpleNamespace(**llama_sizes(shape), rms_norm_eps=1e-5, rope_theta=10000.0)
+
+
+def make_picotron(shape: Shape, dtype: str) -> Step:
+    os.environ |= {"FLASH_ATTEN": "0", "DEVICE": "cpu", "LOCAL_RANK": "0", "CONTEXT_PARALLEL": "0"}
+    os.environ["DTYPE"] = "bfloat16" if dtype == "bf16" else "float32"
+    stand_in_for_flash_attention()
     import picotron.process_group_manager as groups
     from picotron.model import Llama
 
     groups.process_group_manager = types.SimpleNamespace(
         tp_world_size=1, tp_rank=0, cp_world_size=1, cp_rank=0, pp_world_size=1, pp_rank=0
     )
-    config = types.SimpleNamespace(**llama_sizes(shape), rms_norm_eps=1e-5, rope_theta=10000.0)
-    return peer_step(Llama(config), shape, dtype, plain_cross_entropy)
+    return peer_step(Llama(picotron_config(shape)), shape, dtype, plain_cross_entropy)
 
 
 def float_cross_entropy(logits: Any, labels: Any) -> Any:
