@@ -63,9 +63,14 @@ def _rampup(config: Config, step: int) -> Iterator[Problem]:
         if number % step:
             rule = f"{name} must divide by micro_batch × dp{' × 2' * (parallel.schedule == 'dualpipe')} = {step}"
             yield Problem(value, rule, f"use {multiples_near(number, step)}")
-    for key, other in (("parallel.schedule_file", parallel.schedule_file), ("train.cuda_graph", train.cuda_graph)):
+    one_size = {
+        "parallel.schedule_file": parallel.schedule_file,
+        "train.cuda_graph": train.cuda_graph,
+        "rollout": config.rollout,
+    }
+    for key, other in one_size.items():
         if other:
-            yield Problem(value, f"does not go with {key}, made for one number of micro-batches", f"leave {key} out")
+            yield Problem(value, f"does not go with {key}, which is made for batches of one size", f"leave {key} out")
 
 
 _IN_ORDER = (None, "gpipe", "1f1b", "interleaved")  # schedules that end a micro-batch's backward before the next one's
