@@ -44,7 +44,8 @@ class Generator:
         world, tp = engine.mesh.world, tp or engine.mesh.tp.size
         layout = ParallelConfig(tp=tp, dp=max(1, world.size // tp), sequence_parallel=False)
         unbatched = config.train.model_copy(update={"global_batch": layout.dp, "micro_batch": 1})
-        if problems := list(check(config.model_copy(update={"parallel": layout, "train": unbatched}), world.size)):
+        alone = config.model_copy(update={"parallel": layout, "train": unbatched, "rollout": None})
+        if problems := list(check(alone, world.size)):
             raise LayoutError(problems, f"generation on tp {tp}")
         self.mesh = Mesh.create(MeshSpec.of(layout), engine.mesh.device)
         placement = Placement(self.mesh.tp, False, DTYPES[config.train.dtype], self.mesh.device)

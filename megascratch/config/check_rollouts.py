@@ -35,6 +35,12 @@ def rollouts(config: Config, _: int | None) -> Iterator[Problem]:
             f"must leave room for a prompt in data.seq_length = {config.data.seq_length}",
             "shorten completions, or raise data.seq_length",
         )
+    if config.model.dropout > 0:
+        yield Problem(
+            f"model.dropout = {config.model.dropout}",
+            "must be 0 with rollouts: a ratio between two policies would measure the dropout",
+            "set model.dropout = 0; weights do not depend on it",
+        )
     if not rollout.scores:
         yield Problem("rollout.scores", "names no reward", "for example scores = [{kind = 'number'}]")
     for index, score in enumerate(rollout.scores):

@@ -82,11 +82,12 @@ class Engine:
     Args:
         config: resolved and checked, `model.vocab_size` included.
         mesh: this rank's place.
+        learns: False for a model that is only run forwards, as a frozen reference.
 
     Raises: ConfigError: if the device does not have what the recipe asks for.
     """
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
+    def __init__(self, config: Config, mesh: Mesh, learns: bool = True) -> None:
         assert config.model.vocab_size is not None
         self.config, self.mesh = config, mesh
         parallel, train = config.parallel, config.train
@@ -104,7 +105,7 @@ class Engine:
             require_names(config.optim, [spec.name for spec in parameter_specs(config.model)])
         for stage in self.stages.values():
             for param in stage.parameters():
-                if is_frozen(config.optim, spec_of(param).name):
+                if not learns or is_frozen(config.optim, spec_of(param).name):
                     param.requires_grad_(False)
         self.optimizer = Optimizer(
             units_of(self.stages), mesh, config.optim, parallel.zero, in_tree=parallel.deterministic_dp

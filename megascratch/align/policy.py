@@ -1,0 +1,138 @@
+"""What reinforcement learning minimises on the engine: the policy's clipped loss, and the critic's.
+
+    of_tokens     advantages   what a token brought, beyond what was expected
+                  weights      what it counts (`policy_losses.token_weights`)
+                  sampled      log-probability that the sampler chose it by
+                  old          log-probability under the policy as it was then; the policy's own where left out, so that
+                               the ratio is exactly 1
+                  reference    log-probability under the reference; for a divergence in the loss
+
+The loss's weight is the number of tokens that count, so that every metric is a mean over them. Logits are divided by
+the temperature that the tokens were sampled at: it is that distribution which is improved.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megascratch.align.kl import Clamp, Estimator, kl_estimate
+from megascratch.align.policy_losses import Clip, importance_weights, policy_loss, sequence_log_ratio, value_loss
+from megascratch.data.microbatch import Microbatch
+from megascratch.dist import comm
+from megascratch.engine import Loss, Outputs
+from megascratch.ops import acc_dtype
+
+_CLIP = Clip()
+
+
+def logprobs_at(outputs: Outputs, labels: Tensor, temperature: float) -> Tensor:
+    """Return the log-probability of each label [b, s] where logits are divided by a temperature."""
+    if temperature != 1.0:
+        outputs = replace(outputs, hidden=outputs.hidden / temperature)
+    return outputs.logprobs(labels)
+
+
+@dataclass(frozen=True)
+class KLPenalty:
+    """A divergence from the reference, in the loss.
+
+    Attributes:
+        coefficient: of the estimate at each token.
+        estimator, clamp: see `kl.kl_estimate`.
+    """
+
+    coefficient: float
+    estimator: Estimator = "k3"
+    clamp: Clamp = "none"
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """The clipped loss of a policy, with the metrics that belong to it.
+
+    Attributes:
+        temperature: of sampling.
+        clip: where a ratio stops to matter.
+        ratio: of each token, or one of its whole sequence (GSPO).
+        penalty: in the loss, or None.
+        importance_cap: of the weights between sampler and trainer; None for no weights.
+        importance_level: of each token, or of its whole sequence.
+    """
+
+    temperature: float = 1.0
+    clip: Clip = _CLIP
+    ratio: Literal["token", "sequence"] = "token"
+    penalty: KLPenalty | None = None
+    importance_cap: float | None = None
+    importance_level: Literal["token", "sequence"] = "token"
+
+    def __call__(self, outputs: Outputs, microbatch: Microbatch) -> Loss:
+        """Return the loss of a micro-batch."""
+        dtype = acc_dtype(outputs.hidden)
+        of = {name: x.to(dtype) for name, x in microbatch.of_tokens.items()}
+        mask = microbatch.loss_mask.to(dtype)
+        logprobs = logprobs_at(outputs, microbatch.labels, self.temperature)
+        old = of.get("old", logprobs.detach())
+        log_ratio = (logprobs - old) * mask
+        per_token = log_ratio
+        if self.ratio == "sequence":
+            log_ratio = sequence_log_ratio(log_ratio, mask, outputs.cp)
+        policy = policy_loss(log_ratio, of["advantages"], self.clip)
+        losses, sums = policy.losses, self._metrics(policy.clipped_low, policy.clipped_high, per_token, mask)
+        if "sampled" in of:
+            losses = losses * self._importance(old, of["sampled"], mask, outputs, sums)
+        sums["loss/policy_avg"] = (losses.detach() * of["weights"]).sum()
+        if self.penalty is not None:
+            p = self.penalty
+            divergence = kl_estimate(logprobs, of["reference"], p.estimator, p.clamp) * mask
+            losses = losses + p.coefficient * divergence
+            sums["kl"] = divergence.sum()
+        return Loss((losses * of["weights"]).sum(), mask.sum(), sums)
+
+    def _metrics(self, low: Tensor, high: Tensor, log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return sums over tokens: how many were clipped where, and how far the policy has moved."""
+        moved = log_ratio.detach()
+        return {
+            "clip_ratio/low_mean": (low * mask).sum(),
+            "clip_ratio/high_mean": (high * mask).sum(),
+            "clip_ratio/region_mean": ((low | high) * mask).sum(),
+            "policy/clipfrac_avg": ((low | high) * mask).sum(),
+            "policy/approxkl_avg": (moved.square() / 2 * mask).sum(),
+            "val/ratio": (moved.exp() * mask).sum(),
+        }
+
+    def _importance(
+        self, old: Tensor, sampled: Tensor, mask: Tensor, outputs: Outputs, sums: dict[str, Tensor]
+    ) -> Tensor:
+        """Return the weights between sampler and trainer, [b, s], and note how far the two are apart."""
+        difference = ((old - sampled) * mask).detach()
+        sums["sampling/sampling_logp_difference/mean"] = difference.abs().sum()
+        if self.importance_cap is None:
+            return torch.ones_like(mask)
+        if self.importance_level == "sequence":
+            difference = comm.sum_over(difference.sum(1), outputs.cp).unsqueeze(1) * mask
+        weights = importance_weights(difference, torch.zeros_like(mask), mask, self.importance_cap)
+        sums["sampling/importance_sampling_ratio/mean"] = (weights * mask).sum()
+        return weights
+
+
+@dataclass(frozen=True)
+class ValueObjective:
+    """Half the square of the critic's error; `of_tokens` has `values` of when the tokens were sampled, and `returns`.
+
+    Attributes:
+        clip: how far a value may move from the old one; None: as far as it will.
+    """
+
+    clip: float | None = 0.2
+
+    def __call__(self, outputs: Outputs, microbatch: Microbatch) -> Loss:
+        """Return the loss of a micro-batch."""
+        values = outputs.scores
+        of = {name: x.to(values.dtype) for name, x in microbatch.of_tokens.items()}
+        mask = microbatch.loss_mask.to(values.dtype)
+        losses, clipped = value_loss(values, of["values"], of["returns"], self.clip)
+        total = (losses * of["weights"]).sum()
+        return Loss(total, mask.sum(), {"val/clipfrac_avg": (clipped * mask).sum()})
