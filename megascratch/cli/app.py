@@ -12,7 +12,19 @@ from typing import Annotated, NoReturn
 import typer
 
 from megascratch import __version__
-from megascratch.cli import config, convert, evaluate, generate, inspect, merge, plan, preprocess, pretrain, tokenizer
+from megascratch.cli import (
+    align,
+    config,
+    convert,
+    evaluate,
+    generate,
+    inspect,
+    merge,
+    plan,
+    preprocess,
+    pretrain,
+    tokenizer,
+)
 from megascratch.errors import MegascratchError
 
 
@@ -44,6 +56,9 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.command("preprocess")(preprocess.preprocess)
 app.command("merge")(merge.merge)
 app.command("pretrain")(pretrain.pretrain)
+app.command("sft")(align.sft)
+app.command("reward")(align.reward)
+app.command("dpo")(align.dpo)
 app.command("convert")(convert.convert)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)

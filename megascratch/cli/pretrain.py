@@ -48,15 +48,15 @@ def checked_inputs(config: "Config", where: str) -> "Config":
             problems += _led_by(error)
     else:
         problems.append(Problem("data.paths", "names no dataset", "give the prefixes that preprocess printed"))
-    problems += _schedule_problems(config)
-    vocab_size, tokenizer_problems = _vocab_size(config)
+    problems += schedule_problems(config)
+    vocab_size, tokenizer_problems = vocab_size_of(config)
     problems += tokenizer_problems
     if problems:
         raise ConfigError(problems, where)
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
 
 
-def _schedule_problems(config: "Config") -> list[Problem]:
+def schedule_problems(config: "Config") -> list[Problem]:
     """Return what is wrong with a schedule that the user wrote, or that is to keep to a limit."""
     from megascratch.pipeline import configured_schedule
 
@@ -70,7 +70,7 @@ def _schedule_problems(config: "Config") -> list[Problem]:
     return []
 
 
-def _vocab_size(config: "Config") -> tuple[int | None, list[Problem]]:
+def vocab_size_of(config: "Config") -> tuple[int | None, list[Problem]]:
     """Return the model's vocabulary size, or the tokenizer's when it is left out, and what is wrong with them."""
     from megascratch.tokenizer import formats
 

@@ -1,32 +1,39 @@
 """Recipes: typed sections, presets, rules across sections, TOML both ways."""
 
-from megascratch.config.load import config_from_dict, load_config, resolve, to_toml
+from megascratch.config.load import config_from_dict, load_config, read_recipe, resolve, to_toml
 from megascratch.config.presets import PRESETS
 from megascratch.config.rollouts import GrpoConfig, PpoConfig, RolloutConfig, ScoreConfig
 from megascratch.config.schema import (
+    ChatConfig,
     CheckpointConfig,
     Config,
     DataConfig,
+    DpoConfig,
     EvalConfig,
     LogConfig,
+    LoraConfig,
     MLAConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
     ParallelConfig,
     ParamGroup,
+    RewardConfig,
     RopeScaling,
     TrainConfig,
 )
 
 __all__ = [
     "PRESETS",
+    "ChatConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DpoConfig",
     "EvalConfig",
     "GrpoConfig",
     "LogConfig",
+    "LoraConfig",
     "MLAConfig",
     "MoEConfig",
     "ModelConfig",
@@ -34,12 +41,14 @@ __all__ = [
     "ParallelConfig",
     "ParamGroup",
     "PpoConfig",
+    "RewardConfig",
     "RolloutConfig",
     "RopeScaling",
     "ScoreConfig",
     "TrainConfig",
     "config_from_dict",
     "load_config",
+    "read_recipe",
     "resolve",
     "to_toml",
 ]

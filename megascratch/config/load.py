@@ -36,10 +36,18 @@ def load_config(
     Raises: ConfigError: with every problem found.
     """
     where = where or (str(recipe) if recipe else "the command line")
+    return config_from_dict(read_recipe(recipe, overrides), world_size=world_size, where=where)
+
+
+def read_recipe(recipe: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a recipe and what replaces its values, as nested dictionaries that nothing was checked of.
+
+    Raises: ConfigError: if it is not TOML, or an override not of the form section.key=value.
+    """
     raw = _read_toml(recipe) if recipe else {}
     for override in overrides:
-        _apply_override(raw, override, where)
-    return config_from_dict(raw, world_size=world_size, where=where)
+        _apply_override(raw, override, str(recipe) if recipe else "the command line")
+    return raw
 
 
 def config_from_dict(
@@ -90,11 +98,19 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
             "optim": config.optim.model_copy(
                 update={"decay_steps": config.optim.decay_steps or default_decay_steps(config)}
             ),
+            "data": config.data.model_copy(update=_of_conversations(config)),
             "checkpoint": config.checkpoint.model_copy(
                 update={"dir": config.checkpoint.dir or str(Path(config.log.dir) / "checkpoints")}
             ),
         }
     )
+
+
+def _of_conversations(config: Config) -> dict[str, bool]:
+    """Return the keys of [data] that follow from how conversations share samples."""
+    if config.chat is None:
+        return {}
+    return {"reset_position_ids": config.chat.packing, "reset_attention_mask": config.chat.packing}
 
 
 def default_head_dim(model: ModelConfig) -> int:

@@ -115,6 +115,7 @@ class ModelConfig(Section):
     moe: MoEConfig | None = None
     mtp_num_layers: Whole = 0  # modules that predict further tokens ahead, in training
     mtp_loss_scaling_factor: Positive = 0.1  # of the mean of their losses
+    head: Literal["vocabulary", "scalar"] = "vocabulary"  # scalar: one number a token, for rewards and values
     dropout: Fraction = 0.0
     init_std: Positive = 0.02
 
@@ -133,7 +134,7 @@ class ModelConfig(Section):
     @property
     def embeds_at_end(self) -> bool:
         """Whether the last stage needs the embedding, too: as its head, or for tokens ahead."""
-        return self.tie_embeddings or self.mtp_num_layers > 0
+        return (self.tie_embeddings and self.head == "vocabulary") or self.mtp_num_layers > 0
 
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer's feed-forward half is a mixture of experts."""
@@ -261,6 +262,7 @@ class CheckpointConfig(Section):
 
     dir: str | None = None  # <log.dir>/checkpoints when left out; a URL that fsspec opens serves too
     load: str | None = None  # a checkpoint, or a directory with `latest`; the run's own newest when left out
+    init: str | None = None  # one whose weights a new run begins with, at step 0
     # Steps, or "30 min"; 0 saves at the end and on a signal only.
     every: Whole | Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?min$")] = 0
     keep: Whole = 0  # newest n; 0 keeps all
@@ -301,6 +303,62 @@ class EvalConfig(Section):
     batches: Count = 8  # global batches a validation pass
 
 
+class ChatConfig(Section):
+    """How conversations become samples; `data.paths` then name JSON Lines or Parquet files."""
+
+    template: str | None = None  # chatml, llama3, plain, a file of Jinja, or a folder; the tokenizer's when left out
+    packing: bool = True  # several conversations a sample, blind to each other
+    truncation: Literal["keep_start", "keep_end", "drop", "error"] = "keep_start"
+    strict: bool = False  # end before training if any record is unusable; else they are reported and left out
+
+
+class LoraConfig(Section):
+    """Low-rank adapters beside frozen linear layers (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0  # the adapters' output is scaled by alpha / rank
+    targets: list[str] = ["attn.qkv", "attn.proj", "mlp.gate_up", "mlp.up", "mlp.down"]  # module names within a layer
+
+
+class RewardConfig(Section):
+    """Reward model: a score for each answer, higher for the chosen one (Bradley–Terry)."""
+
+    center_coeff: Annotated[float, Field(ge=0)] = 0.0  # of (chosen + rejected)², which keeps scores around 0
+
+
+class DpoConfig(Section):
+    """Direct preference optimisation and its family; `align.preference_losses` has the formulas."""
+
+    loss: Literal[
+        "sigmoid",
+        "cdpo",
+        "robust",
+        "ipo",
+        "hinge",
+        "exo",
+        "nca",
+        "bco",
+        "sppo",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "simpo",
+        "orpo",
+        "kto",
+        "apo_zero_unpaired",
+    ] = "sigmoid"
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # share of labels taken to be wrong
+    # Log-probabilities a token instead of sums, as TRL's ipo has it and OpenRLHF's has not; simpo and orpo need it.
+    length_average: bool = False
+    simpo_margin: Annotated[float, Field(ge=0)] = 0.5
+    sft_coeff: Annotated[float, Field(ge=0)] = 0.0  # of the chosen answer's loss a token, added (RPO)
+    desirable_weight: Positive = 1.0  # kto
+    undesirable_weight: Positive = 1.0  # kto
+    # precomputed: once, into the run directory; live: by a second model; base: this model without its adapters.
+    reference: Literal["precomputed", "live", "base"] = "precomputed"
+
+
 class Config(Section):
     """A whole recipe."""
 
@@ -315,3 +373,7 @@ class Config(Section):
     rollout: RolloutConfig | None = None  # of ppo and grpo
     ppo: PpoConfig = PpoConfig()
     grpo: GrpoConfig = GrpoConfig()
+    chat: ChatConfig | None = None  # of every way of training on conversations
+    lora: LoraConfig | None = None
+    reward: RewardConfig | None = None
+    dpo: DpoConfig | None = None

@@ -3,7 +3,7 @@
 from megascratch.engine.engine import Engine, StepReport
 from megascratch.engine.objective import Loss, Objective, Outputs, Ratio, next_token
 from megascratch.engine.pretrain import open_datasets, pretrain, pretraining
-from megascratch.engine.task import Begin, Method, Source, Task, Validation
+from megascratch.engine.task import Begin, Method, Source, Task, Validation, valid_loss
 from megascratch.engine.totals import Totals
 from megascratch.engine.train import train, train_on
 from megascratch.engine.trainer import Trainer
@@ -28,4 +28,5 @@ __all__ = [
     "pretraining",
     "train",
     "train_on",
+    "valid_loss",
 ]

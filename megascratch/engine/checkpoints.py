@@ -42,6 +42,7 @@ from megascratch.engine.state import (
     engine_shards,
     engine_state,
     load_engine,
+    load_weights,
     optimizer_shards,
     restore_counters,
 )
@@ -214,6 +215,9 @@ def resume(engine: Engine, config: Config, console: Console, run_id: str = "") -
         if i + 1 == len(candidates):
             raise error
         console.print(f"{error}\ngoing back to {candidates[i + 1][1]}")
+    if config.checkpoint.init is not None:
+        load_weights(engine, place(config.checkpoint.init))
+        console.print(f"began with the weights of {config.checkpoint.init}")
     return None
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megascratch.config import Config
+from megascratch.config import Config, LoraConfig, ModelConfig
 from megascratch.data.microbatch import Microbatch
 from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
@@ -29,12 +29,16 @@ from megascratch.engine.recompute import recompute_plans
 from megascratch.engine.router_notes import RouterNotes, metrics_of, move_biases
 from megascratch.engine.stages import make_stages, units_of
 from megascratch.engine.totals import Sums, Totals, add_up, means_of, tell_pipeline
+from megascratch.errors import ConfigError, Problem
 from megascratch.nn import (
+    Adapter,
     Placement,
     SequenceInfo,
     Stage,
     WeightGradients,
+    add_adapters,
     core_for,
+    is_target,
     parameter_specs,
     require_fp8,
 )
@@ -99,6 +103,10 @@ class Engine:
         core = core_for(train.attention, mesh.device)
         plans = recompute_plans(config, mesh, placement, core)
         self.stages = make_stages(config, mesh, placement, configured_routes(parallel), core, plans)
+        if config.lora is not None:
+            _require_targets(config.lora, config.model)
+            for stage in self.stages.values():
+                add_adapters(stage, config.lora)
         for stage in self.stages.values():
             initialize(dict(stage.named_parameters()), mesh, train.seed)
         if config.optim.frozen or config.optim.groups:
@@ -138,6 +146,18 @@ class Engine:
             yield
         finally:
             self.optimizer.overlap.release()
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Compute as the model did before it got adapters."""
+        adapters = [m for stage in self.stages.values() for m in stage.modules() if isinstance(m, Adapter)]
+        for adapter in adapters:
+            adapter.active = False
+        try:
+            yield
+        finally:
+            for adapter in adapters:
+                adapter.active = True
 
     def train_step(
         self,
@@ -343,3 +363,10 @@ class Engine:
         b, s = microbatch.tokens.shape
         s //= placement.tp.size if placement.sequence_parallel else 1
         return Boundary((s, b, self.config.model.hidden), placement.dtype, self.mesh.device)
+
+
+def _require_targets(lora: LoraConfig, model: ModelConfig) -> None:
+    """Raise a ConfigError if no layer gets an adapter."""
+    if not any(is_target(spec.name, lora) for spec in parameter_specs(model)):
+        rule = "name no linear layer of the model"
+        raise ConfigError(Problem(f"lora.targets = {lora.targets}", rule, "for example attn.qkv"))

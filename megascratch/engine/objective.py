@@ -19,7 +19,7 @@ from torch import Tensor
 from megascratch.data.microbatch import Microbatch
 from megascratch.dist import comm
 from megascratch.dist.mesh import Axis
-from megascratch.nn import linear_cross_entropy, linear_logprobs
+from megascratch.nn import linear_cross_entropy, linear_logprobs, scores
 from megascratch.nn.context import natural_order
 from megascratch.nn.linear import column_linear
 from megascratch.ops import acc_dtype
@@ -31,7 +31,7 @@ class Outputs:
 
     Attributes:
         hidden: the head's input, [s/tp, b, h] under sequence parallelism, else [s, b, h].
-        head: this rank's rows of the projection onto the vocabulary, [v/tp, h].
+        head: this rank's rows of the projection onto the vocabulary, [v/tp, h]; a scalar head's row, [1, h].
         vocab_size: logical v.
         tp: axis that the vocabulary is divided over.
         cp: axis that the sequences are divided over: a tensor [b, s] has this rank's tokens of each.
@@ -57,11 +57,28 @@ class Outputs:
 
     def logprobs(self, labels: Tensor) -> Tensor:
         """Return the log-probability of each label [b, s], as [b, s] in `acc_dtype`."""
-        return linear_logprobs(self._whole(), self.head, labels.t(), self.vocab_size, self.tp).t()
+        return self.logprobs_and_hits(labels)[0]
+
+    def logprobs_and_hits(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `logprobs`, and whether no word is more likely than the label, [b, s] bool."""
+        logprobs, hits = linear_logprobs(self._whole(), self.head, labels.t(), self.vocab_size, self.tp)
+        return logprobs.t(), hits.t()
 
     def cross_entropy(self, labels: Tensor, weights: Tensor) -> Tensor:
         """Return Σ −weights · log p(label), a scalar: `logprobs` for a loss whose weights [b, s] are known; cheaper."""
-        return linear_cross_entropy(self._whole(), self.head, labels.t(), weights.t(), self.vocab_size, self.tp)
+        return self.cross_entropy_and_hits(labels, weights)[0]
+
+    def cross_entropy_and_hits(self, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `cross_entropy`, and whether no word is more likely than the label, [b, s] bool."""
+        whole = self._whole()
+        total, hits = linear_cross_entropy(whole, self.head, labels.t(), weights.t(), self.vocab_size, self.tp)
+        return total, hits.t()
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """What a scalar head makes of each token, [b, s] in `acc_dtype`, the same on every rank of tp."""
+        own = scores(self.hidden, self.head).squeeze(-1)
+        return (comm.gather(own, self.tp) if self.sequence_parallel else own).t()
 
     @property
     def share(self) -> float:

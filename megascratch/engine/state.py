@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megascratch.checkpoint import OPTIMIZER, Shard, find, load, read_state, save, weight_shards
+from megascratch.checkpoint import OPTIMIZER, Reader, Shard, find, load, read_state, save, weight_shards
 from megascratch.config import ModelConfig
 from megascratch.dist.agreement import require_agreement, tensor_digest
 from megascratch.dist.layout import spec_of
 from megascratch.engine.engine import Engine
 from megascratch.errors import CheckpointError, Problem
+from megascratch.nn import is_addition
 from megascratch.optim import StatePart
 
 # Keys of [model] that say how a model was made or is run, not which weights it has.
@@ -112,6 +113,20 @@ def load_engine(engine: Engine, path: Path) -> int:
     return restore_counters(engine, state)
 
 
+def load_weights(engine: Engine, path: Path) -> None:
+    """Begin with the weights of a checkpoint of any layout and way of training; everything else is as in a new run.
+
+    What this model has beside them, a scalar head or adapters, keeps its initial values.
+
+    Raises: CheckpointError: if it is of another model, damaged, or incomplete.
+    """
+    path = find(path)
+    _require_same_model(engine.config.model, read_state(path), path, but=("head",))
+    saved = Reader(path).manifest.tensors
+    load(path, [s for s in engine_shards(engine) if s.name in saved or not is_addition(s.name)], cast=True)
+    engine.optimizer.refresh_masters()
+
+
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the keys of nested tables as moe.num_experts."""
     flat: dict[str, Any] = {}
@@ -121,12 +136,12 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _require_same_model(model: ModelConfig, state: dict[str, Any], path: Path) -> None:
+def _require_same_model(model: ModelConfig, state: dict[str, Any], path: Path, but: tuple[str, ...] = ()) -> None:
     saved = _flat(state.get("config", {}).get("model", {}))
     problems = [
         Problem(f"model.{key} = {value}", f"must be {saved[key]}, as in the checkpoint", "use the checkpoint's value")
         for key, value in _flat(model.model_dump(mode="json")).items()
-        if key not in _NOT_ARCHITECTURE and key in saved and saved[key] != value
+        if key not in _NOT_ARCHITECTURE and key not in but and key in saved and saved[key] != value
     ]
     if problems:
         raise CheckpointError(problems, str(path))

@@ -1,12 +1,13 @@
 """The decoder's layers, each its own serial self on a tensor-parallel axis of size 1."""
 
 from megascratch.nn.activations import NOTHING, WHOLE, Activations, Recompute
+from megascratch.nn.adapters import Adapter, add_adapters, is_addition, is_target
 from megascratch.nn.attention import LayerCache, core_for
 from megascratch.nn.fp8 import require_fp8
 from megascratch.nn.loss import linear_cross_entropy, linear_logprobs, token_logprobs
 from megascratch.nn.placement import DTYPES, Placement
 from megascratch.nn.sequence import SequenceInfo
-from megascratch.nn.transformer import Block, Stage, layer_range, parameter_specs
+from megascratch.nn.transformer import Block, Stage, layer_range, parameter_specs, scores
 from megascratch.nn.weight_gradients import WeightGradients
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "NOTHING",
     "WHOLE",
     "Activations",
+    "Adapter",
     "Block",
     "LayerCache",
     "Placement",
@@ -21,11 +23,15 @@ __all__ = [
     "SequenceInfo",
     "Stage",
     "WeightGradients",
+    "add_adapters",
     "core_for",
+    "is_addition",
+    "is_target",
     "layer_range",
     "linear_cross_entropy",
     "linear_logprobs",
     "parameter_specs",
     "require_fp8",
+    "scores",
     "token_logprobs",
 ]

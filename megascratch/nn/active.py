@@ -19,6 +19,8 @@ def active_numel(model: ModelConfig) -> Mapping[str, float]:
         for spec in parameter_specs(model)
         if len(spec.shape) >= 2 and spec.name not in ("embed.weight", "position.weight")
     }
+    if model.head == "scalar":
+        return active
     assert model.vocab_size is not None
     head = "embed.weight" if model.tie_embeddings else "head.weight"
     active[head] = float(model.vocab_size * model.hidden) * (1 + model.mtp_num_layers)  # each module predicts

@@ -154,12 +154,14 @@ class ColumnParallelLinear(nn.Module):
         matrices = matrices or Matrices(blocks or (n_out,))
         self.weight = placement.parameter(n_out, n_in, splits=splits, init=Init(std), matrices=matrices)
         self.bias = placement.parameter(n_out, splits=splits, decay=False) if bias else None
+        self.adapter: nn.Module | None = None  # `nn.adapters`
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [s/tp or s, b, n_in] to [s, b, n_out/tp]."""
         at = self.placement
         y = column_linear(x, self.weight, at.tp, at.sequence_parallel, at.weight_gradients, at.fp8)
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return y if self.adapter is None or not self.adapter.active else y + self.adapter(x)
 
 
 class RowParallelLinear(nn.Module):
@@ -176,12 +178,14 @@ class RowParallelLinear(nn.Module):
             n_out, n_in, splits=(Split(1, "tp"),), init=Init(std), matrices=Matrices((n_out,))
         )
         self.bias = placement.parameter(n_out, grad_axes=placement.token_axes, decay=False) if bias else None
+        self.adapter: nn.Module | None = None  # `nn.adapters`
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [s, b, n_in/tp] to [s/tp or s, b, n_out]."""
         at = self.placement
         y = row_linear(x, self.weight, at.tp, at.sequence_parallel, at.weight_gradients, at.fp8)
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return y if self.adapter is None or not self.adapter.active else y + self.adapter(x)
 
 
 class ReplicatedLinear(nn.Module):

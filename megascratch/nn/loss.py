@@ -37,8 +37,8 @@ def _own_words(n_columns: int, vocab_size: int, tp: Axis) -> tuple[int, int]:
     return first, min(max(vocab_size - first, 0), n_columns)
 
 
-def _label_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> tuple[Tensor, Tensor]:
-    """Return log p(label) = logit[label] − log Σ exp(logit), and log Σ exp(logit), which its gradient needs.
+def _label_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log p(label) = logit[label] − log Σ exp(logit), log Σ exp(logit), which its gradient needs, and a hit.
 
     Args:
         logits: this rank's columns, [..., v/tp].
@@ -46,18 +46,19 @@ def _label_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -
         vocab_size: logical v.
         tp: tensor-parallel axis.
 
-    Returns: [...] each, in `acc_dtype`.
+    Returns: [...] each, in `acc_dtype`, and bool for the hits: whether no word has a higher logit than the label.
     """
     own_peak, own_total, picked = ops.logit_statistics(logits, labels, *_own_words(logits.shape[-1], vocab_size, tp))
     peak = comm.max_over(own_peak, tp)
     log_total = comm.sum_over(own_total * (own_peak - peak).exp(), tp).log()
-    return comm.sum_over(picked, tp) - peak - log_total, peak + log_total
+    own_logit = comm.sum_over(picked, tp)
+    return own_logit - peak - log_total, peak + log_total, own_logit >= peak
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:
-        logprobs, log_total = _label_logprobs(logits, labels, vocab_size, tp)
+        logprobs, log_total, _ = _label_logprobs(logits, labels, vocab_size, tp)
         ctx.save_for_backward(logits, labels, log_total)
         ctx.words = _own_words(logits.shape[-1], vocab_size, tp)
         return logprobs
@@ -70,9 +71,10 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 class _Chunks(NamedTuple):
-    """What going through the tokens gave: log-probabilities [t], gradients of x [t, h] and of the weight [v/tp, h]."""
+    """What going through the tokens gave: log-probabilities, hits [t]; gradients of x [t, h] and weight [v/tp, h]."""
 
     logprobs: Tensor
+    hits: Tensor
     grad_x: Tensor | None
     grad_weight: Tensor | None
 
@@ -81,6 +83,7 @@ def _go_through(x: Tensor, weight: Tensor, labels: Tensor, grad: Tensor | None, 
     """Multiply x [t, h] by the head [v/tp, h] in chunks, and, given the log-probabilities' gradient [t], go back."""
     dtype = ops.acc_dtype(x)
     logprobs = x.new_empty(labels.shape, dtype=dtype)
+    hits = x.new_empty(labels.shape, dtype=torch.bool)
     grad_x = None if grad is None else torch.empty_like(x)
     # Chunks of half precision would lose their sum's last bits with every addition.
     grad_weight = None if grad is None else weight.new_empty(weight.shape, dtype=dtype)
@@ -88,13 +91,13 @@ def _go_through(x: Tensor, weight: Tensor, labels: Tensor, grad: Tensor | None, 
     for start in range(0, len(x), CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
         logits = ops.matmul(x[chunk], weight.t())
-        logprobs[chunk], log_total = _label_logprobs(logits, labels[chunk], vocab_size, tp)
+        logprobs[chunk], log_total, hits[chunk] = _label_logprobs(logits, labels[chunk], vocab_size, tp)
         if grad is None or grad_x is None or grad_weight is None:
             continue
         grad_logits = ops.logit_gradient(grad[chunk], logits, labels[chunk], log_total, *words, in_place=True)
         ops.matmul_into(grad_x[chunk], grad_logits, weight, add=False)
         ops.matmul_into(grad_weight, grad_logits.t(), x[chunk], add=start > 0)
-    return _Chunks(logprobs, grad_x, grad_weight)
+    return _Chunks(logprobs, hits, grad_x, grad_weight)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -103,17 +106,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, vocab_size: int, tp: Axis
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         weights = weights.to(ops.acc_dtype(x))
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        logprobs, grad_x, grad_weight = _go_through(x, weight, labels, -weights if needed else None, vocab_size, tp)
-        ctx.save_for_backward(grad_x, grad_weight)
+        done = _go_through(x, weight, labels, -weights if needed else None, vocab_size, tp)
+        ctx.save_for_backward(done.grad_x, done.grad_weight)
         ctx.weight = weight
-        return -(logprobs * weights).sum()
+        ctx.mark_non_differentiable(done.hits)
+        return -(done.logprobs * weights).sum(), done.hits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (grad_x, grad_weight), total = ctx.saved_tensors, main_grad(ctx.weight)
         if total is not None:  # the largest tensor here has no third copy
             total.addcmul_(grad_weight, grad)
@@ -125,18 +129,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight, labels)
         ctx.vocab_size, ctx.tp = vocab_size, tp
-        return _go_through(x, weight, labels, None, vocab_size, tp).logprobs
+        done = _go_through(x, weight, labels, None, vocab_size, tp)
+        ctx.mark_non_differentiable(done.hits)
+        return done.logprobs, done.hits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, labels = ctx.saved_tensors
-        _, grad_x, grad_weight = _go_through(x, weight, labels, grad, ctx.vocab_size, ctx.tp)
-        assert grad_weight is not None
-        return grad_x, grad_weight.to(weight.dtype), None, None, None
+        done = _go_through(x, weight, labels, grad, ctx.vocab_size, ctx.tp)
+        assert done.grad_weight is not None
+        return done.grad_x, done.grad_weight.to(weight.dtype), None, None, None
 
 
 def token_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:
@@ -153,7 +161,7 @@ def token_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) ->
     return _TokenLogprobs.apply(logits, labels, vocab_size, tp)
 
 
-def linear_logprobs(x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:
+def linear_logprobs(x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each label under the head's logits x · weightᵀ, without holding them.
 
     Args:
@@ -161,20 +169,27 @@ def linear_logprobs(x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, 
         weight: this rank's rows of the head, [v/tp, h].
         labels, vocab_size, tp: as in `token_logprobs`.
 
-    Returns: [s, b] in `acc_dtype`, the same on every rank of tp.
+    Returns: [s, b] in `acc_dtype`, the same on every rank of tp; and [s, b] bool, whether no word is more likely.
     """
-    return _LinearLogprobs.apply(x.flatten(0, 1), weight, labels.flatten(), vocab_size, tp).view(labels.shape)
+    logprobs, hits = _LinearLogprobs.apply(x.flatten(0, 1), weight, labels.flatten(), vocab_size, tp)
+    return logprobs.view(labels.shape), hits.view(labels.shape)
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, vocab_size: int, tp: Axis
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Return Σ −weights · log p(label), a scalar in `acc_dtype`: one product with the head less than `linear_logprobs`.
 
     Args:
         x, weight, labels, vocab_size, tp: as in `linear_logprobs`.
         weights: of each label in the sum, [s, b]; they get no gradient.
+
+    Returns: with it, [s, b] bool, whether no word is more likely than the label.
     """
     if not torch.is_grad_enabled():  # a Function cannot tell from within: it would compute the gradients
-        return -(linear_logprobs(x, weight, labels, vocab_size, tp) * weights).sum()
-    return _LinearCrossEntropy.apply(x.flatten(0, 1), weight, labels.flatten(), weights.flatten(), vocab_size, tp)
+        logprobs, hits = linear_logprobs(x, weight, labels, vocab_size, tp)
+        return -(logprobs * weights).sum(), hits
+    total, hits = _LinearCrossEntropy.apply(
+        x.flatten(0, 1), weight, labels.flatten(), weights.flatten(), vocab_size, tp
+    )
+    return total, hits.view(labels.shape)

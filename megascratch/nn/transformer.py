@@ -110,6 +110,15 @@ class Head(nn.Module):
         )
 
 
+class Score(nn.Module):
+    """One number a token instead of logits, [1, h]: a reward model's or a critic's head, whole on every rank of tp."""
+
+    def __init__(self, model: ModelConfig, placement: Placement) -> None:
+        super().__init__()
+        axes = placement.token_axes
+        self.weight = placement.parameter(1, model.hidden, grad_axes=axes, init=Init(model.init_std))
+
+
 class Stage(nn.Module):
     """Consecutive layers, with the embedding on the first stage and the final norm and head on the last.
 
@@ -169,6 +178,9 @@ class Stage(nn.Module):
         model, at = self.model, self.placement
         assert model.vocab_size is not None
         self.norm = NORMS[model.norm](model.hidden, model.norm_eps, at, at.token_axes)
+        if model.head == "scalar":
+            self.score = Score(model, at)
+            return
         if embedding is not None:
             self.embed = embedding
         if not (model.tie_embeddings and hasattr(self, "embed")):
@@ -188,15 +200,25 @@ class Stage(nn.Module):
         info: SequenceInfo,
         caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
-        """Run the stage on one micro-batch: `hidden`, and on the last stage this rank's logits [s, b, v/tp] of it."""
+        """Run the stage on one micro-batch: `hidden`, and on the last stage this rank's logits [s, b, v/tp] of it.
+
+        Of a model with a scalar head, the last stage gives its numbers, [s/tp or s, b, 1].
+        """
         x = self.hidden(x, tokens, info, caches)
         if not self.is_last:
             return x
+        if self.model.head == "scalar":
+            return scores(x, self.score.weight)
         return column_linear(x, self.head_weight, self.placement.tp, self.placement.sequence_parallel)
 
     @property
     def head_weight(self) -> Tensor:
-        """The last stage's projection onto the vocabulary, [v/tp, h]; the embedding's, where the two are tied."""
+        """The last stage's projection onto the vocabulary, [v/tp, h]; the embedding's, where the two are tied.
+
+        Of a model with a scalar head, its row, [1, h].
+        """
+        if self.model.head == "scalar":
+            return self.score.weight
         return self.head.weight if hasattr(self, "head") else self.embed.weight
 
     def look_ahead(self, x: Tensor, tokens: Sequence[Tensor], info: SequenceInfo) -> list[Tensor]:
@@ -268,6 +290,12 @@ class Stage(nn.Module):
             positions = own.unsqueeze(1) if info.positions is None else info.positions.t()[own - info.offset]
             x = x + self.position(positions)
         return self.embed_dropout(x, info)
+
+
+def scores(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply activations [..., h] by a scalar head's row [1, h] in `acc_dtype`: [..., 1]."""
+    dtype = ops.acc_dtype(x)
+    return x.to(dtype) @ weight.to(dtype).t()
 
 
 def parameter_specs(model: ModelConfig, tp: int = 1, sequence_parallel: bool = False) -> list[ParamSpec]:

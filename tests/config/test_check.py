@@ -302,6 +302,15 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
         ("_cuda_graph", "train.cuda_graph=true parallel.pp=2", None, r"pp = 2 +does not go with train.cuda_graph"),
         ("_cuda_graph", "train.cuda_graph=true", 4, r"dp = 4 +does not go with train.cuda_graph +leave cuda_graph out"),
         ("_cuda_graph", "train.cuda_graph=true train.dtype=fp16", None, r"fp16 +does not .*: its loss scale changes"),
+        ("_scalar_head", "model.head=scalar model.mtp_num_layers=1", None, r"mtp_num_layers = 1 +predicts tokens"),
+        (
+            "_preferences",
+            "dpo.loss=hinge dpo.label_smoothing=0.1",
+            None,
+            r"label_smoothing = 0\.1 +has no effect on dpo\.loss = hinge +use cdpo, robust, exo, simpo",
+        ),
+        ("_preferences", "dpo.loss=exo", None, r"dpo\.loss = exo +needs dpo\.label_smoothing above 0"),
+        ("_preferences", "dpo.reference=base", None, r"dpo\.reference = base +is this model without its adapters"),
         (
             "_steps",
             "optim.lr=1e-4 optim.min_lr=1e-3",

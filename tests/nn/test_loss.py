@@ -93,11 +93,11 @@ def _head_inputs(vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _weighted_logprobs(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, v: int, mesh: Mesh) -> Tensor:
-    return -(linear_logprobs(x, weight, labels, v, mesh.tp) * weights).sum()
+    return -(linear_logprobs(x, weight, labels, v, mesh.tp)[0] * weights).sum()
 
 
 def _cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, v: int, mesh: Mesh) -> Tensor:
-    return linear_cross_entropy(x, weight, labels, weights, v, mesh.tp)
+    return linear_cross_entropy(x, weight, labels, weights, v, mesh.tp)[0]
 
 
 FUSED = {"logprobs": _weighted_logprobs, "cross_entropy": _cross_entropy}
@@ -156,10 +156,10 @@ def test_chunks_on_four_ranks_equal_whole_logits() -> None:
 def test_without_gradients_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = _head_inputs(100, torch.float64)
     _, labels, weights = _inputs(100, torch.float64)
-    with_gradients = linear_cross_entropy(x, weight.requires_grad_(), labels, weights, 100, Mesh.serial().tp)
+    with_gradients, _ = linear_cross_entropy(x, weight.requires_grad_(), labels, weights, 100, Mesh.serial().tp)
     monkeypatch.delattr(loss.ops, "logit_gradient")
     with torch.no_grad():
-        without = linear_cross_entropy(x, weight, labels, weights, 100, Mesh.serial().tp)
+        without, _ = linear_cross_entropy(x, weight, labels, weights, 100, Mesh.serial().tp)
     assert without.item() == pytest.approx(with_gradients.item(), rel=1e-12)
 
 

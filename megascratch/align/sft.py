@@ -1,0 +1,32 @@
+"""Supervised fine-tuning: the next token, where it is the assistant's."""
+
+from megascratch.align.conversations import demonstration
+from megascratch.align.examples import read_examples
+from megascratch.align.sources import keep_template, open_sets
+from megascratch.config import Config
+from megascratch.data.microbatch import Microbatch
+from megascratch.dist.mesh import Mesh
+from megascratch.engine import Begin, Engine, Loss, Outputs, Task
+from megascratch.log import make_console
+from megascratch.ops import acc_dtype
+
+
+def supervised(config: Config, mesh: Mesh) -> Begin:
+    """Read conversations, or prompts with completions.
+
+    Raises: DataError, TokenizerError: if none can be used, or any cannot and the recipe is strict.
+    """
+    sets = open_sets(config, read_examples(config, demonstration, make_console(mesh.rank)))
+
+    def begin(engine: Engine) -> Task:
+        keep_template(config, mesh)
+        return sets.task(config, mesh, completion_tokens)
+
+    return begin
+
+
+def completion_tokens(outputs: Outputs, microbatch: Microbatch) -> Loss:
+    """Cross-entropy in nats a learned token, over the whole global batch, and how often the model has it right."""
+    mask = microbatch.loss_mask.to(acc_dtype(outputs.hidden))
+    total, hits = outputs.cross_entropy_and_hits(microbatch.labels, mask)
+    return Loss(total, mask.sum(), {"mean_token_accuracy": (hits * mask).sum()})
