@@ -145,6 +145,13 @@ def collate_rows(rows: Rows, sample_ids: range) -> Microbatch:
                 values[name][row, document] = value
             start = place.stop
         positions[row, start:], documents[row, start:] = np.arange(s - start), len(members)
-    arrays = tokens, labels, mask, positions, documents, np.array(sample_ids, np.int64)
     of_samples = {name: torch.from_numpy(value) for name, value in values.items()}
-    return Microbatch(*map(torch.from_numpy, arrays), of_samples={**of_samples, "answer": torch.from_numpy(numbers)})
+    return Microbatch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        loss_mask=torch.from_numpy(mask),
+        position_ids=torch.from_numpy(positions),
+        documents=torch.from_numpy(documents),
+        sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
+        of_samples={**of_samples, "answer": torch.from_numpy(numbers)},
+    )
