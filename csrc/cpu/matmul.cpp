@@ -29,6 +29,7 @@ constexpr int64_t most_direct_rows = 4096, most_packed_rows = 480;
 constexpr int64_t most_steps = 512;
 
 int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
+int64_t larger(int64_t x, int64_t y) { return x < y ? y : x; }
 int64_t divided_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // The operand of step i of k: where a pair ends with the last k, it is filled up with zero.
@@ -156,7 +157,9 @@ struct Matmul {
 
   // Rows of a block: whole tiles, and blocks of about the same size.
   static int64_t block_rows(const MatmulArguments& a) {
-    const int64_t blocks = divided_up(a.m, reads_directly(a) ? most_direct_rows : most_packed_rows);
+    const int64_t steps = divided_up(a.k, Operand<P>::width);
+    const int64_t packed = is_wide || steps <= most_steps ? most_packed_rows : most_packed_rows * most_steps / steps;
+    const int64_t blocks = divided_up(a.m, reads_directly(a) ? most_direct_rows : larger(packed, 8 * tile_rows));
     return divided_up(divided_up(a.m, blocks), tile_rows) * tile_rows;
   }
 

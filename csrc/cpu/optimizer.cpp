@@ -9,23 +9,26 @@ namespace {
 float square_root(float x) { return __builtin_sqrtf(x); }
 double square_root(double x) { return __builtin_sqrt(x); }
 
-// M is the element type of the model's values, which the new ones are rounded to; void for none.
-template <typename A, typename M>
+// T is what values, gradients and averages are stored in, M the type of the model's values, to which the new ones are
+// rounded; void for none.
+template <typename T, typename M>
 void adamw_run(const AdamWArguments& a, M* __restrict model, int64_t begin, int64_t end) {
-  A* __restrict value = static_cast<A*>(a.value);
-  A* __restrict exp_avg = static_cast<A*>(a.exp_avg);
-  A* __restrict exp_avg_sq = static_cast<A*>(a.exp_avg_sq);
-  const A* __restrict grad = static_cast<const A*>(a.grad);
+  using A = Acc<T>;
+  T* __restrict value = static_cast<T*>(a.value);
+  T* __restrict exp_avg = static_cast<T*>(a.exp_avg);
+  T* __restrict exp_avg_sq = static_cast<T*>(a.exp_avg_sq);
+  const T* __restrict grad = static_cast<const T*>(a.grad);
   const A grad_factor = static_cast<A>(a.grad_factor), keep = static_cast<A>(a.keep), eps = static_cast<A>(a.eps);
   const A new1 = static_cast<A>(1 - a.beta1), beta2 = static_cast<A>(a.beta2), new2 = static_cast<A>(1 - a.beta2);
   const A step_size = static_cast<A>(a.step_size), root_factor = static_cast<A>(a.root_factor);
 #pragma omp simd
   for (int64_t i = begin; i < end; ++i) {
-    const A g = grad[i] * grad_factor;
-    exp_avg[i] += new1 * (g - exp_avg[i]);
-    exp_avg_sq[i] = beta2 * exp_avg_sq[i] + new2 * g * g;
-    value[i] = keep * value[i] - step_size * exp_avg[i] / (square_root(exp_avg_sq[i]) * root_factor + eps);
-    if constexpr (!__is_same(M, void)) model[i] = store<M>(value[i]);
+    const A g = load(grad[i]) * grad_factor;
+    const A mean = load(exp_avg[i]) + new1 * (g - load(exp_avg[i]));
+    const A square = beta2 * load(exp_avg_sq[i]) + new2 * g * g;
+    const A next = keep * load(value[i]) - step_size * mean / (square_root(square) * root_factor + eps);
+    exp_avg[i] = store<T>(mean), exp_avg_sq[i] = store<T>(square), value[i] = store<T>(next);
+    if constexpr (!__is_same(M, void)) model[i] = store<M>(next);
   }
 }
 
@@ -53,11 +56,10 @@ void squares(const SquaredNormArguments& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void Kernels::adamw(const AdamWArguments& a, int64_t begin, int64_t end) {
-  if (a.dtype == DType::Double) {
-    a.model ? adamw_run<double, double>(a, static_cast<double*>(a.model), begin, end)
-            : adamw_run<double, void>(a, nullptr, begin, end);
-  } else if (!a.model) {
-    adamw_run<float, void>(a, nullptr, begin, end);
+  if (!a.model) {
+    for_dtype(a.dtype, [&](auto zero) { adamw_run<decltype(zero), void>(a, nullptr, begin, end); });
+  } else if (a.dtype == DType::Double) {
+    adamw_run<double, double>(a, static_cast<double*>(a.model), begin, end);
   } else if (a.model_dtype == DType::Float) {
     adamw_run<float, float>(a, static_cast<float*>(a.model), begin, end);
   } else if (a.model_dtype == DType::Half) {

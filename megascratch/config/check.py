@@ -290,6 +290,18 @@ def _cuda_graph(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield Problem(f"model.moe: {model.moe.num_experts} experts", rule, "leave cuda_graph out")
 
 
+def _master_weights(config: Config, _: int | None) -> Iterator[Problem]:
+    """Without them, only what AdamW computes in one pass, in float32, keeps small updates apart."""
+    if config.optim.master_weights:
+        return
+    if config.train.dtype == "fp16":
+        rule = "does not go with optim.master_weights = false: its range is too small for squares of gradients"
+        yield Problem("train.dtype = fp16", rule, "use bf16, or keep master weights")
+    if config.optim.name != "adamw":
+        rule = "does not go with optim.master_weights = false"
+        yield Problem(f"optim.name = {config.optim.name}", rule, "use adamw, or keep master weights")
+
+
 def _steps(config: Config, _: int | None) -> Iterator[Problem]:
     optim, steps = config.optim, config.train.steps
     if optim.min_lr > optim.lr:
@@ -352,6 +364,7 @@ RULES: tuple[Rule, ...] = (
     _data,
     _fp8,
     _cuda_graph,
+    _master_weights,
     _steps,
     _local_copies,
     rollouts,

@@ -240,6 +240,9 @@ class OptimConfig(Section):
     decay_steps: Count | None = (
         None  # step where min_lr is reached (train.steps when left out); wsd: length of the decay
     )
+    # bf16: keep float32 weights, sums of gradients and averages beside the model, 18 bytes a parameter in all. Without
+    # them all is bf16, 8 bytes, and updates below 1/256 of a weight are lost.
+    master_weights: bool = True
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95

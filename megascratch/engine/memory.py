@@ -98,7 +98,7 @@ class MemoryModel:
 
     def with_plans(self, plans: Mapping[int, Recompute]) -> RankMemory:
         """Return the memory when each layer, by its number, does without what its plan says."""
-        value, sum_ = self._item_bytes
+        value, sum_ = self._item_bytes[0], self._sum_bytes
         kept = cache(lambda experts, plan: self.kinds[experts].kept_bytes(plan))
         has_experts = self.config.model.has_experts
         of_stages = [
@@ -118,7 +118,7 @@ class MemoryModel:
 
     def _travelling_bytes(self) -> int:
         """Return what ZeRO has whole on its way: gradients of a few buckets, weights of two layers and of the ends."""
-        value, sum_ = self._item_bytes
+        value, sum_ = self._item_bytes[0], self._sum_bytes
         zero = self.config.parallel.zero if any(self._shards(axis) > 1 for axis in self.numel) else 0
         numel = sum(self.numel.values())
         buckets = min((BUCKETS_UNDER_WAY + 1) * self.config.optim.bucket_numel, numel) * sum_
@@ -131,9 +131,15 @@ class MemoryModel:
 
     @property
     def _item_bytes(self) -> tuple[int, int]:
-        """Bytes of a value of the model, and of one in which such values are summed."""
+        """Bytes of a value of the model, and of one in which such values are accumulated."""
         dtype = self.placement.dtype
         return dtype.itemsize, ops.acc_dtype(torch.empty(0, dtype=dtype)).itemsize
+
+    @property
+    def _sum_bytes(self) -> int:
+        """Bytes of a gradient, of a master weight, and of what the optimizer averages."""
+        value, accumulated = self._item_bytes
+        return accumulated if self.config.optim.master_weights else value
 
     def _state_bytes(self, bytes_each: int, divided_from: int) -> int:
         """Return the bytes of so many a parameter, divided over replicas from a ZeRO stage on."""

@@ -5,6 +5,8 @@ With g = factor · grad, at step t:
     m ← β₁ m + (1 − β₁) g              value ← (1 − lr · decay) value − lr / (1 − β₁ᵗ) · m / (√(v / (1 − β₂ᵗ)) + ε)
     v ← β₂ v + (1 − β₂) g²             model ← value, rounded
 
+What is kept in half precision is widened as it is read, and rounded once as it is written.
+
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2.
 """
 
@@ -13,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from megascratch.ops.registry import Operator
+from megascratch.ops.registry import Operator, acc_dtype
 
 
 def adamw(
@@ -34,12 +36,12 @@ def adamw(
     """Update value, exp_avg and exp_avg_sq in place, and write the new value into model.
 
     Args:
-        value: [n] contiguous, float32 or float64.
+        value: [n] contiguous, any floating dtype.
         grad, exp_avg, exp_avg_sq: like value. The gradient is not changed.
         step: number of this update, from 1.
         lr, beta1, beta2, eps, weight_decay: as in the formula.
         grad_factor: multiplies the gradient as it is read.
-        model: [n] contiguous; in half precision or value's dtype; may be None.
+        model: [n] contiguous, in half precision or value's dtype, where value is float32 or float64; may be None.
     """
     step_size, root_factor = lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
     keep = 1.0 - lr * weight_decay
@@ -67,10 +69,13 @@ def _adamw_reference(
     root_factor: float,
     eps: float,
 ) -> None:
-    scaled = grad * grad_factor
-    exp_avg.lerp_(scaled, 1.0 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(scaled, scaled, value=1.0 - beta2)
-    value.mul_(keep).addcdiv_(exp_avg, exp_avg_sq.sqrt().mul_(root_factor).add_(eps), value=-step_size)
+    dtype = acc_dtype(value)
+    scaled = grad.to(dtype) * grad_factor
+    mean = exp_avg.to(dtype).lerp(scaled, 1.0 - beta1)
+    square = (exp_avg_sq.to(dtype) * beta2).addcmul_(scaled, scaled, value=1.0 - beta2)
+    value.copy_((value.to(dtype) * keep).addcdiv_(mean, square.sqrt().mul_(root_factor).add_(eps), value=-step_size))
+    exp_avg.copy_(mean)
+    exp_avg_sq.copy_(square)
     if model is not None:
         model.copy_(value)
 

@@ -2,7 +2,8 @@
 
     params   p0 p1 p2 …           each a view of
     values   [numel]              one tensor in the model's dtype, and its gradient a view of
-    grads    [numel]              one tensor in float32 (float64 for float64 models), summed over micro-batches
+    grads    [numel]              one tensor in float32 (float64 for float64 models, and in the model's dtype where no
+                                  master weights are kept), summed over micro-batches
 
 A bucket holds parameters of one stage with the same update rule, pace, grad_axes and owners, so every rule about
 gradients is one operation on a whole bucket; what makes a bucket is the same on all ranks that hold the stage. ZeRO
@@ -89,6 +90,7 @@ class Bucket:
         zero: ZeRO stage.
         stages: numbers of the stages that use them.
         in_tree: whether gradients are added in a fixed tree (`optim.tree`); without ZeRO, and of one stage.
+        wide: whether gradients are summed in `acc_dtype`, or else in the model's dtype.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Bucket:
         zero: int,
         stages: frozenset[int],
         in_tree: bool = False,
+        wide: bool = True,
     ) -> None:
         self.key, self.mesh, self.stages = key, mesh, stages
         assert not in_tree or (zero == 0 and len(stages) == 1)
@@ -117,7 +120,8 @@ class Bucket:
         self.start, self.stop = self.axis.rank * part, (self.axis.rank + 1) * part
         first = params[0]
         self.values = torch.zeros(numel, dtype=first.dtype, device=first.device)
-        self.grads = torch.zeros(part if self.divides_grads else numel, dtype=ops.acc_dtype(first), device=first.device)
+        dtype = ops.acc_dtype(first) if wide else first.dtype
+        self.grads = torch.zeros(part if self.divides_grads else numel, dtype=dtype, device=first.device)
         self.on_gradient: Callable[[Bucket, Tensor], None] = lambda bucket, param: None
         self.spans: list[Span] = []
         start = 0
@@ -260,6 +264,7 @@ def make_buckets(
     rule_of: Callable[[ParamSpec], str],
     pace_of: Callable[[ParamSpec], Pace],
     in_tree: bool = False,
+    wide: bool = True,
 ) -> list[Bucket]:
     """Sort parameters into buckets, those that learn.
 
@@ -270,7 +275,7 @@ def make_buckets(
         max_numel: a bucket is closed once it holds this many elements, and in front of a unit that does not fit in.
         rule_of: names a parameter's update rule.
         pace_of: its learning rate's factor and its weight decay.
-        in_tree: see `Bucket`.
+        in_tree, wide: see `Bucket`.
 
     Returns: buckets in an order that depends on the specs alone, so ranks with equal specs issue equal collectives.
     """
@@ -297,7 +302,7 @@ def make_buckets(
             runs[-1].append(param)
     stages = [unit.stages for unit in units]
     return [
-        Bucket(key, run, mesh, zero, stages[scope] if isinstance(scope, int) else scope, in_tree)
+        Bucket(key, run, mesh, zero, stages[scope] if isinstance(scope, int) else scope, in_tree, wide)
         for (scope, key), runs in groups.items()
         for run in runs
     ]

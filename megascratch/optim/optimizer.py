@@ -2,7 +2,8 @@
 
     micro-batches ─ grads (sums) ─ reduce over grad_axes and data ─ global norm ─ clip ─ update own run ─ publish values
 
-Updates happen on `master` values: a float32 copy of the run where the model is in 16 bits, the run itself elsewhere.
+Updates happen on `master` values: a float32 copy of the run where the model is in 16 bits, the run itself elsewhere,
+and where the recipe does without such copies.
 """
 
 import math
@@ -82,7 +83,14 @@ class Optimizer:
     def __init__(self, units: Sequence[Unit], mesh: Mesh, optim: OptimConfig, zero: int, in_tree: bool = False) -> None:
         self.mesh, self.clip = mesh, optim.clip
         self.buckets = make_buckets(
-            units, mesh, zero, optim.bucket_numel, partial(rule_of, optim), partial(pace_of, optim), in_tree
+            units,
+            mesh,
+            zero,
+            optim.bucket_numel,
+            partial(rule_of, optim),
+            partial(pace_of, optim),
+            in_tree,
+            optim.master_weights,
         )
         self.overlap = Overlap(self.buckets, units)
         self.runs = [OwnedRun.of(bucket, RULES[bucket.key.rule].state_names) for bucket in self.buckets]

@@ -18,7 +18,7 @@ class OwnedRun:
 
     Attributes:
         bucket: whose run it is.
-        master: [run] in float32 or float64: a copy where the model is in 16 bits, the run itself elsewhere.
+        master: [run] in the dtype of the bucket's gradients: a copy where the model is in another, else the run itself.
         state: one [run] for each of the rule's `state_names`.
     """
 

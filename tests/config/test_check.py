@@ -312,6 +312,13 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
         ("_preferences", "dpo.loss=exo", None, r"dpo\.loss = exo +needs dpo\.label_smoothing above 0"),
         ("_preferences", "dpo.reference=base", None, r"dpo\.reference = base +is this model without its adapters"),
         (
+            "_master_weights",
+            "optim.master_weights=false train.dtype=fp16",
+            None,
+            r"dtype = fp16 +does not go with optim.master_weights = false: its range is too small .* use bf16",
+        ),
+        ("_master_weights", "optim.master_weights=false optim.name=muon", None, r"name = muon .* use adamw, or keep"),
+        (
             "_steps",
             "optim.lr=1e-4 optim.min_lr=1e-3",
             None,

@@ -35,6 +35,17 @@ def test_every_backend_updates_as_torch_does(backend, n, dtype):
         torch.testing.assert_close(value.cpu().double(), theirs.detach(), rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_what_is_kept_in_half_precision_is_rounded_once(backend, n, dtype):
+    kept = [torch.rand(n).to(dtype).to(backend.device) for _ in range(4)]
+    wide = [x.float() for x in kept]
+    for tensors in (kept, wide):
+        backend.ops.adamw(*tensors, None, 0.5, *arguments(2))
+    for one, other in zip(kept, wide):
+        torch.testing.assert_close(one, other.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shift", [0, 1])
 def test_the_model_gets_the_rounded_value(backend, dtype, shift):

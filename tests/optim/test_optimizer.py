@@ -85,6 +85,26 @@ def test_small_updates_survive_in_the_float32_masters_of_bf16_weights() -> None:
     assert {"exp_avg", "exp_avg_sq", "master"} == {part.kind for part in optimizer.state_parts()}
 
 
+def test_without_masters_all_is_bf16_and_the_step_torchs() -> None:
+    ours, theirs = _params(torch.bfloat16), _params(torch.bfloat16)
+    optim = OptimConfig(weight_decay=0.0, clip=0.0, master_weights=False)
+    optimizer = Optimizer([Unit.one(ours)], Mesh.serial(), optim, zero=0)
+    reference = torch.optim.AdamW(theirs, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
+    for _ in range(3):
+        optimizer.zero_grads()
+        reference.zero_grad()
+        _backward(ours)
+        _backward(theirs)
+        optimizer.step(lr=0.1, grad_scale=1.0)
+        reference.step()
+    for got, want in zip(ours, theirs):
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=0)
+    assert {part.kind: part.tensor.dtype for part in optimizer.state_parts()} == {
+        "exp_avg": torch.bfloat16,
+        "exp_avg_sq": torch.bfloat16,
+    }
+
+
 def test_the_loss_scale_halves_on_overflow_and_doubles_after_its_window() -> None:
     scale = LossScale.of(OptimConfig(loss_scale=1024.0, loss_scale_window=3), "fp16")
     seen = []

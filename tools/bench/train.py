@@ -23,6 +23,7 @@ from train_step import CONTESTANTS, SHAPES, Shape
 
 from megascratch.log import make_console
 
+OURS = ("ours", "ours-pure")
 CHILD = Path(__file__).with_name("train_step.py")
 
 
@@ -36,9 +37,9 @@ def token_flops(shape: Shape) -> int:
 
 def run_child(name: str, shape: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return what a contestant's process printed, or {"absent": why}."""
-    python = sys.executable if name == "ours" else args.python
+    python = sys.executable if name in OURS else args.python
     command = [python, str(CHILD), name, shape, dtype, "--steps", str(args.steps), "--threads", str(args.threads)]
-    checkout = {"ours": args.ours, "picotron": args.picotron}.get(name)
+    checkout = {**dict.fromkeys(OURS, args.ours), "picotron": args.picotron}.get(name)
     command += ["--checkout", str(checkout)] if checkout is not None else []
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
@@ -65,7 +66,7 @@ def compare(shape: str, dtype: str, args: argparse.Namespace, console: Any) -> N
     size = SHAPES[shape]
     n_tokens = size.batch * size.s
     median = {name: statistics.median(s for run in results for s in run["seconds"]) for name, results in runs.items()}
-    peers = [seconds for name, seconds in median.items() if name != "ours"]
+    peers = [seconds for name, seconds in median.items() if name not in OURS]
     table = Table(title=f"{shape}, {dtype}, {args.threads} threads: {size.batch} × {size.s} tokens a step")
     for column in ("", "s a step", "tokens/s", "GFLOP/s", "first step, s", "peak MiB", "best peer / this"):
         table.add_column(column, justify="right" if column else "left")

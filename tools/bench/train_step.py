@@ -7,13 +7,14 @@ prints one JSON object: `seconds` of each step, `first_s` from the start of buil
 step (imports excluded), `peak_mib` of the whole process, and the last `loss`. Each peer is set up as its own training
 code sets it up: its model class, its loss, clipping by torch, torch's fused AdamW; in bf16 with weights, gradients and
 optimizer state in bf16, the fastest that it offers. Ours is `Engine.train_step`, whose bf16 keeps float32 gradients,
-master weights and moments.
+master weights and moments; `ours-pure` does without, as the peers do.
 
 This file runs in the peers' environment: it imports nothing of megascratch but for `ours`.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -71,7 +72,7 @@ def llama_sizes(shape: Shape) -> dict[str, int]:
     }
 
 
-def make_ours(shape: Shape, dtype: str) -> Step:
+def make_ours(shape: Shape, dtype: str, master_weights: bool = True) -> Step:
     import torch
 
     from megascratch.config import config_from_dict
@@ -84,6 +85,7 @@ def make_ours(shape: Shape, dtype: str) -> Step:
     model |= {"n_kv_heads": shape.n_kv_heads, "vocab_size": shape.vocab, "max_seq_length": shape.s}
     train = {"global_batch": shape.batch, "micro_batch": shape.batch, "dtype": dtype}
     optim = {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS, "weight_decay": DECAY, "clip": CLIP}
+    optim |= {"master_weights": master_weights}
     sections = {"model": model, "train": train, "optim": optim, "data": {"seq_length": shape.s}, "parallel": {"dp": 1}}
     keep_freed_memory()  # as training does
     engine = Engine(config_from_dict(sections), Mesh.serial())
@@ -227,6 +229,7 @@ def peer_step(model: Any, shape: Shape, dtype: str, loss_of: Callable[[Any, Any]
 
 CONTESTANTS = {
     "ours": make_ours,
+    "ours-pure": functools.partial(make_ours, master_weights=False),
     "transformers": make_transformers,
     "litgpt": make_litgpt,
     "torchtitan": make_torchtitan,
@@ -234,6 +237,7 @@ CONTESTANTS = {
 }
 MODULES = {
     "ours": "megascratch.engine",
+    "ours-pure": "megascratch.engine",
     "picotron": "picotron",
     "litgpt": "litgpt.model",
     "torchtitan": "torchtitan.models.llama3",

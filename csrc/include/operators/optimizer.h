@@ -12,7 +12,6 @@ struct OptimizerOperators {
       Tensor value, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, std::optional<Tensor> model, double grad_factor,
       double keep, double beta1, double beta2, double step_size, double root_factor, double eps) {
     const DType dtype = dtype_of(value);
-    STD_TORCH_CHECK(dtype == DType::Float || dtype == DType::Double, "adamw: value must be float32 or float64");
     for (const Tensor* t : {&value, &grad, &exp_avg, &exp_avg_sq}) {
       check_same_shape(value, *t, "adamw: value, grad, exp_avg and exp_avg_sq");
       STD_TORCH_CHECK(t->is_contiguous(), "adamw: tensors must be contiguous");
@@ -23,6 +22,8 @@ struct OptimizerOperators {
     if (model) {
       STD_TORCH_CHECK(model->numel() == value.numel() && model->is_contiguous(), "adamw: model must be like value");
       a.model = model->mutable_data_ptr(), a.model_dtype = dtype_of(*model);
+      STD_TORCH_CHECK(dtype == DType::Float || dtype == DType::Double,
+                      "adamw: values in half precision are the model's own");
       STD_TORCH_CHECK((dtype == DType::Double) == (a.model_dtype == DType::Double),
                       "adamw: model must be float64 where value is, and nowhere else");
     }
