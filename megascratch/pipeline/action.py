@@ -41,7 +41,7 @@ class Kind(StrEnum):
 
     @property
     def is_compute(self) -> bool:
-        return len(self.value) == 1
+        return len(self) == 1  # of the text; `value` is a slow attribute
 
 
 # Nine digits are more than any run has, and keep a hostile schedule file from spelling numbers of a million digits.

@@ -48,9 +48,9 @@ def test_1f1b_has_the_closed_form(pp, m):
     assert timeline("1f1b", pp, m).bubble == pytest.approx((pp - 1) / (m + pp - 1))
 
 
-@pytest.mark.parametrize(("pp", "m"), [*LARGE[1:], (4, 9), (3, 8), (16, 70)])
+@pytest.mark.parametrize(("pp", "m"), [*LARGE, (4, 9), (3, 8), (16, 70)])
 def test_interleaving_divides_the_ideal_time_by_vp(pp, m):
-    for vp in (2, 3):
+    for vp in (2, 3) if pp < 64 else (2,):
         bubble = timeline("interleaved", pp, m, vp=vp).bubble
         assert bubble / (1 - bubble) == pytest.approx((pp - 1) / (vp * m))
 
@@ -99,8 +99,10 @@ def test_where_ranks_wait_for_each_other_zb_h2_gains_nothing_over_zb_h1():
 @settings(max_examples=60, deadline=None)
 def test_a_step_takes_no_less_than_its_work_and_no_more_than_all_of_it(data):
     costs = Costs(*data.draw(st.tuples(*[st.floats(0.1, 3.0)] * 4)))
-    name = data.draw(st.sampled_from(["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min"]))
+    name = data.draw(st.sampled_from(sorted(SCHEDULES)))
     pp, m = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9))
+    if "dual" in name:
+        pp, m = 2 * pp, 4 * pp + 2 * m
     schedule = add_communication(make_schedule(name, pp, SCHEDULES[name].n_chunks or 2, m, costs))
     times = simulate(schedule, costs)
     assert [[event.action for event in own] for own in times.events] == [list(own) for own in schedule.actions]
@@ -122,12 +124,12 @@ def test_uneven_stages_take_their_share():
     assert [event.end - event.start for event in times.events[1]] == [2.0, 4.0, 2.0, 4.0]
 
 
-@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zb-v"])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_it_is_quick(name):
     """32 ranks and 128 microbatches in 0.3 s; processor time, since other work may share the machine."""
-    schedule = add_communication(make_schedule(name, 32, SCHEDULES[name].n_chunks, 128))
+    schedule = add_communication(make_schedule(name, 32, SCHEDULES[name].n_chunks or 2, 128))
     took = []
-    for _ in range(3):
+    while len(took) < 5 and min(took, default=1.0) > 0.3:
         start = time.thread_time()
         simulate(schedule)
         took.append(time.thread_time() - start)

@@ -28,7 +28,7 @@ CHILD = Path(__file__).with_name("layouts_rank.py")
 
 
 def run_ranks(name: str, layout: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Start a contestant's ranks, and return what rank 0 printed, or {"absent": why}."""
+    """Start a contestant's ranks, and return what the last one printed, or {"absent": why}."""
     sizes, _ = LAYOUTS[layout]
     world = sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("dp", 1)
     python, checkout, overrides = sys.executable, args.ours, args.overrides
@@ -45,7 +45,7 @@ def run_ranks(name: str, layout: str, args: argparse.Namespace) -> dict[str, Any
         printed, errors = zip(*[rank.communicate() for rank in ranks])
     if any(rank.returncode for rank in ranks):
         return {"absent": next((error.strip().splitlines()[-1] for error in errors if error.strip()), "no reason")}
-    result: dict[str, Any] = json.loads(printed[0].splitlines()[-1])
+    result: dict[str, Any] = json.loads(printed[-1].splitlines()[-1])
     return result
 
 

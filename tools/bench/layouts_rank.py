@@ -3,7 +3,8 @@
 
     python tools/bench/layouts_rank.py picotron 16m tp=2 --rank 0 --meet FILE --steps 5 --checkout PICOTRON
 
-Rank 0 prints one JSON object: `seconds` of each step after the first, from barrier to barrier, and the last `loss`.
+The last rank prints one JSON object: `seconds` of each step after the first, from barrier to barrier, and the
+last `loss`.
 All is in float32, on one thread a rank. Ours is `Engine.train_step`, which clips. picotron is set up and driven as its
 `train.py` does it, but for the data, which come from memory, AdamW, which is torch's fused one, and the start from
 random weights instead of a download. What it needs to run on a CPU at all:
@@ -179,7 +180,7 @@ def main() -> None:
         loss = step()
         dist.barrier()
         ends.append(time.perf_counter())
-    if args.rank == 0:
+    if args.rank == world - 1:  # of the last stage, which knows the loss
         print(json.dumps({"seconds": [end - begin for begin, end in itertools.pairwise(ends)], "loss": loss}))
     dist.destroy_process_group()
 
