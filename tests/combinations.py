@@ -35,6 +35,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "tied": {"model": "tied"},
     "qk_norm": {"model": "qwen"},
     "post norm": {"model": "olmo"},
+    "windows, capped scores": {"model": "gemma"},
     "learned positions": {"model": "gpt2"},
     "experts": {"model": "moe"},
     "experts of bounded capacity": {"model": "moe-capacity"},

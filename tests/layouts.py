@@ -40,7 +40,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "bias": True,
         "tie_embeddings": True,
     },
-    "olmo": {**BASE, "norm_position": "post", "activation": "geglu"},
+    "olmo": {**BASE, "norm_position": "post", "activation": "geglu", "qk_norm": True, "qk_norm_across_heads": True},
+    "gemma": {
+        **BASE,
+        "norm_position": "both",
+        "norm_zero_centered": True,
+        "activation": "geglu_tanh",
+        "tie_embeddings": True,
+        "scale_embeddings": True,
+        "qk_norm": True,
+        "query_pre_attn_scalar": 5.0,
+        "attn_softcap": 2.0,
+        "logit_softcap": 3.0,
+        "sliding_window": 5,
+        "window_attn_skip_freq": 2,
+        "rope_local_theta": 100.0,
+    },
     # First layer dense; groups, sigmoid scores, biases, a shared expert with a gate.
     "moe": {
         **BASE,

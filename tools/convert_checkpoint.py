@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Convert checkpoints with the flags of Megatron-LM's tools/checkpoint/convert.py.
 
-The same scripts run unchanged on our checkpoints and on Hugging Face folders; a flag that changes nothing here is
-accepted and said, one that can't be honoured is refused. Optimizer state goes along, where Megatron's tool leaves it
-out. The work is done by megascratch.checkpoint.
+The same scripts run unchanged on our checkpoints, on Megatron-LM's own and on Hugging Face folders; a flag that changes
+nothing here is accepted and said, one that can't be honoured is refused. Optimizer state of ours goes along, where
+Megatron's tool leaves it out. The work is done by megascratch.checkpoint.
 
     python tools/convert_checkpoint.py --model-type GPT --loader mcore --saver mcore --load-dir runs/a/checkpoints \\
         --save-dir runs/a/tp1 --target-tensor-parallel-size 1 --target-pipeline-parallel-size 1
@@ -13,12 +13,10 @@ out. The work is done by megascratch.checkpoint.
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
-from rich.console import Console
-
-from megascratch.checkpoint import convert, describe, from_hf, to_hf
+from megascratch.checkpoint import convert, describe
+from megascratch.checkpoint.convert import recognised
 from megascratch.errors import CheckpointError, Problem, exit_code_of
 from megascratch.log import make_console
 
@@ -26,7 +24,6 @@ HERE = "the flags of convert_checkpoint.py"
 OURS = ("megatron", "legacy", "mcore", "core")  # Megatron's names for its own formats stand for ours
 HF_LOADERS = ("llama_mistral", "hf")
 HF_SAVERS = ("hf", "llama_hf", "qwen2_hf")
-MEGATRON_MARK = "latest_checkpointed_iteration.txt"
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -86,9 +83,6 @@ def refuse(flags: argparse.Namespace) -> None:
         problems.append(Problem("--target-*-parallel-size", "must be at least 1"))
     if flags.save_dir.exists():
         problems.append(Problem(f"--save-dir {flags.save_dir}", "exists already", "give another directory"))
-    if (flags.load_dir / MEGATRON_MARK).exists():
-        remedy = "convert it to Hugging Face's format with Megatron-LM's own tools, then use --loader hf"
-        problems.append(Problem(f"--load-dir {flags.load_dir}", "is a checkpoint of Megatron-LM: pickles", remedy))
     if problems:
         raise CheckpointError(problems, HERE)
 
@@ -116,37 +110,23 @@ def run(flags: argparse.Namespace) -> None:
     console = make_console()
     for line in notes(flags):
         console.print(f"note: {line}")
-    if flags.saver in HF_SAVERS:
-        to_hf(flags.load_dir, flags.save_dir, flags.tokenizer_model, console=console)
-    elif flags.loader in HF_LOADERS:
-        import_folder(flags, console)
-    else:
-        relay(flags.load_dir, flags, None, console)
-    print(f"{flags.load_dir} → {flags.save_dir}")
-
-
-def import_folder(flags: argparse.Namespace, console: Console) -> None:
-    """Make a checkpoint from a folder, by way of one that is laid out for a single rank if another layout is wanted."""
-    dtype = "bf16" if flags.bf16 else "fp16" if flags.fp16 else None
-    if not (dtype or flags.target_tensor_parallel_size or flags.target_pipeline_parallel_size):
-        from_hf(flags.load_dir, flags.save_dir, console=console)
-        return
-    flags.save_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{flags.save_dir.name}.", dir=flags.save_dir.parent) as folder:
-        relay(from_hf(flags.load_dir, Path(folder) / "imported", console=console), flags, dtype, console)
-
-
-def relay(source: Path, flags: argparse.Namespace, dtype: str | None, console: Console) -> None:
-    """Write our checkpoint for the target layout; a size that was left out stays what it was."""
-    saved = describe(source).layout
+    from_hf, to_hf = flags.loader in HF_LOADERS, flags.saver in HF_SAVERS
+    # Of ours, a size that was left out stays what it was.
+    own = not from_hf and recognised(flags.load_dir) == "megascratch"
+    saved = describe(flags.load_dir).layout if own else {}
+    tp, pp = flags.target_tensor_parallel_size, flags.target_pipeline_parallel_size
     convert(
-        source,
+        flags.load_dir,
         flags.save_dir,
-        tp=flags.target_tensor_parallel_size or saved.get("tp", 1),
-        pp=flags.target_pipeline_parallel_size or saved.get("pp", 1),
-        dtype=dtype,
+        from_="hf" if from_hf else None,
+        to="hf" if to_hf else "megascratch",
+        tp=tp or saved.get("tp", 1),
+        pp=pp or saved.get("pp", 1),
+        dtype="bf16" if flags.bf16 else "fp16" if flags.fp16 else None,
+        tokenizer=flags.tokenizer_model if to_hf else None,
         console=console,
     )
+    print(f"{flags.load_dir} → {flags.save_dir}")
 
 
 def main(argv: list[str]) -> int:

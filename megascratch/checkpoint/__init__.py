@@ -2,7 +2,6 @@
 
 from megascratch.checkpoint.convert import convert
 from megascratch.checkpoint.format import OPTIMIZER, Shard
-from megascratch.checkpoint.hf import from_hf, to_hf
 from megascratch.checkpoint.inspect import Description, describe, verify
 from megascratch.checkpoint.load import Reader, find, load, read_state
 from megascratch.checkpoint.places import place
@@ -23,7 +22,6 @@ __all__ = [
     "convert",
     "describe",
     "find",
-    "from_hf",
     "load",
     "place",
     "prune",
@@ -31,7 +29,6 @@ __all__ = [
     "save",
     "shared_pieces",
     "step_of",
-    "to_hf",
     "verify",
     "weight_shards",
 ]

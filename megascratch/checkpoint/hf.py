@@ -10,6 +10,8 @@ The families are tables in `families.py`.
 
 import json
 import math
+import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -21,52 +23,67 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megascratch.checkpoint.families import family_for
-from megascratch.checkpoint.format import CHUNK_BYTES, DTYPES, Manifest, damage, whole
+from megascratch.checkpoint.families import Family, family_for
+from megascratch.checkpoint.format import DTYPES, damage, whole
 from megascratch.checkpoint.hf_config import read_config, write_config
-from megascratch.checkpoint.load import Reader, find, tensor_shard
-from megascratch.checkpoint.save import NewPiece, new_directory, write_contents, write_pieces
+from megascratch.checkpoint.save import NewPiece, new_directory, write_pieces
+from megascratch.checkpoint.source import Container, Kind, Source, written_dtype
 from megascratch.checkpoint.steps import Step
 from megascratch.config import DataConfig, ModelConfig, config_from_dict
+from megascratch.dist.distributed_checkpoint import Chunk, write_chunks
 from megascratch.errors import CheckpointError, Problem
 from megascratch.log import progress
 from megascratch.nn import parameter_specs
 from megascratch.tokenizer import Tokenizer
 
 LARGEST_FILE_BYTES = 5_000_000_000  # what the Hub splits at
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+GENERATION = "generation_config.json"
+# What goes along with a model, both ways.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    GENERATION,
+)
 _LARGEST_JSON_BYTES = 64 << 20
+_LARGEST_COMPANION_BYTES = 256 << 20
 _TRAIN_DTYPE_OF = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def to_hf(src: Path, dst: Path, tokenizer_path: Path | None = None, *, console: Console) -> Path:
-    """Write the weights of a checkpoint as a folder that `AutoModelForCausalLM.from_pretrained` opens.
+def write_hf(
+    source: Source,
+    dst: Path,
+    *,
+    family: str | None = None,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    console: Console,
+) -> Path:
+    """Write weights as a folder that `AutoModelForCausalLM.from_pretrained` opens.
 
     Args:
-        src: a checkpoint, or a directory with `latest`.
+        source: of the weights.
         dst: folder to make; must not exist.
-        tokenizer_path: the model's `tokenizer.json`, or its directory; copied, and its end-of-document id set as the
-            end of generation.
+        family: as which it is written, where several express the model; the first of them when left out.
+        dtype: of the weights; unchanged when left out.
+        tokenizer: the model's `tokenizer.json`, or its directory, and its end-of-document id becomes the end of
+            generation; when left out, the tokenizer's files beside the source go along as they are.
         console: for progress.
 
     Returns: `dst`.
 
     Raises: CheckpointError: if the source is damaged, `dst` exists, or no family has models of this shape.
     """
-    reader = Reader(find(src))
-    model = reader.config().model
-    family = family_for(model)
-    steps = steps_of(family.steps, model)
-    missing = [step.ours for step in steps if step.ours not in reader.manifest.tensors]
-    if missing:
-        raise damage(reader.directory, f"tensor {missing[0]}", "is not in the checkpoint")
-    tokenizer = Tokenizer.from_file(tokenizer_path) if tokenizer_path is not None else None
-    if tokenizer is not None and model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
-        rule = f"has {tokenizer.vocab_size} ids, the model has {model.vocab_size}"
-        raise CheckpointError(Problem(str(tokenizer_path), rule, "give the tokenizer that it was trained with"))
-    files = _files(list(_exported(reader, steps, model)))
+    chosen, opened = _chosen(source, family, tokenizer)
+    files = _files(list(exported(source, chosen, dtype)))
     total = sum(math.prod(piece.shape) for pieces in files for piece in pieces)
-    with new_directory(dst) as folder, progress(console, f"exporting {src}", total, "elements") as advance:
+    with new_directory(dst) as folder, progress(console, f"exporting {source.path}", total, "elements") as advance:
         weight_map: dict[str, str] = {}
         for index, pieces in enumerate(files, start=1):
             name = SINGLE if len(files) == 1 else f"model-{index:05d}-of-{len(files):05d}.safetensors"
@@ -75,57 +92,161 @@ def to_hf(src: Path, dst: Path, tokenizer_path: Path | None = None, *, console: 
         if len(files) > 1:
             size = sum(_bytes(piece) for pieces in files for piece in pieces)
             _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        eos_id = tokenizer.eod_id if tokenizer else None
-        dtype = str(files[0][0].dtype).removeprefix("torch.")
-        _write_json(folder / "config.json", write_config(model, family, dtype, eos_id))
-        _write_json(folder / "generation_config.json", {"_from_model_config": True, "eos_token_id": eos_id})
-        if tokenizer is not None:
-            tokenizer.save(folder)
+        _write_beside(folder, source, chosen, opened, files[0][0].dtype)
     return dst
 
 
-def from_hf(src: Path, dst: Path, *, console: Console) -> Path:
-    """Write a checkpoint (step 0, weights alone) from a folder in Hugging Face's format.
+def write_dcp(
+    source: Source,
+    dst: Path,
+    *,
+    family: str | None = None,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    console: Console,
+) -> Path:
+    """Write weights as a distributed checkpoint of torch, by the names that transformers' model has for them.
+
+    `config.json` and the tokenizer stand beside it. Arguments and errors as for `write_hf`.
+    """
+    chosen, opened = _chosen(source, family, tokenizer)
+    pieces = list(exported(source, chosen, dtype))
+    total = sum(math.prod(piece.shape) for piece in pieces)
+    chunks = [
+        Chunk(piece.name, piece.shape, piece.dtype, (0,) * len(piece.shape), piece.shape, piece.value)
+        for piece in pieces
+    ]
+    with new_directory(dst) as folder, progress(console, f"exporting {source.path}", total, "elements") as advance:
+        write_chunks(folder, chunks, advance)
+        _write_beside(folder, source, chosen, opened, pieces[0].dtype)
+    return dst
+
+
+def _chosen(source: Source, family: str | None, tokenizer: Path | None) -> tuple[Family, Tokenizer | None]:
+    """Return the family that is written and the tokenizer that was given, checked against the model."""
+    model = source.config.model
+    opened = Tokenizer.from_file(tokenizer) if tokenizer is not None else None
+    if opened is not None and model.vocab_size is not None and opened.vocab_size > model.vocab_size:
+        rule = f"has {opened.vocab_size} ids, the model has {model.vocab_size}"
+        raise CheckpointError(Problem(str(tokenizer), rule, "give the tokenizer that it was trained with"))
+    return family_for(model, family), opened
+
+
+def _write_beside(
+    folder: Path, source: Source, family: Family, tokenizer: Tokenizer | None, dtype: torch.dtype
+) -> None:
+    """Write what goes along with the weights: the tokenizer, `generation_config.json` and `config.json`."""
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        _write_json(folder / GENERATION, {"_from_model_config": True, "eos_token_id": tokenizer.eod_id})
+    else:
+        copy_companions(source.path, folder)
+    if not (folder / GENERATION).exists():
+        _write_json(folder / GENERATION, {"_from_model_config": True, "eos_token_id": None})
+    eos_id = read_json(folder, GENERATION).get("eos_token_id")
+    config = write_config(source.config.model, family, str(dtype).removeprefix("torch."), eos_id)
+    _write_json(folder / CONFIG, config)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the files that go along with a model's weights, such as its tokenizer's."""
+    for name in COMPANIONS:
+        file = source / name
+        if file.is_file() and file.stat().st_size <= _LARGEST_COMPANION_BYTES:
+            shutil.copyfile(file, target / name)
+
+
+def hf_source(container: Container, config: Mapping[str, Any]) -> Source:
+    """Return the model that tensors by a family's names are.
 
     Args:
-        src: folder with `config.json` and safetensors; a `tokenizer.json` in it becomes `data.tokenizer`.
-        dst: directory of the checkpoint; must not exist.
-        console: for progress.
+        container: of the tensors.
+        config: `config.json`.
 
-    Returns: `dst`. Dtypes are kept.
-
-    Raises: CheckpointError: if the folder is incomplete or damaged, holds pickles, or our model cannot be of that kind.
+    Raises: CheckpointError: if a tensor is missing, left over or of another shape, or our model cannot be of that kind.
     """
-    source = Folder.open(src)
+    path = container.path
     try:
-        family, section = read_config(source.config)
+        family, section = read_config(config, len(container.kinds))
     except CheckpointError as error:
-        raise CheckpointError(error.problems, str(src / "config.json")) from None
-    if section["n_layers"] > len(source.files):  # before anything loops over them
-        rule = f"is more than a folder of {len(source.files)} tensors can have"
-        raise damage(src / "config.json", f"num_hidden_layers = {section['n_layers']}", rule, "download it again")
-    n_experts = (section.get("moe") or {}).get("num_experts", 0)
-    if n_experts > len(source.files):
-        rule = f"is more than a folder of {len(source.files)} tensors can have"
-        raise damage(src / "config.json", f"num_experts = {n_experts}", rule, "download it again")
-    dtypes = {source.dtype(name) for name in source.files}
+        raise CheckpointError(error.problems, str(path / CONFIG)) from None
+    dtypes = {kind.dtype for kind in container.kinds.values() if kind.dtype in _TRAIN_DTYPE_OF}
     raw = {
         "model": section,
         "data": {"seq_length": min(section["max_seq_length"], DataConfig().seq_length)},
-        "train": {"dtype": _TRAIN_DTYPE_OF[max(dtypes, key=lambda d: d.itemsize)]},
+        "train": {"dtype": _TRAIN_DTYPE_OF[max(dtypes, key=lambda d: d.itemsize, default=torch.float32)]},
     }
-    if (src / "tokenizer.json").is_file():
-        raw["data"]["tokenizer"] = str(src / "tokenizer.json")
-    config = config_from_dict(raw, where=str(src / "config.json"))
-    pieces = list(_imported(source, steps_of(family.steps, config.model), config.model))
-    total = sum(math.prod(piece.shape) for piece in pieces)
-    with new_directory(dst) as folder, progress(console, f"importing {src}", total, "elements") as advance:
-        table = write_pieces(folder / "weights.safetensors", pieces, advance)
-        state = {"step": 0, "consumed_samples": 0, "config": config.model_dump(mode="json")}
-        state_bytes = json.dumps(state, indent=1).encode()
-        manifest = Manifest.build(0, [table], CHUNK_BYTES, state_bytes, dst)
-        write_contents(folder, manifest, state_bytes)
-    return dst
+    resolved = config_from_dict(raw, where=str(path / CONFIG))
+    model = resolved.model
+    steps = {step.ours: step for step in steps_of(family.steps, model)}
+    names = _Names.of(container, family)
+    names.check_all_used(steps.values(), family, container)
+    specs = {spec.name: spec.shape for spec in parameter_specs(model)}
+    kinds = {name: names.kind_of(step, specs[name], model, container) for name, step in steps.items()}
+
+    @lru_cache(maxsize=1)  # the pieces of one tensor are asked for one after the other
+    def joined(name: str) -> Tensor:
+        step = steps[name]
+        return step.join([container.read(names.theirs(their)) for their in step.theirs], model)
+
+    return Source(path, resolved, kinds, lambda name, box: joined(name)[box])
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What tensors are called in a container: a family's names, perhaps within another name, or without their head.
+
+    Attributes:
+        outer: what all of the model's names begin with besides (`model.` of a training state).
+        dropped: what the family's names begin with that is left out.
+    """
+
+    outer: str
+    dropped: str
+
+    @classmethod
+    def of(cls, container: Container, family: Family) -> "_Names":
+        """Find both from where the embedding stands."""
+        embedding = next(step.theirs[0] for step in family.steps if step.ours == "embed.weight")
+        bare = embedding.removeprefix(family.prefix)
+        found = sorted((name for name in container.kinds if name.endswith(bare)), key=len)
+        before = found[0].removesuffix(bare) if found else family.prefix
+        if before.endswith(family.prefix):
+            return cls(before.removesuffix(family.prefix), "")
+        return cls(before, family.prefix)
+
+    def theirs(self, name: str) -> str:
+        return self.outer + name.removeprefix(self.dropped)
+
+    def check_all_used(self, steps: Any, family: Family, container: Container) -> None:
+        """Raise a CheckpointError with tensors that are missing or have no place in the model."""
+        used = {self.theirs(their) for step in steps for their in step.theirs}
+        problems = [Problem(f"tensor {name}", "is not in the folder") for name in sorted(used - container.kinds.keys())]
+        # Old folders hold rotary tables, and some a copy of a tied head; neither says anything new.
+        ignored = re.compile(f"{re.escape(self.outer)}({family.ignored}|lm_head\\.weight)")
+        inside = {name for name in container.kinds if name.startswith(self.outer) and not ignored.fullmatch(name)}
+        problems += [
+            Problem(f"tensor {name}", "has no place in this kind of model", "convert another model")
+            for name in sorted(inside - used)
+        ]
+        if problems:
+            raise CheckpointError(problems[:10], str(container.path))
+
+    def kind_of(self, step: Step, shape: tuple[int, ...], model: ModelConfig, container: Container) -> Kind:
+        """Return our tensor's kind, after checking that theirs are what its parts are.
+
+        Raises: CheckpointError: if one is of another shape or dtype.
+        """
+        found = [container.kinds[self.theirs(their)] for their in step.theirs]
+        dtype = found[0].dtype
+        if dtype not in _TRAIN_DTYPE_OF:
+            rule = f"is {dtype}, a quantised or integer weight"
+            raise damage(container.path, f"tensor {step.theirs[0]}", rule, "convert the unquantised model")
+        for their, kind, expected in zip(step.theirs, found, _shapes(step.split(_meta(shape), model))):
+            if kind != Kind(dtype, expected):
+                rule = f"is {kind.dtype} {list(kind.shape)}, config.json asks for {dtype} {list(expected)}"
+                raise CheckpointError(Problem(f"tensor {their}", rule, "check config.json"), str(container.path))
+        return Kind(dtype, shape)
 
 
 def steps_of(table: Sequence[Step], model: ModelConfig) -> list[Step]:
@@ -140,55 +261,28 @@ def steps_of(table: Sequence[Step], model: ModelConfig) -> list[Step]:
     return [by_name[name] for name in names]
 
 
-def _exported(reader: Reader, steps: Sequence[Step], model: ModelConfig) -> Iterator[NewPiece]:
-    """Yield their tensors in order; parts of one fused tensor share a single read."""
+def exported(source: Source, family: Family, dtype: str | None) -> Iterator[NewPiece]:
+    """Yield their tensors in order; parts of one fused tensor share a single read.
+
+    Raises: CheckpointError: if the source lacks a tensor of the model.
+    """
+    model = source.config.model
+    steps = steps_of(family.steps, model)
+    source.require([step.ours for step in steps])
 
     @lru_cache(maxsize=1)
     def parts(step: Step) -> Sequence[Tensor]:
-        record = reader.manifest.tensors[step.ours]
-        shard = tensor_shard(step.ours, record, whole(record.shape), DTYPES[record.dtype])
-        reader.fill([shard])
-        return step.split(shard.tensor, model)
+        return step.split(source.read(step.ours, whole(source.kinds[step.ours].shape)), model)
 
-    def part(step: Step, index: int) -> Tensor:
-        return parts(step)[index]
+    def part(step: Step, index: int, target: torch.dtype) -> Tensor:
+        return parts(step)[index].to(target)
 
     for step in steps:
-        record = reader.manifest.tensors[step.ours]
-        dtype = DTYPES[record.dtype]
-        for index, shape in enumerate(_shapes(step.split(torch.empty(record.shape, device="meta"), model))):
-            yield NewPiece(step.theirs[index], shape, dtype, whole(shape), partial(part, step, index))
-
-
-def _imported(source: "Folder", steps: Sequence[Step], model: ModelConfig) -> Iterator[NewPiece]:
-    """Yield our tensors, after checking that the folder holds exactly their parts in fitting shapes.
-
-    Raises: CheckpointError: with every tensor that is missing, left over, or of another shape.
-    """
-    used = {their for step in steps for their in step.theirs}
-    problems = [Problem(f"tensor {name}", "is not in the folder") for name in sorted(used - source.files.keys())]
-    # Old folders hold rotary tables, and some a copy of a tied head; neither says anything new.
-    ignored = {n for n in source.files if n.endswith("rotary_emb.inv_freq")} | {"lm_head.weight"}
-    extra = sorted(source.files.keys() - used - ignored)
-    problems += [
-        Problem(f"tensor {name}", "has no place in this kind of model", "convert another model") for name in extra
-    ]
-    if problems:
-        raise CheckpointError(problems[:10], str(source.path))
-
-    def joined(step: Step) -> Tensor:
-        return step.join([source.read(name) for name in step.theirs], model)
-
-    expected = {spec.name: spec.shape for spec in parameter_specs(model)}
-    for step in steps:
-        shape, dtype = expected[step.ours], source.dtype(step.theirs[0])
-        theirs = _shapes(step.split(torch.empty(shape, device="meta"), model))
-        for name, their_shape in zip(step.theirs, theirs):
-            if source.shape(name) != their_shape or source.dtype(name) != dtype:
-                found = f"{source.dtype(name)} {list(source.shape(name))}"
-                rule = f"is {found}, config.json asks for {dtype} {list(their_shape)}"
-                raise CheckpointError(Problem(f"tensor {name}", rule, "check config.json"), str(source.path))
-        yield NewPiece(step.ours, shape, dtype, whole(shape), partial(joined, step))
+        kind = source.kinds[step.ours]
+        target = written_dtype(kind.dtype, dtype)
+        for index, shape in enumerate(_shapes(step.split(_meta(kind.shape), model))):
+            value = partial(part, step, index, target)
+            yield NewPiece(step.theirs[index], shape, target, whole(shape), value)
 
 
 @dataclass(frozen=True)
@@ -205,7 +299,7 @@ class Folder:
     path: Path
     config: Mapping[str, Any]
     files: Mapping[str, str]
-    kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    kinds: Mapping[str, Kind]
 
     @classmethod
     def open(cls, path: Path) -> "Folder":
@@ -213,20 +307,20 @@ class Folder:
 
         Raises: CheckpointError: if a file is missing or damaged, or the weights are pickles.
         """
-        config = _read_json(path, "config.json")
+        config = read_json(path, CONFIG)
         names = cls._weight_files(path)
         files: dict[str, str] = {}
-        kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        kinds: dict[str, Kind] = {}
         for name in names:
             try:
                 with safe_open(path / name, framework="pt") as tensors:
                     for key in tensors.keys():  # noqa: SIM118
                         part = tensors.get_slice(key)
                         dtype = DTYPES.get(part.get_dtype())
-                        if dtype not in _TRAIN_DTYPE_OF:
-                            rule = f"is {part.get_dtype()}, a quantised or integer weight"
+                        if dtype is None:
+                            rule = f"is {part.get_dtype()}, a quantised weight"
                             raise damage(path, f"{name}, tensor {key}", rule, "convert the unquantised model")
-                        files[key], kinds[key] = name, (dtype, tuple(part.get_shape()))
+                        files[key], kinds[key] = name, Kind(dtype, tuple(part.get_shape()))
             except FileNotFoundError:
                 raise damage(path, name, "is missing", "download the folder again") from None
             except (SafetensorError, OSError) as error:
@@ -236,7 +330,7 @@ class Folder:
     @staticmethod
     def _weight_files(path: Path) -> list[str]:
         if (path / INDEX).is_file():
-            weight_map = _read_json(path, INDEX).get("weight_map")
+            weight_map = read_json(path, INDEX).get("weight_map")
             names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
             plain = {n for n in names if isinstance(n, str) and n.endswith(".safetensors") and Path(n).name == n}
             if not names or names != plain:
@@ -248,12 +342,6 @@ class Folder:
             remedy = "save it with transformers: model.save_pretrained(folder, safe_serialization=True)"
             raise damage(path, "*.bin", "are pickles, which can run code when they are opened", remedy)
         raise damage(path, path.name, f"holds neither {SINGLE} nor {INDEX}", "give a folder in Hugging Face's format")
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.kinds[name][0]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.kinds[name][1]
 
     def read(self, name: str) -> Tensor:
         with safe_open(self.path / self.files[name], framework="pt") as tensors:
@@ -278,11 +366,19 @@ def _bytes(piece: NewPiece) -> int:
     return math.prod(piece.shape) * piece.dtype.itemsize
 
 
+def _meta(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
 def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in tensors]
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """Read a file of a folder that must hold a table.
+
+    Raises: CheckpointError: if it is missing, too large, or something else.
+    """
     file = path / name
     remedy = "give a folder in Hugging Face's format"
     try:

@@ -87,16 +87,41 @@ def grouped_qkv(ours: str, q: str, k: str, v: str) -> Step:
 
     def split(tensor: Tensor, model: ModelConfig) -> Sequence[Tensor]:
         groups, queries, d = _heads(model)
-        grouped = tensor.view(groups, queries + 2, d, *tensor.shape[1:])
+        grouped = tensor.reshape(groups, queries + 2, d, *tensor.shape[1:])
         parts = grouped[:, :queries], grouped[:, queries], grouped[:, queries + 1]
         return [part.reshape(-1, *tensor.shape[1:]) for part in parts]
 
     def join(tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
         groups, _, d = _heads(model)
         rest = tensors[0].shape[1:]
-        return torch.cat([tensor.view(groups, -1, d, *rest) for tensor in tensors], dim=1).reshape(-1, *rest)
+        return torch.cat([tensor.reshape(groups, -1, d, *rest) for tensor in tensors], dim=1).reshape(-1, *rest)
 
     return Step(ours, (q, k, v), split, join)
+
+
+def fused(step: Step, theirs: str) -> Step:
+    """The tensors of a step as one, whose rows follow each other."""
+
+    def split(tensor: Tensor, model: ModelConfig) -> Sequence[Tensor]:
+        return (torch.cat(list(step.split(tensor, model))),)
+
+    def join(tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
+        parts = step.split(torch.empty_like(tensors[0], device="meta"), model)
+        return step.join(tensors[0].split([len(part) for part in parts]), model)
+
+    return Step(step.ours, (theirs,), split, join)
+
+
+def transposed(step: Step) -> Step:
+    """The tensors of a step as matrices [in, out], where ours are [out, in]."""
+
+    def split(tensor: Tensor, model: ModelConfig) -> Sequence[Tensor]:
+        return [part.t() for part in step.split(tensor, model)]
+
+    def join(tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
+        return step.join([tensor.t() for tensor in tensors], model)
+
+    return Step(step.ours, step.theirs, split, join)
 
 
 def _heads(model: ModelConfig) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""`megascratch convert`: a checkpoint for another layout, and to and from Hugging Face's format."""
+"""`megascratch convert`: a checkpoint for another layout, precision or format."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -10,9 +10,13 @@ from megascratch.errors import ConfigError, Problem
 
 
 class Format(StrEnum):
-    """Formats other than our own."""
+    """What weights stand in."""
 
+    megascratch = "megascratch"
     hf = "hf"
+    dcp = "dcp"
+    megatron = "megatron"
+    megatron_dist = "megatron-dist"
 
 
 class DType(StrEnum):
@@ -25,54 +29,56 @@ class DType(StrEnum):
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint, or a folder of the format of --from.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint, or a folder of another format.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="A folder that does not exist yet.")],
-    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks to write for; 1 when left out.")] = None,
-    pp: Annotated[int | None, typer.Option(min=1, help="Pipeline ranks to write for; 1 when left out.")] = None,
-    to: Annotated[Format | None, typer.Option(help="Write another format.")] = None,
-    from_: Annotated[Format | None, typer.Option("--from", help="Read another format.")] = None,
-    dtype: Annotated[DType | None, typer.Option(help="Of the weights; goes with --weights-only.")] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks to write for.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline ranks to write for.")] = 1,
+    to: Annotated[Format, typer.Option(help="Format to write.")] = Format.megascratch,
+    from_: Annotated[Format | None, typer.Option("--from", help="Format of SRC; recognised when left out.")] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Of the weights; unchanged when left out.")] = None,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave the optimizer state behind.")] = False,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="Goes into the folder of --to hf; the checkpoint's own when left out.")
+    family: Annotated[
+        str | None, typer.Option(help="For hf and dcp: as which family, where several have the model.")
     ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="For hf and dcp: the source's own when left out.")] = None,
 ) -> None:
     """Rewrite a checkpoint. Any layout loads any checkpoint without this: it is for speed, and for other software."""
-    layout = {"--tp": tp, "--pp": pp, "--dtype": dtype, "--weights-only": weights_only or None}
-    given = [name for name, value in layout.items() if value is not None]
-    if to and from_:
-        raise ConfigError(Problem("--to and --from", "exclude each other", "convert twice"), "the command line")
-    if given and (to or from_):
-        rule = "belongs to a conversion between our own checkpoints"
-        raise ConfigError([Problem(name, rule, "convert twice, or leave it out") for name in given], "the command line")
-    if tokenizer is not None and not to:
-        raise ConfigError(Problem("--tokenizer", "belongs to --to hf", "leave it out"), "the command line")
+    _refuse(to, {"--tp": tp > 1, "--pp": pp > 1, "--family": family, "--tokenizer": tokenizer})
 
     from megascratch import checkpoint
     from megascratch.log import make_console
 
-    console = make_console()
-    if to:
-        written = checkpoint.to_hf(source, target, tokenizer or _tokenizer_of(source), console=console)
-    elif from_:
-        written = checkpoint.from_hf(source, target, console=console)
-    else:
-        written = checkpoint.convert(
-            source,
-            target,
-            tp=tp or 1,
-            pp=pp or 1,
-            dtype=dtype.value if dtype else None,
-            weights_only=weights_only,
-            console=console,
-        )
-    n_bytes = sum(file.stat().st_size for file in written.iterdir())
-    print(f"{written}: {n_bytes / 1e6:,.1f} MB in {len(list(written.iterdir()))} files")
+    written = checkpoint.convert(
+        source,
+        target,
+        from_=from_.value if from_ else None,
+        to=to.value,
+        tp=tp,
+        pp=pp,
+        dtype=dtype.value if dtype else None,
+        weights_only=weights_only,
+        family=family,
+        tokenizer=tokenizer,
+        console=make_console(),
+    )
+    files = [file for file in written.rglob("*") if file.is_file()]
+    print(f"{written}: {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB in {len(files)} files")
 
 
-def _tokenizer_of(source: Path) -> Path | None:
-    """Return the tokenizer that a checkpoint's configuration names, if it is still there."""
-    from megascratch import checkpoint
-
-    file = checkpoint.describe(source).config.get("data", {}).get("tokenizer")
-    return Path(file) if file and Path(file).exists() else None
+def _refuse(to: Format, given: dict[str, object]) -> None:
+    """Raise a ConfigError with every option that the format has no use for."""
+    layout, model = ("--tp", "--pp"), ("--family", "--tokenizer")
+    used = {
+        Format.megascratch: layout,
+        Format.hf: model,
+        Format.dcp: model,
+        Format.megatron: layout,
+        Format.megatron_dist: (),
+    }[to]
+    problems = [
+        Problem(name, f"has no meaning for --to {to.value}", "leave it out")
+        for name, value in given.items()
+        if value and name not in used
+    ]
+    if problems:
+        raise ConfigError(problems, "the command line")

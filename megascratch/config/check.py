@@ -56,6 +56,21 @@ def _heads(config: Config, _: int | None) -> Iterator[Problem]:
         )
 
 
+def _model_features(config: Config, _: int | None) -> Iterator[Problem]:
+    """Keys of the model that mean nothing without another."""
+    model = config.model
+    needs = (
+        ("qk_norm_across_heads", model.qk_norm_across_heads, "qk_norm = true", model.qk_norm),
+        ("window_attn_skip_freq", model.window_attn_skip_freq, "sliding_window", model.sliding_window),
+        ("rope_local_theta", model.rope_local_theta, "sliding_window", model.sliding_window),
+        ("rope_local_theta", model.rope_local_theta, "position = rope", model.position == "rope"),
+        ("norm_zero_centered", model.norm_zero_centered, "norm = rmsnorm", model.norm == "rmsnorm"),
+    )
+    for key, given, needed, there in needs:
+        if given and not there:
+            yield Problem(f"model.{key} = {given}".lower(), f"needs model.{needed}", f"set it, or leave {key} out")
+
+
 def _tensor_parallel(config: Config, _: int | None) -> Iterator[Problem]:
     model, tp = config.model, config.parallel.tp
     kv_heads = model.n_kv_heads or model.n_heads
@@ -349,6 +364,7 @@ def _preferences(config: Config, _: int | None) -> Iterator[Problem]:
 
 RULES: tuple[Rule, ...] = (
     _heads,
+    _model_features,
     _tensor_parallel,
     _pipeline,
     experts,

@@ -19,6 +19,7 @@ def latent_attention(model: ModelConfig) -> Iterator[Problem]:
         ("qk_norm", model.qk_norm, False),
         ("bias", model.bias, False),
         ("qkv_bias", model.qkv_bias, False),
+        ("query_pre_attn_scalar", model.query_pre_attn_scalar, None),
     ):
         if value is not None and value != needed:
             remedy = f"set {key} = {needed}" if key == "position" else f"leave {key} out"

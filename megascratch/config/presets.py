@@ -35,6 +35,17 @@ _QWEN3 = {
     "qk_norm": True,
 }
 
+_GEMMA = {
+    "head_dim": 256,
+    "norm_eps": 1e-6,
+    "norm_position": "both",
+    "norm_zero_centered": True,
+    "activation": "geglu_tanh",
+    "tie_embeddings": True,
+    "scale_embeddings": True,
+    "query_pre_attn_scalar": 256.0,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "n_layers": 4,
@@ -94,6 +105,64 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_kv_heads": 8,
         "head_dim": 128,
         "ffn_hidden": 12288,
+    },
+    # Gemma team 2024, arXiv:2408.00118; https://huggingface.co/google/gemma-2-9b
+    "gemma2-9b": {
+        **_GEMMA,
+        "n_layers": 42,
+        "hidden": 3584,
+        "n_heads": 16,
+        "n_kv_heads": 8,
+        "ffn_hidden": 14336,
+        "vocab_size": 256000,
+        "rope_theta": 10000.0,
+        "max_seq_length": 8192,
+        "attn_softcap": 50.0,
+        "logit_softcap": 30.0,
+        "sliding_window": 4096,
+        "window_attn_skip_freq": 2,
+    },
+    # Gemma team 2025, arXiv:2503.19786; https://huggingface.co/google/gemma-3-1b-pt
+    "gemma3-1b": {
+        **_GEMMA,
+        "n_layers": 26,
+        "hidden": 1152,
+        "n_heads": 4,
+        "n_kv_heads": 1,
+        "ffn_hidden": 6912,
+        "vocab_size": 262144,
+        "rope_theta": 1000000.0,
+        "rope_local_theta": 10000.0,
+        "max_seq_length": 32768,
+        "qk_norm": True,
+        "sliding_window": 512,
+        "window_attn_skip_freq": 6,
+    },
+    # Abdin et al. 2024, arXiv:2404.14219; https://huggingface.co/microsoft/Phi-3-mini-4k-instruct
+    "phi3-mini": {
+        "n_layers": 32,
+        "hidden": 3072,
+        "n_heads": 32,
+        "ffn_hidden": 8192,
+        "vocab_size": 32064,
+        "norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_seq_length": 4096,
+        "sliding_window": 2047,
+    },
+    # OLMo team 2024, arXiv:2501.00656; https://huggingface.co/allenai/OLMo-2-1124-7B
+    "olmo2-7b": {
+        "n_layers": 32,
+        "hidden": 4096,
+        "n_heads": 32,
+        "ffn_hidden": 11008,
+        "vocab_size": 100352,
+        "norm_eps": 1e-6,
+        "norm_position": "post",
+        "qk_norm": True,
+        "qk_norm_across_heads": True,
+        "rope_theta": 500000.0,
+        "max_seq_length": 4096,
     },
     # Jiang et al. 2024, arXiv:2401.04088; https://huggingface.co/mistralai/Mixtral-8x7B-v0.1
     "mixtral-8x7b": {

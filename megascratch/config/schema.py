@@ -100,15 +100,24 @@ class ModelConfig(Section):
     vocab_size: Count | None = None  # the tokenizer's when left out
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: Positive = 1e-5
-    norm_position: Literal["pre", "post"] = "pre"  # post: norms on each branch's output, as in OLMo-2
+    norm_position: Literal["pre", "post", "both"] = "pre"  # of a branch: on its input, its output (OLMo-2), or both
+    norm_zero_centered: bool = False  # norms multiply by 1 + weight (Gemma)
     # The *_tanh ones approximate GELU as GPT-2 and Gemma do.
     activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu2"] = "swiglu"
     position: Literal["rope", "learned", "none"] = "rope"
     rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
+    rope_local_theta: Positive | None = None  # of layers with a window, which are not scaled either; rope_theta if None
     max_seq_length: Count = 8192  # rows of a learned position table; the length that a rotary model is meant for
     tie_embeddings: bool = False
+    scale_embeddings: bool = False  # by √hidden (Gemma)
     qk_norm: bool = False
+    qk_norm_across_heads: bool = False  # one norm over all heads of a token, instead of one over each (OLMo-2)
+    query_pre_attn_scalar: Positive | None = None  # scores are divided by its root; head_dim when left out
+    attn_softcap: Positive | None = None  # bounds scores s to c · tanh(s / c) (Gemma 2)
+    logit_softcap: Positive | None = None  # the same of logits
+    sliding_window: Count | None = None  # how many tokens a token sees, itself included; all before it when left out
+    window_attn_skip_freq: Count | None = None  # every n-th layer sees all in spite of the window; None: no layer
     bias: bool = False  # on every linear layer but the head
     qkv_bias: bool = False  # on the QKV projection alone (Qwen 2)
     mla: MLAConfig | None = None
@@ -135,6 +144,18 @@ class ModelConfig(Section):
     def embeds_at_end(self) -> bool:
         """Whether the last stage needs the embedding, too: as its head, or for tokens ahead."""
         return (self.tie_embeddings and self.head == "vocabulary") or self.mtp_num_layers > 0
+
+    def window_of(self, layer: int) -> int | None:
+        """Return how many tokens a token sees in a layer, itself included, or None where it sees all before it."""
+        every = self.window_attn_skip_freq
+        return None if every is not None and (layer + 1) % every == 0 else self.sliding_window
+
+    def seen_keys(self, seq_length: int, causal: bool = True) -> float:
+        """Return how many keys a query meets in the mean over queries and layers; not causal: as if later ones, too."""
+        share = 0.5 if causal else 1.0
+        windows = [min(self.window_of(i) or seq_length, seq_length) for i in range(self.n_layers)]
+        # The first w queries of a window of w see as a causal model of w tokens does.
+        return sum(w - (1 - share) * w * w / seq_length for w in windows) / self.n_layers
 
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer's feed-forward half is a mixture of experts."""

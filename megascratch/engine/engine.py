@@ -319,9 +319,14 @@ class Engine:
             self.router_notes.add(info.notes)
             return y
         assert stage.model.vocab_size is not None
-        sequence_parallel = stage.placement.sequence_parallel
         outputs = Outputs(
-            stage.norm(y), stage.head_weight, stage.model.vocab_size, self.mesh.tp, self.mesh.cp, sequence_parallel
+            stage.norm(y),
+            stage.head_weight,
+            stage.model.vocab_size,
+            self.mesh.tp,
+            self.mesh.cp,
+            stage.placement.sequence_parallel,
+            softcap=stage.model.logit_softcap,
         )
         if later and grad_seed is not None:
             further = stage.look_ahead(y, [m.tokens for m in later], info)

@@ -28,8 +28,9 @@ class TokenFlops:
 def token_flops(model: ModelConfig, seq_length: int) -> TokenFlops:
     """Count the operations of one token in a sequence of `seq_length`. Recompute is not counted: it is no progress."""
     weights = sum(active_numel(model).values())
-    attention = 6.0 * (model.n_layers + model.mtp_num_layers) * model.n_heads * model.attended_dims * seq_length
-    return TokenFlops(causal=6.0 * weights + attention / 2, palm=6.0 * weights + attention)
+    a_key = 6.0 * (model.n_layers + model.mtp_num_layers) * model.n_heads * model.attended_dims
+    causal, palm = (a_key * model.seen_keys(seq_length, causal) for causal in (True, False))
+    return TokenFlops(causal=6.0 * weights + causal, palm=6.0 * weights + palm)
 
 
 def peak_flops(device_name: str) -> float | None:

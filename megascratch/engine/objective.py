@@ -22,6 +22,7 @@ from megascratch.dist.mesh import Axis
 from megascratch.nn import linear_cross_entropy, linear_logprobs, scores
 from megascratch.nn.context import natural_order
 from megascratch.nn.linear import column_linear
+from megascratch.nn.loss import capped
 from megascratch.ops import acc_dtype
 
 
@@ -39,6 +40,7 @@ class Outputs:
         ahead: what modules that look further ahead computed, with the tokens that they are to predict (`labels`); empty
             in evaluation.
         ahead_factor: of the mean of their losses.
+        softcap: of the logits, or None.
     """
 
     hidden: Tensor
@@ -49,11 +51,12 @@ class Outputs:
     sequence_parallel: bool
     ahead: Sequence[tuple["Outputs", Microbatch]] = ()
     ahead_factor: float = 0.0
+    softcap: float | None = None
 
     @cached_property
     def logits(self) -> Tensor:
         """This rank's columns, [s, b, v/tp], padding included."""
-        return column_linear(self.hidden, self.head, self.tp, self.sequence_parallel)
+        return capped(column_linear(self.hidden, self.head, self.tp, self.sequence_parallel), self.softcap)
 
     def logprobs(self, labels: Tensor) -> Tensor:
         """Return the log-probability of each label [b, s], as [b, s] in `acc_dtype`."""
@@ -61,7 +64,8 @@ class Outputs:
 
     def logprobs_and_hits(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return `logprobs`, and whether no word is more likely than the label, [b, s] bool."""
-        logprobs, hits = linear_logprobs(self._whole(), self.head, labels.t(), self.vocab_size, self.tp)
+        whole = self._whole()
+        logprobs, hits = linear_logprobs(whole, self.head, labels.t(), self.vocab_size, self.tp, self.softcap)
         return logprobs.t(), hits.t()
 
     def cross_entropy(self, labels: Tensor, weights: Tensor) -> Tensor:
@@ -70,8 +74,8 @@ class Outputs:
 
     def cross_entropy_and_hits(self, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return `cross_entropy`, and whether no word is more likely than the label, [b, s] bool."""
-        whole = self._whole()
-        total, hits = linear_cross_entropy(whole, self.head, labels.t(), weights.t(), self.vocab_size, self.tp)
+        whole, labels, weights = self._whole(), labels.t(), weights.t()
+        total, hits = linear_cross_entropy(whole, self.head, labels, weights, self.vocab_size, self.tp, self.softcap)
         return total, hits.t()
 
     @cached_property

@@ -31,7 +31,6 @@ from megascratch.dist.mesh import Axis
 from megascratch.errors import ConfigError, Problem, TokenizerError
 from megascratch.infer.sampling import Sampling, sample
 from megascratch.nn import LayerCache, SequenceInfo, Stage, token_logprobs
-from megascratch.nn.linear import column_linear
 
 _PROMPT_CHUNK = 512  # prompt tokens a forward pass: bounds the memory of [b, n, s, t] scores
 
@@ -240,7 +239,7 @@ class _Batch:
         """Choose the tokens at positions `lengths` [a] from hidden [a, h]: [a] int64, and their log-probabilities."""
         assert self.stage.model.vocab_size is not None
         tp, vocab_size = self.stage.placement.tp, self.stage.model.vocab_size
-        own = column_linear(hidden.unsqueeze(0), self.stage.head_weight, tp, False)
+        own = self.stage.logits(hidden.unsqueeze(0))
         logits = comm.gather(own[0], tp, dim=-1)  # padding columns come last
         # All ranks hold the same logits, but not all sums on a GPU add in a fixed order: one rank decides.
         tokens = comm.broadcast(sample(logits[:, : self.n_ids], self.sampling, lengths, sequences), tp)

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from megascratch import ops
 from megascratch.config import ModelConfig
 from megascratch.dist.layout import Matrices
-from megascratch.nn.context import ALGORITHMS, other_document
+from megascratch.nn.context import ALGORITHMS, PLAIN, Scores, unseen
 from megascratch.nn.linear import ColumnParallelLinear, RowParallelLinear
-from megascratch.nn.norm import RMSNorm
+from megascratch.nn.norm import HeadsRMSNorm, rms_norm
 from megascratch.nn.placement import Placement
 from megascratch.nn.sequence import Dropout, SequenceInfo
 
 Drop = Callable[[Tensor], Tensor]
-Core = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, Drop | None], Tensor]
+Core = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, Drop | None, Scores], Tensor]
 
 
 @dataclass
@@ -63,7 +63,13 @@ class LayerCache:
 
 
 def softmax_core(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True, drop: Drop | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = True,
+    drop: Drop | None = None,
+    how: Scores = PLAIN,
 ) -> Tensor:
     """Attend by two batched products with the fused softmax between them.
 
@@ -73,6 +79,7 @@ def softmax_core(
         mask: True where a query must not see a key, [b or 1, 1, s, t], or None.
         causal: hide later keys, query i being token t − s + i.
         drop: applied to the probabilities [b, n, s, t], or None.
+        how: scale and cap of the scores; what a window hides stands in the mask.
 
     Returns: [s, b, n, d].
     """
@@ -82,7 +89,10 @@ def softmax_core(
     rows = q.permute(1, 2, 0, 3).reshape(b * kv, (n // kv) * s, d)
     keys = k.permute(1, 2, 3, 0).reshape(b * kv, d, t)
     values = v.permute(1, 2, 0, 3).reshape(b * kv, t, d)
-    probs = ops.scaled_softmax((rows @ keys).view(b, n, s, t), 1.0 / math.sqrt(d), causal, mask)
+    scores, scale = (rows @ keys).view(b, n, s, t), how.scale_of(q)
+    if how.softcap > 0:
+        scores, scale = (scores * (scale / how.softcap)).tanh() * how.softcap, 1.0
+    probs = ops.scaled_softmax(scores, scale, causal, mask)
     if drop is not None:
         probs = drop(probs)
     out = probs.view(b * kv, (n // kv) * s, t) @ values
@@ -90,10 +100,18 @@ def softmax_core(
 
 
 def sdpa_core(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True, drop: Drop | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = True,
+    drop: Drop | None = None,
+    how: Scores = PLAIN,
 ) -> Tensor:
-    """Attend through torch's fused attention; shapes as in `softmax_core`. It knows no layout-independent dropout."""
-    assert drop is None
+    """Attend through torch's fused attention; shapes as in `softmax_core`, which serves what it does not know: dropout
+    that no layout changes, and scores that are capped."""
+    if drop is not None or how.softcap > 0:
+        return softmax_core(q, k, v, mask, causal, drop, how)
     s, t, n = q.shape[0], k.shape[0], q.shape[2]
     # `is_causal` aligns to the top left corner, and excludes a mask: it serves the plain case alone.
     plain = causal and mask is None and s == t
@@ -107,6 +125,7 @@ def sdpa_core(
         v.permute(1, 2, 0, 3),
         attn_mask=seen,
         is_causal=plain,
+        scale=how.scale,
         enable_gqa=n != k.shape[2],
     )
     return out.permute(2, 0, 1, 3)
@@ -117,7 +136,13 @@ _LEAST_QUERIES = 16
 
 
 def blocked_core(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True, drop: Drop | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = True,
+    drop: Drop | None = None,
+    how: Scores = PLAIN,
 ) -> Tensor:
     """Attend in blocks that stay in a CPU's cache, without the [s, t] scores; shapes as in `softmax_core`.
 
@@ -126,8 +151,8 @@ def blocked_core(
     # Whole products of float16 are slow on every CPU; blocks compute in float32.
     decoding = len(q) < _LEAST_QUERIES and q.dtype != torch.float16
     if mask is not None or not causal or drop is not None or decoding:
-        return softmax_core(q, k, v, mask, causal, drop)
-    return ops.attention(q, k, v)
+        return softmax_core(q, k, v, mask, causal, drop, how)
+    return ops.attention(q, k, v, None, how.scale, how.softcap)
 
 
 CORES: dict[str, Core] = {"softmax": softmax_core, "sdpa": sdpa_core, "blocked": blocked_core}
@@ -149,11 +174,14 @@ class HeadAttention(nn.Module):
         site: global name of the layer, for dropout of probabilities.
         core: key of `CORES`.
         dropout: of probabilities.
+        scores: what is done to scores, and how far they reach.
     """
 
-    def __init__(self, n_heads: int, placement: Placement, site: str, *, core: str, dropout: float) -> None:
+    def __init__(
+        self, n_heads: int, placement: Placement, site: str, *, core: str, dropout: float, scores: Scores
+    ) -> None:
         super().__init__()
-        self.placement, self.core = placement, CORES[core]
+        self.placement, self.core, self.scores = placement, CORES[core], scores
         self.first_head = placement.tp.rank * (n_heads // placement.tp.size)
         self.dropout = Dropout(f"{site}.probabilities", dropout)
 
@@ -166,19 +194,29 @@ class HeadAttention(nn.Module):
         return self._heads(q, k, v, info).flatten(2)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo) -> Tensor:
+        how, documents = self.scores, info.documents
         if self.placement.cp.size > 1:
             attend = ALGORITHMS[self.placement.cp_algorithm]
-            return attend(q, k, v, self.placement.cp, info.documents, self.core)
+            return attend(q, k, v, self.placement.cp, documents, self.core, how)
+        s, t = q.shape[0], k.shape[0]
+        window = how.window if how.window is not None and how.window < t else None
         drops = self.training and self.dropout.p > 0.0
-        if info.documents is not None and self.core is blocked_core and not drops:
-            return ops.attention(q, k, v, ops.first_keys(info.documents))
+        places = torch.arange(t, device=q.device)
         if info.n_cached is not None and info.positions is not None:
-            later = torch.arange(len(k), device=k.device) > info.positions.unsqueeze(-1)
-            return self.core(q, k, v, later.unsqueeze(1), False, None)
-        mask = None if info.documents is None else other_document(info.documents, info.documents)
+            own = info.positions.unsqueeze(-1)
+            hidden = places > own
+            if window is not None:
+                hidden |= places <= own - window
+            return self.core(q, k, v, hidden.unsqueeze(1), False, None, how)
+        blocked = self.core is blocked_core and not drops and (s == t or s >= _LEAST_QUERIES)
+        if blocked and (documents is not None or window is not None):
+            one = torch.zeros(1, t, dtype=torch.int64, device=q.device)
+            first = ops.first_keys(one if documents is None else documents, window)[:, t - s :]
+            return ops.attention(q, k, v, first, how.scale, how.softcap)
+        mask = unseen(places[t - s :], places, documents, documents, window)
         if drops:
-            return softmax_core(q, k, v, mask, True, lambda probs: self._drop(probs, info))
-        return self.core(q, k, v, mask, True, None)
+            return softmax_core(q, k, v, mask, True, lambda probs: self._drop(probs, info), how)
+        return self.core(q, k, v, mask, True, None, how)
 
     def _drop(self, probs: Tensor, info: SequenceInfo) -> Tensor:
         _, n, s, t = probs.shape
@@ -197,14 +235,26 @@ class Attention(nn.Module):
         site: global name of this layer, for dropout.
         core: key of `CORES`.
         out_std: standard deviation of the output projection's initial weight.
+        window: how many tokens a token sees, itself included; None for all before it.
     """
 
-    def __init__(self, model: ModelConfig, placement: Placement, site: str, *, core: str, out_std: float) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        placement: Placement,
+        site: str,
+        *,
+        core: str,
+        out_std: float,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
         assert model.head_dim is not None and model.n_kv_heads is not None
         tp = placement.tp.size
         self.n_heads, self.n_kv_heads, self.head_dim = model.n_heads // tp, model.n_kv_heads // tp, model.head_dim
-        self.heads = HeadAttention(model.n_heads, placement, site, core=core, dropout=model.dropout)
+        scalar = model.query_pre_attn_scalar
+        scores = Scores(None if scalar is None else 1.0 / math.sqrt(scalar), model.attn_softcap or 0.0, window)
+        self.heads = HeadAttention(model.n_heads, placement, site, core=core, dropout=model.dropout, scores=scores)
         d, group = model.head_dim, model.n_heads // model.n_kv_heads
         self.qkv = ColumnParallelLinear(
             model.hidden,
@@ -214,12 +264,13 @@ class Attention(nn.Module):
             matrices=Matrices((group * d, d, d), groups=model.n_kv_heads),
             bias=model.bias or model.qkv_bias,
         )
-        # Each rank normalises its own heads, so these gradients are partial with or without sequence parallelism.
-        self.q_norm: RMSNorm | None = None
-        self.k_norm: RMSNorm | None = None
-        if model.qk_norm:
-            self.q_norm = RMSNorm(model.head_dim, model.norm_eps, placement, grad_axes=("tp",))
-            self.k_norm = RMSNorm(model.head_dim, model.norm_eps, placement, grad_axes=("tp",))
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if model.qk_norm_across_heads:
+            self.q_norm, self.k_norm = (HeadsRMSNorm(n, d, model, placement) for n in (model.n_heads, model.n_kv_heads))
+        elif model.qk_norm:
+            # Each rank normalises its own heads, so these gradients are partial, sequence parallelism or not.
+            self.q_norm, self.k_norm = (rms_norm(model, placement, ("tp",), d) for _ in range(2))
         self.proj = RowParallelLinear(
             model.n_heads * model.head_dim, model.hidden, placement, std=out_std, bias=model.bias
         )

@@ -23,7 +23,7 @@ def balanced_layers(model: ModelConfig, seq_length: int, n_stages: int) -> tuple
         part, _, rest = name.partition(".")
         if part == "layers":
             per_layer[int(rest.partition(".")[0])] += numel
-    layer = sum(per_layer) / model.n_layers + seq_length * model.n_heads * model.attended_dims / 2  # half is masked
+    layer = sum(per_layer) / model.n_layers + model.seen_keys(seq_length) * model.n_heads * model.attended_dims
     head = (1 + model.mtp_num_layers) * model.hidden * model.vocab_size + model.mtp_num_layers * layer
     if n_stages == 1:
         return (model.n_layers,)

@@ -22,6 +22,7 @@ So every rank does the same work in every step, and no block but its own needs a
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,27 @@ from megascratch import ops
 from megascratch.dist import comm
 from megascratch.dist.mesh import Axis
 
-Core = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, None], Tensor]
+
+@dataclass(frozen=True)
+class Scores:
+    """How the scores of queries and keys become those that the softmax sees.
+
+    Attributes:
+        scale: multiplies the products; d^-½ when left out.
+        softcap: bounds scores to ±softcap by softcap · tanh(score / softcap) (Gemma 2, arXiv:2408.00118); 0 for none.
+        window: how many tokens a token sees, itself included; None for all before it.
+    """
+
+    scale: float | None = None
+    softcap: float = 0.0
+    window: int | None = None
+
+    def scale_of(self, q: Tensor) -> float:
+        return 1.0 / math.sqrt(q.shape[-1]) if self.scale is None else self.scale
+
+
+PLAIN = Scores()
+Core = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, None, Scores], Tensor]
 
 
 def token_index(length: int, cp: Axis, device: torch.device | None = None) -> Tensor:
@@ -50,7 +71,9 @@ def natural_order(length: int, cp: Axis, device: torch.device) -> Tensor:
     return torch.argsort(joined)
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, cp: Axis, documents: Tensor | None, core: Core) -> Tensor:
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, cp: Axis, documents: Tensor | None, core: Core, scores: Scores = PLAIN
+) -> Tensor:
     """Attend while keys and values travel round the ring; the next block travels while this one is used.
 
     Args:
@@ -59,48 +82,67 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, cp: Axis, documents: Tensor 
         cp: context-parallel axis, of size 2 or more.
         documents: document number of this rank's tokens, [b, s], or None for one document.
         core: unused; the blocks are computed here, because they must be merged.
+        scores: what is done to scores.
 
     Returns: [s, b, n, d].
     """
     everyones = None
     if documents is not None:
         everyones = comm.all_gather(documents.unsqueeze(0), cp)  # [cp, b, s]
-    return _Ring.apply(q, k, v, everyones, cp)
+    return _Ring.apply(q, k, v, everyones, cp, scores)
 
 
-def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, cp: Axis, documents: Tensor | None, core: Core) -> Tensor:
+def ulysses_attention(
+    q: Tensor, k: Tensor, v: Tensor, cp: Axis, documents: Tensor | None, core: Core, scores: Scores = PLAIN
+) -> Tensor:
     """Swap the divided sequence for divided heads, attend over the whole sequence, and swap back.
 
     Arguments and result as in `ring_attention`; k must divide by cp.
     """
     order = natural_order(q.shape[0] * cp.size, cp, q.device)
     q, k, v = (comm.all_to_all(x, cp, split_dim=2, join_dim=0)[order] for x in (q, k, v))
-    mask = None
-    if documents is not None:
-        every = comm.all_gather(documents.t(), cp)[order].t()
-        mask = other_document(every, every)
-    out = core(q, k, v, mask, True, None)
+    every = None if documents is None else comm.all_gather(documents.t(), cp)[order].t()
+    places = torch.arange(q.shape[0], device=q.device)
+    out = core(q, k, v, unseen(places, places, every, every, scores.window), True, None, scores)
     return comm.all_to_all(out[torch.argsort(order)], cp, split_dim=0, join_dim=2)
 
 
-def gathered_attention(q: Tensor, k: Tensor, v: Tensor, cp: Axis, documents: Tensor | None, core: Core) -> Tensor:
+def gathered_attention(
+    q: Tensor, k: Tensor, v: Tensor, cp: Axis, documents: Tensor | None, core: Core, scores: Scores = PLAIN
+) -> Tensor:
     """Gather keys and values, and attend with this rank's queries. Arguments and result as in `ring_attention`."""
     length = q.shape[0] * cp.size
     order = natural_order(length, cp, q.device)
     keys, values = comm.all_gather(k, cp)[order], comm.all_gather(v, cp)[order]
     own = token_index(length, cp, q.device)
-    mask = (torch.arange(length, device=q.device) > own.unsqueeze(1))[None, None]
-    if documents is not None:
-        mask = mask | other_document(documents, comm.all_gather(documents.t(), cp)[order].t())
-    return core(q, keys, values, mask, False, None)
+    places = torch.arange(length, device=q.device)
+    mask = (places > own.unsqueeze(1))[None, None]
+    every = None if documents is None else comm.all_gather(documents.t(), cp)[order].t()
+    if (further := unseen(own, places, documents, every, scores.window)) is not None:
+        mask = mask | further
+    return core(q, keys, values, mask, False, None, scores)
 
 
 ALGORITHMS = {"ring": ring_attention, "ulysses": ulysses_attention, "all_gather": gathered_attention}
 
 
-def other_document(queries: Tensor, keys: Tensor) -> Tensor:
-    """Return where a query and a key are of different documents, [b, 1, s, t], from numbers [b, s] and [b, t]."""
-    return (queries.unsqueeze(2) != keys.unsqueeze(1)).unsqueeze(1)
+def unseen(
+    queries: Tensor, keys: Tensor, query_documents: Tensor | None, key_documents: Tensor | None, window: int | None
+) -> Tensor | None:
+    """Return what queries must not see besides later keys, [b or 1, 1, s, t], or None where there is nothing.
+
+    Args:
+        queries, keys: places in the sequence, [s] and [t].
+        query_documents, key_documents: numbers of their documents, [b, s] and [b, t], or None for one document.
+        window: how many tokens a token sees, itself included, or None.
+    """
+    hidden = None
+    if query_documents is not None and key_documents is not None:
+        hidden = (query_documents.unsqueeze(2) != key_documents.unsqueeze(1)).unsqueeze(1)
+    if window is not None:
+        beyond = (keys <= queries.unsqueeze(1) - window)[None, None]
+        hidden = beyond if hidden is None else hidden | beyond
+    return hidden
 
 
 class _Part(NamedTuple):
@@ -122,7 +164,7 @@ class _Ring(torch.autograd.Function):
     """Ring attention and its gradient: backward goes round once more, and each block's gradient travels with it."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, cp: Axis) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, cp: Axis, how: Scores) -> Tensor:
         s = q.shape[0]
         dtype = ops.acc_dtype(q)
         grouped = _grouped(q, k.shape[2])  # [b, k, g, s, d]
@@ -134,7 +176,8 @@ class _Ring(torch.autograd.Function):
             arriving = comm.pass_on(block, cp) if step < cp.size - 1 else None
             part = _part(cp.rank, source, s)
             rows = part.rows
-            scores = _scores(grouped[..., rows, :], block[0, part.columns], _hidden(part, documents, cp.rank, source))
+            hidden = _hidden(part, documents, cp, source, block[0], how.window)
+            scores, _ = _scores(grouped[..., rows, :], block[0, part.columns], hidden, how)
             peak = scores.logsumexp(-1)
             values = block[1, part.columns].permute(1, 2, 0, 3).unsqueeze(2).to(dtype)
             partial = (scores - _finite(peak).unsqueeze(-1)).exp() @ values
@@ -146,14 +189,14 @@ class _Ring(torch.autograd.Function):
             if arriving is not None:
                 block = arriving()
         ctx.save_for_backward(q, k, v, documents, out, lse)
-        ctx.cp = cp
+        ctx.cp, ctx.how = cp, how
         return _ungrouped(out).to(q.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v, documents, out, lse = ctx.saved_tensors
-        cp, s, dtype = ctx.cp, q.shape[0], out.dtype
-        scale = 1.0 / math.sqrt(q.shape[-1])
+        cp, how, s, dtype = ctx.cp, ctx.how, q.shape[0], out.dtype
+        scale = how.scale_of(q)
         grouped, d_out = _grouped(q, k.shape[2]).to(dtype), _grouped(grad, k.shape[2]).to(dtype)
         delta = (d_out * out).sum(-1, keepdim=True)
         d_q = torch.zeros_like(out)
@@ -166,9 +209,12 @@ class _Ring(torch.autograd.Function):
             rows, columns = part.rows, part.columns
             keys, values = (x[columns].permute(1, 2, 0, 3).unsqueeze(2).to(dtype) for x in block)
             queries, d_rows = grouped[..., rows, :], d_out[..., rows, :]
-            scores = _scores(queries, block[0, columns], _hidden(part, documents, cp.rank, source))
+            hidden = _hidden(part, documents, cp, source, block[0], how.window)
+            scores, slope = _scores(queries, block[0, columns], hidden, how)
             probs = (scores - _finite(lse[..., rows]).unsqueeze(-1)).exp()
             d_scores = probs * (d_rows @ values.transpose(-1, -2) - delta[..., rows, :]) * scale
+            if slope is not None:
+                d_scores *= slope
             d_q[..., rows, :] += d_scores @ keys
             # A key/value head gets the gradients of its whole group of query heads.
             d_keys = (d_scores.transpose(-1, -2) @ queries).sum(2)
@@ -178,7 +224,7 @@ class _Ring(torch.autograd.Function):
             if arriving is not None:
                 block = arriving()
         d_k, d_v = d_block.to(q.dtype)
-        return _ungrouped(d_q).to(q.dtype), d_k, d_v, None, None
+        return _ungrouped(d_q).to(q.dtype), d_k, d_v, None, None, None
 
 
 def _grouped(x: Tensor, n_kv_heads: int) -> Tensor:
@@ -193,23 +239,33 @@ def _ungrouped(x: Tensor) -> Tensor:
     return x.permute(3, 0, 1, 2, 4).reshape(s, b, k * g, d)
 
 
-def _scores(queries: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
-    """Return scaled scores [b, k, g, s, t] of queries [b, k, g, s, d] and keys [t, b, k, d]; −inf where hidden."""
+def _scores(queries: Tensor, keys: Tensor, hidden: Tensor | None, how: Scores) -> tuple[Tensor, Tensor | None]:
+    """Return scores [b, k, g, s, t] of queries [b, k, g, s, d] and keys [t, b, k, d], −inf where hidden; and the slope
+    of their cap, if they have one."""
     columns = keys.permute(1, 2, 3, 0).unsqueeze(2)
-    scores = (queries @ columns.to(queries.dtype)).to(ops.acc_dtype(queries)) / math.sqrt(queries.shape[-1])
-    return scores if hidden is None else scores.masked_fill(hidden.to(scores.device), -torch.inf)
+    scores = (queries @ columns.to(queries.dtype)).to(ops.acc_dtype(queries)) * how.scale_of(queries)
+    slope = None
+    if how.softcap > 0:
+        tangent = (scores / how.softcap).tanh()
+        scores, slope = how.softcap * tangent, 1 - tangent.square()
+    return (scores if hidden is None else scores.masked_fill(hidden, -torch.inf)), slope
 
 
-def _hidden(part: _Part, documents: Tensor | None, rank: int, source: int) -> Tensor | None:
-    """Return what a block's queries must not see, broadcastable to [b, k, g, s, t], or None."""
-    hidden = None
-    if part.causal:
-        n_rows, n_columns = part.rows.stop - part.rows.start, part.columns.stop - part.columns.start
-        hidden = torch.ones(n_rows, n_columns, dtype=torch.bool).triu(1)
+def _hidden(
+    part: _Part, documents: Tensor | None, cp: Axis, source: int, block: Tensor, window: int | None
+) -> Tensor | None:
+    """Return what queries must not see of a block [s, …] that rank `source` had, [b or 1, 1, 1, s, t], or None."""
+    length = len(block) * cp.size
+    queries, keys = (token_index(length, replace(cp, rank=rank), block.device) for rank in (cp.rank, source))
+    queries, keys = queries[part.rows], keys[part.columns]
+    own = others = None
     if documents is not None:
-        other = other_document(documents[rank][:, part.rows], documents[source][:, part.columns]).unsqueeze(1)
-        hidden = other if hidden is None else other | hidden.to(other.device)
-    return hidden
+        own, others = documents[cp.rank][:, part.rows], documents[source][:, part.columns]
+    hidden = unseen(queries, keys, own, others, window)
+    if part.causal:
+        later = (keys > queries.unsqueeze(1))[None, None]
+        hidden = later if hidden is None else hidden | later
+    return None if hidden is None else hidden.unsqueeze(1)
 
 
 def _finite(lse: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ from megascratch import ops
 from megascratch.config import ModelConfig
 from megascratch.dist import comm
 from megascratch.nn.attention import HeadAttention, LayerCache
+from megascratch.nn.context import Scores
 from megascratch.nn.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
-from megascratch.nn.norm import RMSNorm
+from megascratch.nn.norm import RMSNorm, rms_norm
 from megascratch.nn.placement import Placement
 from megascratch.nn.sequence import SequenceInfo
 
@@ -42,24 +43,35 @@ class LatentAttention(nn.Module):
         site: global name of this layer, for dropout.
         core: key of `nn.attention.CORES`.
         out_std: standard deviation of the output projection's initial weight.
+        window: how many tokens a token sees, itself included; None for all before it.
     """
 
-    def __init__(self, model: ModelConfig, placement: Placement, site: str, *, core: str, out_std: float) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        placement: Placement,
+        site: str,
+        *,
+        core: str,
+        out_std: float,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
         mla, std, h, n = model.mla, model.init_std, model.hidden, model.n_heads
         assert mla is not None
         self.placement, self.mla = placement, mla
         self.n_heads = n // placement.tp.size
         width = mla.qk_head_dim + mla.qk_pos_emb_head_dim
-        self.heads = HeadAttention(n, placement, site, core=core, dropout=model.dropout)
+        scores = Scores(softcap=model.attn_softcap or 0.0, window=window)
+        self.heads = HeadAttention(n, placement, site, core=core, dropout=model.dropout, scores=scores)
         self.q_down: ReplicatedLinear | None = None
         self.q_norm: RMSNorm | None = None
         if mla.q_lora_rank is not None:
             self.q_down = ReplicatedLinear(h, mla.q_lora_rank, placement, std=std)
-            self.q_norm = RMSNorm(mla.q_lora_rank, model.norm_eps, placement, placement.token_axes)
+            self.q_norm = rms_norm(model, placement, placement.token_axes, mla.q_lora_rank)
         self.q_up = ColumnParallelLinear(mla.q_lora_rank or h, n * width, placement, std=std)
         self.kv_down = ReplicatedLinear(h, mla.kv_lora_rank + mla.qk_pos_emb_head_dim, placement, std=std)
-        self.kv_norm = RMSNorm(mla.kv_lora_rank, model.norm_eps, placement, placement.token_axes)
+        self.kv_norm = rms_norm(model, placement, placement.token_axes, mla.kv_lora_rank)
         self.kv_up = ColumnParallelLinear(mla.kv_lora_rank, n * (mla.qk_head_dim + mla.v_head_dim), placement, std=std)
         self.proj = RowParallelLinear(n * mla.v_head_dim, h, placement, std=out_std)
         # The core divides by √(d + r). YaRN's temperature is on the whole score here, not on the rotary tables.

@@ -102,10 +102,9 @@ class LayerShape:
         if self.experts and model.moe is not None:
             features = model.moe.router_topk * model.moe.ffn_hidden + (model.moe.shared_expert_ffn_hidden or 0)
         parts = {
-            "layernorm": 2 * 4.0 * model.hidden,
+            "layernorm": (4 if model.norm_position == "both" else 2) * 4.0 * model.hidden,
             "mlp_act": 8.0 * features,
-            # Two products of 2 operations each, over the half of the keys that a causal query sees.
-            "core_attn": self.seq_length * model.n_heads * float(model.attended_dims),
+            "core_attn": 2.0 * model.seen_keys(self.seq_length) * model.n_heads * model.attended_dims,
         }
         if (mla := model.mla) is not None:
             parts["mla_up_proj"] = 2.0 * mla.kv_lora_rank * model.n_heads * (mla.qk_head_dim + mla.v_head_dim)

@@ -79,7 +79,14 @@ class _Chunks(NamedTuple):
     grad_weight: Tensor | None
 
 
-def _go_through(x: Tensor, weight: Tensor, labels: Tensor, grad: Tensor | None, vocab_size: int, tp: Axis) -> _Chunks:
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Bound logits to ±softcap by softcap · tanh(logits / softcap) (Gemma 2, arXiv:2408.00118); None leaves them."""
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+def _go_through(
+    x: Tensor, weight: Tensor, labels: Tensor, grad: Tensor | None, vocab_size: int, tp: Axis, softcap: float | None
+) -> _Chunks:
     """Multiply x [t, h] by the head [v/tp, h] in chunks, and, given the log-probabilities' gradient [t], go back."""
     dtype = ops.acc_dtype(x)
     logprobs = x.new_empty(labels.shape, dtype=dtype)
@@ -90,11 +97,14 @@ def _go_through(x: Tensor, weight: Tensor, labels: Tensor, grad: Tensor | None, 
     words = _own_words(len(weight), vocab_size, tp)
     for start in range(0, len(x), CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
-        logits = ops.matmul(x[chunk], weight.t())
+        logits = capped(ops.matmul(x[chunk], weight.t()), softcap)
+        slope = None if softcap is None or grad is None else 1 - (logits / softcap).square()
         logprobs[chunk], log_total, hits[chunk] = _label_logprobs(logits, labels[chunk], vocab_size, tp)
         if grad is None or grad_x is None or grad_weight is None:
             continue
         grad_logits = ops.logit_gradient(grad[chunk], logits, labels[chunk], log_total, *words, in_place=True)
+        if slope is not None:
+            grad_logits *= slope
         ops.matmul_into(grad_x[chunk], grad_logits, weight, add=False)
         ops.matmul_into(grad_weight, grad_logits.t(), x[chunk], add=start > 0)
     return _Chunks(logprobs, hits, grad_x, grad_weight)
@@ -105,11 +115,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, vocab_size: int, tp: Axis
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        vocab_size: int,
+        tp: Axis,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         weights = weights.to(ops.acc_dtype(x))
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        done = _go_through(x, weight, labels, -weights if needed else None, vocab_size, tp)
+        done = _go_through(x, weight, labels, -weights if needed else None, vocab_size, tp, softcap)
         ctx.save_for_backward(done.grad_x, done.grad_weight)
         ctx.weight = weight
         ctx.mark_non_differentiable(done.hits)
@@ -121,20 +138,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (grad_x, grad_weight), total = ctx.saved_tensors, main_grad(ctx.weight)
         if total is not None:  # the largest tensor here has no third copy
             total.addcmul_(grad_weight, grad)
-            return grad_x * grad, None, None, None, None, None
+            return grad_x * grad, None, None, None, None, None, None
         # Rounded as it is scaled, for the same reason.
         scaled = torch.mul(grad_weight, grad, out=torch.empty_like(ctx.weight))
-        return grad_x * grad, scaled, None, None, None, None
+        return grad_x * grad, scaled, None, None, None, None, None
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight, labels)
-        ctx.vocab_size, ctx.tp = vocab_size, tp
-        done = _go_through(x, weight, labels, None, vocab_size, tp)
+        ctx.others = vocab_size, tp, softcap
+        done = _go_through(x, weight, labels, None, vocab_size, tp, softcap)
         ctx.mark_non_differentiable(done.hits)
         return done.logprobs, done.hits
 
@@ -142,9 +159,9 @@ class _LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, labels = ctx.saved_tensors
-        done = _go_through(x, weight, labels, grad, ctx.vocab_size, ctx.tp)
+        done = _go_through(x, weight, labels, grad, *ctx.others)
         assert done.grad_weight is not None
-        return done.grad_x, done.grad_weight.to(weight.dtype), None, None, None
+        return done.grad_x, done.grad_weight.to(weight.dtype), None, None, None, None
 
 
 def token_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:
@@ -161,35 +178,43 @@ def token_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) ->
     return _TokenLogprobs.apply(logits, labels, vocab_size, tp)
 
 
-def linear_logprobs(x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> tuple[Tensor, Tensor]:
+def linear_logprobs(
+    x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each label under the head's logits x · weightᵀ, without holding them.
 
     Args:
         x: the head's input, [s, b, h], the same on every rank of tp; its gradient is this rank's part of a sum.
         weight: this rank's rows of the head, [v/tp, h].
         labels, vocab_size, tp: as in `token_logprobs`.
+        softcap: of the logits, or None.
 
     Returns: [s, b] in `acc_dtype`, the same on every rank of tp; and [s, b] bool, whether no word is more likely.
     """
-    logprobs, hits = _LinearLogprobs.apply(x.flatten(0, 1), weight, labels.flatten(), vocab_size, tp)
+    logprobs, hits = _LinearLogprobs.apply(x.flatten(0, 1), weight, labels.flatten(), vocab_size, tp, softcap)
     return logprobs.view(labels.shape), hits.view(labels.shape)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, vocab_size: int, tp: Axis
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    vocab_size: int,
+    tp: Axis,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return Σ −weights · log p(label), a scalar in `acc_dtype`: one product with the head less than `linear_logprobs`.
 
     Args:
-        x, weight, labels, vocab_size, tp: as in `linear_logprobs`.
+        x, weight, labels, vocab_size, tp, softcap: as in `linear_logprobs`.
         weights: of each label in the sum, [s, b]; they get no gradient.
 
     Returns: with it, [s, b] bool, whether no word is more likely than the label.
     """
     if not torch.is_grad_enabled():  # a Function cannot tell from within: it would compute the gradients
-        logprobs, hits = linear_logprobs(x, weight, labels, vocab_size, tp)
+        logprobs, hits = linear_logprobs(x, weight, labels, vocab_size, tp, softcap)
         return -(logprobs * weights).sum(), hits
-    total, hits = _LinearCrossEntropy.apply(
-        x.flatten(0, 1), weight, labels.flatten(), weights.flatten(), vocab_size, tp
-    )
+    flat = x.flatten(0, 1), weight, labels.flatten(), weights.flatten()
+    total, hits = _LinearCrossEntropy.apply(*flat, vocab_size, tp, softcap)
     return total, hits.view(labels.shape)

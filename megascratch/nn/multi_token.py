@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megascratch.config import ModelConfig
 from megascratch.nn.linear import ReplicatedLinear
-from megascratch.nn.norm import NORMS
+from megascratch.nn.norm import make_norm
 from megascratch.nn.placement import Placement
 
 
@@ -37,12 +37,11 @@ class Ahead(nn.Module):
 
     def __init__(self, model: ModelConfig, placement: Placement, layer: nn.Module) -> None:
         super().__init__()
-        norm, axes = NORMS[model.norm], placement.token_axes
-        self.embed_norm = norm(model.hidden, model.norm_eps, placement, axes)
-        self.hidden_norm = norm(model.hidden, model.norm_eps, placement, axes)
+        self.embed_norm = make_norm(model, placement)
+        self.hidden_norm = make_norm(model, placement)
         self.merge = ReplicatedLinear(2 * model.hidden, model.hidden, placement, std=model.init_std)
         self.layer = layer
-        self.norm = norm(model.hidden, model.norm_eps, placement, axes)
+        self.norm = make_norm(model, placement)
 
     def forward(self, x: Tensor, embedded: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Look one token further ahead.

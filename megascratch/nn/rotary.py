@@ -11,18 +11,23 @@ from torch import Tensor
 from megascratch.config import ModelConfig, RopeScaling
 
 
-def rotary_tables(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    model: ModelConfig, dtype: torch.dtype, device: torch.device, *, local: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return cos and sin of every position and pair, each [max_seq_length, d/2], computed in float64.
 
     Args:
         model: resolved shape; `rotary_dim`, `rope_theta`, `rope_scaling` and `max_seq_length` are read.
         dtype: of the tables; float32, or float64 for float64 models.
         device: of the tables.
+        local: whether they are those of layers with a window, where the model has others for them.
     """
     pairs = torch.arange(0, model.rotary_dim, 2, dtype=torch.float64, device=device)
-    frequencies = model.rope_theta ** (-pairs / model.rotary_dim)
+    local = local and model.rope_local_theta is not None
+    theta = (model.rope_local_theta if local else None) or model.rope_theta
+    frequencies = theta ** (-pairs / model.rotary_dim)
     scale = 1.0
-    if model.rope_scaling is not None:
+    if model.rope_scaling is not None and not local:
         frequencies, scale = SCALINGS[model.rope_scaling.type](frequencies, model.rope_scaling, model)
     positions = torch.arange(model.max_seq_length, dtype=torch.float64, device=device)
     angles = torch.outer(positions, frequencies)

@@ -29,10 +29,11 @@ from megascratch.nn.embedding import (
 )
 from megascratch.nn.latent_attention import LatentAttention
 from megascratch.nn.linear import column_linear
+from megascratch.nn.loss import capped
 from megascratch.nn.mlp import make_mlp
 from megascratch.nn.moe import MoE
 from megascratch.nn.multi_token import Ahead
-from megascratch.nn.norm import NORMS
+from megascratch.nn.norm import LayerNorm, RMSNorm, make_norm
 from megascratch.nn.placement import Placement
 from megascratch.nn.rotary import rotary_tables
 from megascratch.nn.sequence import ResidualDropout, SequenceInfo
@@ -50,7 +51,8 @@ def layer_range(n_layers: int, stage: int, n_stages: int, layers_per_stage: Sequ
 class Block(nn.Module):
     """Attention and feed-forward, each on a residual branch.
 
-    Norms stand before each branch (`pre`), or on its output (`post`, OLMo 2, arXiv:2501.00656, section 3.3).
+    Norms stand before each branch (`pre`), on its output (`post`, OLMo 2, arXiv:2501.00656, section 3.3), or on both
+    sides (`both`, Gemma 2, arXiv:2408.00118).
     """
 
     def __init__(self, model: ModelConfig, placement: Placement, index: int, *, core: str) -> None:
@@ -58,13 +60,17 @@ class Block(nn.Module):
         site = f"layers.{index}"
         # Outputs onto the residual stream shrink with its length (Radford et al. 2019, section 2.3).
         out_std = model.init_std / math.sqrt(2 * model.n_layers)
-        norm = NORMS[model.norm]
         self.placement = placement
         self.post = model.norm_position == "post"
-        self.attn_norm = norm(model.hidden, model.norm_eps, placement, placement.token_axes)
+        self.window = model.window_of(index)
+        self.attn_norm = make_norm(model, placement)
         attention = Attention if model.mla is None else LatentAttention
-        self.attn = attention(model, placement, f"{site}.attn", core=core, out_std=out_std)
-        self.mlp_norm = norm(model.hidden, model.norm_eps, placement, placement.token_axes)
+        self.attn = attention(model, placement, f"{site}.attn", core=core, out_std=out_std, window=self.window)
+        self.mlp_norm = make_norm(model, placement)
+        self.attn_out_norm: RMSNorm | LayerNorm | None = None
+        self.mlp_out_norm: RMSNorm | LayerNorm | None = None
+        if model.norm_position == "both":
+            self.attn_out_norm, self.mlp_out_norm = (make_norm(model, placement) for _ in range(2))
         self.mlp: nn.Module
         if model.has_experts(index):
             self.mlp = MoE(model, placement, f"{site}.mlp", out_std=out_std)
@@ -86,10 +92,14 @@ class Block(nn.Module):
             return x + self.mlp_dropout(self.mlp_norm(self._feed_forward(x, info)), info)
         activations = self.placement.activations
         normalised = activations.part("layernorm", self.attn_norm, x)
-        branch = self.attn_dropout(self.attn(normalised, rotary, info, cache), info)
-        normalised, x = self.mlp_norm.after_add(branch, x)
+        branch = self._normalised(self.attn_out_norm, self.attn(normalised, rotary, info, cache))
+        normalised, x = self.mlp_norm.after_add(self.attn_dropout(branch, info), x)
         activations.note("layernorm", normalised, self.mlp_norm, x)  # the sum is kept anyway
-        return x + self.mlp_dropout(self._feed_forward(normalised, info), info)
+        branch = self._normalised(self.mlp_out_norm, self._feed_forward(normalised, info))
+        return x + self.mlp_dropout(branch, info)
+
+    def _normalised(self, norm: nn.Module | None, branch: Tensor) -> Tensor:
+        return branch if norm is None else self.placement.activations.part("layernorm", norm, branch)
 
     def _feed_forward(self, x: Tensor, info: SequenceInfo) -> Tensor:
         return self.mlp(x, info) if isinstance(self.mlp, MoE) else self.mlp(x)
@@ -164,10 +174,14 @@ class Stage(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(model, placement, i, core=core) for i in indices})
         if self.is_last:
             self._make_end(embedding, tied_axes, core)
+        # The rotary tables of layers that see everything, and of those with a window.
         self.rotary: tuple[Tensor, Tensor] | None = None
+        self.local_rotary: tuple[Tensor, Tensor] | None = None
         if model.position == "rope":
             table_dtype = ops.acc_dtype(torch.empty(0, dtype=placement.dtype))
-            self.rotary = rotary_tables(model, table_dtype, placement.device)
+            self.rotary = self.local_rotary = rotary_tables(model, table_dtype, placement.device)
+            if model.rope_local_theta is not None:
+                self.local_rotary = rotary_tables(model, table_dtype, placement.device, local=True)
         copies = {"head.weight": "embed.weight"} if model.tie_embeddings else {}
         if self.is_last and not self.is_first and embedding is None:
             copies["embed.weight"] = "embed.weight"
@@ -177,7 +191,7 @@ class Stage(nn.Module):
         """Make what only the last stage has: norm, head, modules that look further ahead."""
         model, at = self.model, self.placement
         assert model.vocab_size is not None
-        self.norm = NORMS[model.norm](model.hidden, model.norm_eps, at, at.token_axes)
+        self.norm = make_norm(model, at)
         if model.head == "scalar":
             self.score = Score(model, at)
             return
@@ -207,9 +221,12 @@ class Stage(nn.Module):
         x = self.hidden(x, tokens, info, caches)
         if not self.is_last:
             return x
-        if self.model.head == "scalar":
-            return scores(x, self.score.weight)
-        return column_linear(x, self.head_weight, self.placement.tp, self.placement.sequence_parallel)
+        return scores(x, self.score.weight) if self.model.head == "scalar" else self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return this rank's logits [s, b, v/tp] of what `hidden` gave on the last stage."""
+        logits = column_linear(x, self.head_weight, self.placement.tp, self.placement.sequence_parallel)
+        return capped(logits, self.model.logit_softcap)
 
     @property
     def head_weight(self) -> Tensor:
@@ -235,11 +252,12 @@ class Stage(nn.Module):
         hidden = []
 
         def run(layer: nn.Module, x: Tensor, plan: Recompute) -> Tensor:
-            return self.placement.activations.run(plan, layer, x, self.rotary, info)
+            return self.placement.activations.run(plan, layer, x, self._rotary_of(layer), info)
 
         for i, (module, later) in enumerate(zip(self.mtp, tokens)):
             plan = self.recompute.get(self.model.n_layers + i, NOTHING)
-            x, normalised = module(x, embed(later, weight, self.placement), partial(run, plan=plan))
+            embedded = self._scaled(embed(later, weight, self.placement))
+            x, normalised = module(x, embedded, partial(run, plan=plan))
             hidden.append(normalised)
         return hidden
 
@@ -277,14 +295,24 @@ class Stage(nn.Module):
         assert x is not None
         for i, (layer, block) in enumerate(self.layers.items()):
             if caches is not None:
-                x = block(x, self.rotary, info, caches[i])
+                x = block(x, self._rotary_of(block), info, caches[i])
             else:
                 plan = self.recompute.get(int(layer), NOTHING)
-                x = self.placement.activations.run(plan, block, x, self.rotary, info)
+                x = self.placement.activations.run(plan, block, x, self._rotary_of(block), info)
         return x
 
+    def _rotary_of(self, block: nn.Module) -> tuple[Tensor, Tensor] | None:
+        assert isinstance(block, Block)
+        return self.rotary if block.window is None else self.local_rotary
+
+    def _scaled(self, embedded: Tensor) -> Tensor:
+        """Multiply by √h, rounded to the embedding's type as Gemma was trained with, where the model does so."""
+        if not self.model.scale_embeddings:
+            return embedded
+        return embedded * torch.tensor(math.sqrt(self.model.hidden), dtype=embedded.dtype).item()
+
     def _embed(self, tokens: Tensor, info: SequenceInfo) -> Tensor:
-        x = self.embed(tokens)
+        x = self._scaled(self.embed(tokens))
         if self.model.position == "learned":
             own = local_positions(info.length, info.offset, self.placement)
             positions = own.unsqueeze(1) if info.positions is None else info.positions.t()[own - info.offset]

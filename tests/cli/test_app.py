@@ -53,7 +53,7 @@ def test_python_dash_m_is_the_same_command() -> None:
         ["tokenizer", "train", "--vocab-size", "300", "--output", "nowhere.json", "nothing.jsonl"],
         ["inspect", "nothing"],
         ["merge", "nothing", "--output-prefix", "nowhere"],
-        ["convert", "a", "b", "--to", "hf", "--from", "hf"],
+        ["convert", "a", "b", "--to", "hf", "--tp", "2"],
     ],
 )
 def test_answers_without_loading_torch(arguments: list[str]) -> None:

@@ -119,9 +119,8 @@ def test_convert_refuses_to_overwrite(run: Run, trained: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "hf", "--from", "hf"], "exclude each other"),
-        (["--to", "hf", "--tp", "2"], "--tp  belongs to a conversion between our own checkpoints"),
-        (["--from", "hf", "--tokenizer", "x"], "--tokenizer  belongs to --to hf"),
+        (["--to", "hf", "--tp", "2"], "--tp  has no meaning for --to hf"),
+        (["--from", "hf", "--tokenizer", "x"], "--tokenizer  has no meaning for --to megascratch"),
         ([], "nothing"),
     ],
 )

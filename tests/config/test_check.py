@@ -31,6 +31,25 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
             None,
             r"rope_scaling\.type = linear +needs model\.position = rope, not learned +remove \[model\.rope_scaling\]",
         ),
+        (
+            "_model_features",
+            "model.qk_norm_across_heads=true",
+            None,
+            r"qk_norm_across_heads = true +needs model\.qk_norm = true +set it, or leave qk_norm_across_heads out",
+        ),
+        (
+            "_model_features",
+            "model.window_attn_skip_freq=2",
+            None,
+            r"skip_freq = 2 +needs model\.sliding_window +set it",
+        ),
+        ("_model_features", "model.rope_local_theta=9", None, r"rope_local_theta = 9.0 +needs model\.sliding_window"),
+        (
+            "_model_features",
+            "model.norm_zero_centered=true model.norm=layernorm",
+            None,
+            r"norm_zero_centered = true +needs model\.norm = rmsnorm",
+        ),
         ("_tensor_parallel", "parallel.tp=3", None, r"tp = 3 +must divide model\.n_heads = 8 +use 1, 2, 4 or 8"),
         (
             "_tensor_parallel",

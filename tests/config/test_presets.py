@@ -16,6 +16,10 @@ PUBLISHED = {
     "llama3-70b": 70_553_706_496,
     "llama3-405b": 405_853_388_800,
     "qwen3-8b": 8_190_735_360,
+    "gemma2-9b": 9_241_705_984,
+    "gemma3-1b": 999_885_952,
+    "phi3-mini": 3_821_079_552,
+    "olmo2-7b": 7_298_617_344,
     "mixtral-8x7b": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624,
     "deepseek-v3": 671_026_419_200,
@@ -29,10 +33,12 @@ def n_parameters(model: ModelConfig) -> int:
     h, f, n, v = model.hidden, model.ffn_hidden, model.n_heads, model.vocab_size
     assert v is not None
     k, d = model.n_kv_heads or n, model.head_dim or h // n
-    gated = model.activation in ("swiglu", "geglu")
+    gated = model.activation in ("swiglu", "geglu_tanh")
     norm = 2 * h if model.norm == "layernorm" else h
+    norms = (4 if model.norm_position == "both" else 2) * norm
 
-    attention = h * (n + 2 * k) * d + n * d * h + (2 * d if model.qk_norm else 0)
+    attention = h * (n + 2 * k) * d + n * d * h
+    attention += (n + k) * d if model.qk_norm_across_heads else 2 * d if model.qk_norm else 0
     matrices = 3 if gated else 2
     if (mla := model.mla) is not None:
         d, r, c, v_head = mla.qk_head_dim, mla.qk_pos_emb_head_dim, mla.kv_lora_rank, mla.v_head_dim
@@ -49,7 +55,7 @@ def n_parameters(model: ModelConfig) -> int:
     biases = (n + 2 * k) * d + h + f + h if model.bias else 0
     positions = model.max_seq_length * h if model.position == "learned" else 0
     head = 0 if model.tie_embeddings else v * h
-    return v * h + positions + mlp + model.n_layers * (attention + biases + 2 * norm) + norm + head
+    return v * h + positions + mlp + model.n_layers * (attention + biases + norms) + norm + head
 
 
 @pytest.mark.parametrize(("name", "published"), PUBLISHED.items())

@@ -8,7 +8,7 @@ import torch
 from saved_models import TEXTS, save_model, tokenizer
 from torch import Tensor
 
-from megascratch.checkpoint import Shard, save, to_hf
+from megascratch.checkpoint import Shard, convert, save
 from megascratch.dist.layout import Extent
 from megascratch.dist.mesh import Mesh, MeshSpec
 from megascratch.dist.testing import run_ranks
@@ -107,7 +107,7 @@ def test_greedy_generation_equals_transformers_on_the_export(checkpoint: Path, t
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(
-        to_hf(checkpoint, tmp_path / "hf", console=make_console(1)), dtype=torch.float64
+        convert(checkpoint, tmp_path / "hf", to="hf", console=make_console(1)), dtype=torch.float64
     )
     prompts = _prompts(2, 7)
     expected = theirs.generate(

@@ -8,17 +8,21 @@ from megascratch import ops
 from megascratch.dist import comm
 from megascratch.dist.mesh import Mesh, MeshSpec
 from megascratch.dist.testing import distributed
-from megascratch.nn.context import ALGORITHMS, other_document, token_index
+from megascratch.nn.context import ALGORITHMS, PLAIN, Scores, token_index
 
 S, B, N, K, D = 16, 2, 4, 4, 8
 
 
-def plain_core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, drop: None = None) -> Tensor:
+def plain_core(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, drop: None = None, how: Scores = PLAIN
+) -> Tensor:
     """Attention as its formula says, heads repeated: the oracle, and the core of two algorithms."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    scores = torch.einsum("sbnd,tbnd->bnst", q, k)
-    probs = ops.scaled_softmax(scores, q.shape[-1] ** -0.5, causal, mask)
+    scores = torch.einsum("sbnd,tbnd->bnst", q, k) * (how.scale or q.shape[-1] ** -0.5)
+    if how.softcap:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
+    probs = ops.scaled_softmax(scores, 1.0, causal, mask)
     return torch.einsum("bnst,tbnd->sbnd", probs, v)
 
 
@@ -29,23 +33,28 @@ def _inputs(n_kv_heads: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("how", [PLAIN, Scores(scale=0.5, softcap=2.0, window=5)], ids=["plain", "gemma"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @distributed(world=4)
-def test_every_algorithm_equals_attention_over_the_whole_sequence(algorithm: str, packed: bool) -> None:
+def test_every_algorithm_equals_attention_over_the_whole_sequence(algorithm: str, how: Scores, packed: bool) -> None:
     for spec in (MeshSpec(cp=4), MeshSpec(cp=2, dp=2)):
         cp = Mesh.create(spec, torch.device("cpu")).cp
         for n_kv_heads in (4, 2) if algorithm != "ulysses" or spec.cp == 2 else (4,):
             *inputs, grad = _inputs(n_kv_heads)
             documents = (torch.arange(S) // 5).expand(B, S) + torch.tensor([[0], [7]]) if packed else None
-            mask = None if documents is None else other_document(documents, documents)
+            places = torch.arange(S)
+            mask = None if documents is None else (documents.unsqueeze(2) != documents.unsqueeze(1)).unsqueeze(1)
+            if how.window is not None:
+                beyond = places.unsqueeze(1) - places >= how.window
+                mask = beyond[None, None] if mask is None else mask | beyond
             whole = [x.clone().requires_grad_() for x in inputs]
-            want = plain_core(*whole, mask, True)
+            want = plain_core(*whole, mask, True, None, how)
             want.backward(grad)
 
             own = token_index(S, cp)
             parts = [x[own].clone().requires_grad_() for x in inputs]
             own_documents = None if documents is None else documents[:, own]
-            got = ALGORITHMS[algorithm](*parts, cp, own_documents, plain_core)
+            got = ALGORITHMS[algorithm](*parts, cp, own_documents, plain_core, how)
             got.backward(grad[own])
             torch.testing.assert_close(got, want[own], rtol=1e-12, atol=1e-12)
             for part, reference in zip(parts, whole):

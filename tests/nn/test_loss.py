@@ -144,6 +144,25 @@ def test_chunks_of_the_head_and_the_loss_equal_whole_logits(
             assert error < tolerance, f"{dtype}: {error:.1e}"
 
 
+@pytest.mark.parametrize("function", [linear_logprobs, linear_cross_entropy])
+def test_capped_logits_equal_whole_logits(function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 4)
+    _, labels, weights = _inputs(100, torch.float64)
+    found = []
+    for fused in (True, False):
+        x, weight = (t.requires_grad_() for t in _head_inputs(100, torch.float64))
+        if not fused:
+            logits = 1.5 * torch.tanh(x @ weight.t() / 1.5)
+            total = (token_logprobs(logits, labels, 100, Mesh.serial().tp) * -weights).sum()
+        elif function is linear_logprobs:
+            logprobs, _ = linear_logprobs(x, weight, labels, 100, Mesh.serial().tp, softcap=1.5)
+            total = (logprobs * -weights).sum()
+        else:
+            total, _ = linear_cross_entropy(x, weight, labels, weights, 100, Mesh.serial().tp, softcap=1.5)
+        found.append((total.detach(), *torch.autograd.grad(total, (x, weight))))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
 @distributed(world=4)
 def test_chunks_on_four_ranks_equal_whole_logits() -> None:
     mesh = Mesh.create(MeshSpec(tp=4), CPU)

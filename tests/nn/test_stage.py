@@ -38,6 +38,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "n_kv_heads": 4,
     },
     "olmo-2": {"norm_position": "post", "qk_norm": True, "tie_embeddings": True},
+    "olmo-2, one norm over all heads": {"norm_position": "post", "qk_norm": True, "qk_norm_across_heads": True},
+    "gemma": {
+        "norm_position": "both",
+        "norm_zero_centered": True,
+        "activation": "geglu_tanh",
+        "tie_embeddings": True,
+        "scale_embeddings": True,
+        "qk_norm": True,
+        "query_pre_attn_scalar": 5.0,
+        "attn_softcap": 2.0,
+        "logit_softcap": 3.0,
+        "sliding_window": 3,
+        "window_attn_skip_freq": 2,
+        "rope_local_theta": 100.0,
+    },
     "qwen-2, yarn": {
         "qkv_bias": True,
         "activation": "geglu",
@@ -142,8 +157,8 @@ def test_no_two_samples_share_dropout(far: int) -> None:
     assert not torch.equal(y[:, 0], y[:, 1])
 
 
-@pytest.mark.parametrize("core", ["softmax", "sdpa"])
-@pytest.mark.parametrize("name", ["llama", "gpt-2", "olmo-2"])
+@pytest.mark.parametrize("core", ["softmax", "sdpa", "blocked"])
+@pytest.mark.parametrize("name", ["llama", "gpt-2", "olmo-2", "gemma"])
 def test_cached_steps_equal_the_whole_sequence(name: str, core: str) -> None:
     mesh, model = Mesh.serial(), _model(**MODELS[name])
     stage = _stage(model, mesh, core=core).eval()

@@ -1,0 +1,284 @@
+"""Checkpoints of Megatron-LM, weights only: both of its formats in and out.
+
+    legacy                                     torch_dist
+    latest_checkpointed_iteration.txt          latest_checkpointed_iteration.txt
+    iter_0001000/                              iter_0001000/
+      mp_rank_00_000/model_optim_rng.pt          metadata.json    says that it is one
+      mp_rank_01_000/…     tp 1, pp 0            common.pt        arguments
+      mp_rank_00_001/…     tp 0, pp 1            .metadata  __0_0.distcp …    as torch's own (`dcp`)
+
+A legacy rank numbers its layers from 0 and holds its parts; torch_dist has whole tensors, those of all layers as one
+[n_layers, …]. Inside a tensor nothing differs from ours: QKV is grouped by key/value head, gate stands above up. What
+tp divides, it divides as `ParamSpec` says, but for the vocabulary's padding, which is Megatron's own. So this is a
+table of names, and one of arguments.
+"""
+
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megascratch.checkpoint.dcp import METADATA, DcpFolder
+from megascratch.checkpoint.format import damage, read_bounded, whole
+from megascratch.checkpoint.megatron_args import read_arguments
+from megascratch.checkpoint.pickles import StoredTensor, load_torch_file
+from megascratch.checkpoint.source import Kind, Source
+from megascratch.checkpoint.steps import rename
+from megascratch.config import DataConfig, ModelConfig, config_from_dict
+from megascratch.dist.layout import Box, ParamSpec, extents
+from megascratch.errors import CheckpointError
+from megascratch.nn import parameter_specs
+
+LATEST = "latest_checkpointed_iteration.txt"
+COMMON, SHARDED = "common.pt", "metadata.json"
+_RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(_\d{3})?")
+_LAYER = "decoder.layers.{i}."
+_KINDS = ("weight", "bias")
+
+MEGATRON_STEPS = (
+    rename("embed.weight", "embedding.word_embeddings.weight"),
+    rename("position.weight", "embedding.position_embeddings.weight"),
+    *(
+        rename(f"layers.{{i}}.{ours}{kind}", f"{_LAYER}{theirs}{kind}")
+        for ours, theirs in (
+            ("attn_norm.", "self_attention.linear_qkv.layer_norm_"),
+            ("attn.qkv.", "self_attention.linear_qkv."),
+            ("attn.proj.", "self_attention.linear_proj."),
+            ("attn.q_norm.", "self_attention.q_layernorm."),
+            ("attn.k_norm.", "self_attention.k_layernorm."),
+            ("mlp_norm.", "mlp.linear_fc1.layer_norm_"),
+            ("mlp.gate_up.", "mlp.linear_fc1."),
+            ("mlp.up.", "mlp.linear_fc1."),
+            ("mlp.down.", "mlp.linear_fc2."),
+        )
+        for kind in _KINDS
+    ),
+    *(rename(f"norm.{kind}", f"decoder.final_layernorm.{kind}") for kind in _KINDS),
+    rename("head.weight", "output_layer.weight"),
+)
+EMBEDDING = "embedding.word_embeddings.weight"
+_VOCABULARY = ("embed.weight", "head.weight")  # which Megatron pads
+_DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Without Transformer Engine a norm is a module of its own.
+_LOCAL_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def find_megatron(path: Path) -> Path | None:
+    """Return the directory of Megatron's checkpoint: `path` itself or the iteration that it names last; None if none.
+
+    Raises: CheckpointError: if it names one in a way that no Megatron does.
+    """
+    if (path / LATEST).is_file():
+        text = read_bounded(path / LATEST, 4096).decode(errors="replace").strip()
+        if text != "release" and not re.fullmatch(r"\d{1,12}", text):
+            raise damage(path, f"{LATEST} = {text[:40]!r}", "must be the number of an iteration, or release")
+        return path / ("release" if text == "release" else f"iter_{int(text):07d}")
+    own = (path / COMMON).is_file() or any(_RANK.fullmatch(entry.name) for entry in path.glob("mp_rank_*"))
+    return path if own else None
+
+
+def open_megatron(path: Path) -> Source:
+    """Open a checkpoint of Megatron-LM, of either format.
+
+    Args:
+        path: from `find_megatron`.
+
+    Raises: CheckpointError: if it is incomplete or damaged, holds what no checkpoint does, or our model cannot be of
+        its kind.
+    """
+    if not path.is_dir():
+        raise damage(path, path.name, "does not exist", "give another checkpoint")
+    opened = _Sharded(path) if (path / METADATA).is_file() else _Legacy(path)
+    args = vars(opened.args) if isinstance(opened.args, Namespace) else getattr(opened.args, "state", None)
+    if not isinstance(args, Mapping):
+        raise damage(path, "args", "are not in the checkpoint, so the model's shape is not known")
+    try:
+        section = read_arguments(args)
+    except CheckpointError as error:
+        raise CheckpointError(error.problems, str(path)) from None
+    if section["n_layers"] != opened.n_layers:
+        rule = f"is not the number of layers that there are, {opened.n_layers}"
+        raise damage(path, f"args.num_layers = {section['n_layers']}", rule)
+    rows, dtype, size = *opened.embedding(), args.get("vocab_size")
+    section["vocab_size"] = size if isinstance(size, int) and 0 < size <= rows else rows
+    if dtype not in _DTYPES:
+        raise damage(path, EMBEDDING, f"is {dtype}, a quantised or integer weight")
+    seq_length = min(section["max_seq_length"], DataConfig().seq_length)
+    raw = {
+        "model": section,
+        "parallel": {"tp": opened.tp, "sequence_parallel": False},
+        "data": {"seq_length": seq_length},
+        "train": {"dtype": _DTYPES[dtype]},
+    }
+    config = config_from_dict(raw, where=str(path))
+    specs = {spec.name: spec for spec in parameter_specs(config.model, tp=opened.tp)}
+    names = megatron_names(config.model)
+    kinds = {name: opened.kind(their, specs[name]) for name, their in names.items()}
+
+    @lru_cache(maxsize=1)  # the pieces of one tensor are asked for one after the other
+    def read(name: str) -> Tensor:
+        return opened.read(names[name], specs[name])
+
+    return Source(path, config, kinds, lambda name, box: read(name)[box])
+
+
+def megatron_names(model: ModelConfig) -> dict[str, str]:
+    """Return Megatron's name of each tensor of a model, in the model's order."""
+    steps = (step.at(layer) for layer in range(model.n_layers) for step in MEGATRON_STEPS)
+    theirs = {step.ours: step.theirs[0] for step in steps}
+    # Modules that look ahead serve training, and stay behind.
+    specs = parameter_specs(model)
+    return {spec.name: theirs[spec.name] for spec in specs if not spec.tied and not spec.name.startswith("mtp.")}
+
+
+class _Sharded:
+    """A torch_dist checkpoint, whose layers are stacked, or stand by their numbers where they differ."""
+
+    tp = 1
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._folder = path, DcpFolder(path)
+        common = load_torch_file(path / COMMON)
+        self.args = common.get("args") if isinstance(common, Mapping) else None
+        layers = ((re.match(r"decoder\.layers\.(\d{1,5})?", name), kind) for name, kind in self._folder.kinds.items())
+        counts = [kind.shape[0] if match[1] is None else int(match[1]) + 1 for match, kind in layers if match]
+        self.n_layers = max(counts, default=0)
+
+    def embedding(self) -> tuple[int, torch.dtype]:
+        """Return the rows of the embedding, padding included, and its dtype."""
+        name, _ = self._place(EMBEDDING)
+        return self._folder.kinds[name].shape[0], self._folder.kinds[name].dtype
+
+    def kind(self, name: str, spec: ParamSpec) -> Kind:
+        """Return a tensor's kind; raises a CheckpointError if it is not there, or not of the spec's shape."""
+        found, _ = self._place(name)
+        kind = self._folder.kinds[found]
+        shape = kind.shape if found == name else kind.shape[1:]
+        longer = spec.name in _VOCABULARY and shape[0] >= spec.shape[0] and shape[1:] == spec.shape[1:]
+        if shape != spec.shape and not longer:
+            raise _misshaped(self.path, name, shape, spec.shape)
+        return Kind(kind.dtype, spec.shape)
+
+    def read(self, name: str, spec: ParamSpec) -> Tensor:
+        """Return a tensor of the spec's shape."""
+        found, box = self._place(name)
+        if found == name:
+            return self._folder.read_box(name, whole(spec.shape))
+        return self._folder.read_box(found, box)[0]
+
+    def _place(self, name: str) -> tuple[str, Box]:
+        """Return the tensor that holds another: itself, or that of all layers, and which box of it."""
+        kinds = self._folder.kinds
+        if name in kinds:
+            return name, whole(kinds[name].shape)
+        if (match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)) is not None:
+            together, layer = f"decoder.layers.{match[2]}", int(match[1])
+            if together in kinds and layer < kinds[together].shape[0]:
+                return together, (slice(layer, layer + 1), *whole(kinds[together].shape[1:]))
+        raise damage(self.path, f"tensor {name}", "is not in the checkpoint")
+
+
+class _Legacy:
+    """A checkpoint with one file a rank; what tp and pp divided is joined, a tensor at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        ranks = dict(self._open_rank(folder) for folder in sorted(path.glob("mp_rank_*")))
+        self.pp, self.tp = (1 + max(rank[dim] for rank in ranks) for dim in (0, 1))
+        if missing := [(p, t) for p in range(self.pp) for t in range(self.tp) if (p, t) not in ranks]:
+            raise damage(path, f"mp_rank_{missing[0][1]:02d}_{missing[0][0]:03d}", "is missing")
+        self.args = ranks[0, 0].get("args")
+        self._parts: dict[str, list[StoredTensor]] = {}
+        self.n_layers = 0
+        # Virtual stages follow each other over all pipeline ranks: model0 of each, then model1.
+        for chunk in [key for key in ("model", *(f"model{i}" for i in range(64))) if key in ranks[0, 0]]:
+            for stage in range(self.pp):
+                self._take([ranks[stage, rank].get(chunk) for rank in range(self.tp)])
+
+    def _open_rank(self, folder: Path) -> tuple[tuple[int, int], Mapping[str, Any]]:
+        match = _RANK.fullmatch(folder.name)
+        if match is None or match[3] is not None:
+            raise damage(self.path, folder.name[:60], "is no rank of a dense model", "convert another checkpoint")
+        files = [folder / name for name in ("model_optim_rng.pt", "model_rng.pt")]
+        file = next((file for file in files if file.is_file()), files[0])
+        state = load_torch_file(file)
+        if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+            raise damage(folder, file.name, "holds no checkpoint of Megatron-LM")
+        found = {key: self._stored(file, value) if key.startswith("model") else value for key, value in state.items()}
+        return (int(match[2] or 0), int(match[1])), found
+
+    def _stored(self, file: Path, state: Any) -> Any:
+        """Return a state dict's tensors; what else it has is state of Transformer Engine."""
+        if not isinstance(state, Mapping):
+            return None
+        return {str(name): StoredTensor.of(file, value) for name, value in state.items() if isinstance(value, Tensor)}
+
+    def _take(self, ranks: list[Any]) -> None:
+        """Take the tensors of one stage, [tp] state dicts whose layers are numbered from 0."""
+        first, count = self.n_layers, 0
+        for rank, state in enumerate(ranks):
+            if not isinstance(state, Mapping):
+                raise damage(self.path, f"the model of tensor rank {rank}", "is not in the checkpoint")
+            for name, tensor in state.items():
+                for local, theirs in _LOCAL_NORMS.items():
+                    name = name.replace(f".{local}", f".{theirs}")
+                if (match := re.match(r"decoder\.layers\.(\d{1,5})\.", name)) is not None:
+                    count = max(count, int(match[1]) + 1)
+                    name = f"decoder.layers.{first + int(match[1])}.{name[match.end() :]}"
+                parts = self._parts.setdefault(name, [])
+                if len(parts) == rank:  # a tied head stands on the last stage, too
+                    parts.append(tensor)
+        self.n_layers = first + count
+
+    def embedding(self) -> tuple[int, torch.dtype]:
+        """Return the rows of the embedding, padding included, and its dtype."""
+        parts = self._parts_of(EMBEDDING)
+        return sum(part.shape[0] if part.shape else 0 for part in parts), parts[0].dtype
+
+    def kind(self, name: str, spec: ParamSpec) -> Kind:
+        """Return a tensor's kind; raises a CheckpointError if it is not there, or not of the spec's shape."""
+        parts = self._parts_of(name)
+        expected = self._padded(spec, parts).local_shape({"tp": self.tp})
+        for part in parts:
+            if part.shape != expected or part.dtype != parts[0].dtype:
+                raise _misshaped(self.path, name, part.shape, expected)
+        return Kind(parts[0].dtype, spec.shape)
+
+    def read(self, name: str, spec: ParamSpec) -> Tensor:
+        """Return a tensor of the spec's shape."""
+        parts = self._parts_of(name)
+        if not spec.is_split_over("tp") or parts[0].shape == spec.shape:
+            return parts[0].read()
+        out = torch.empty(spec.shape, dtype=parts[0].dtype)
+        padded = self._padded(spec, parts)
+        for rank, part in enumerate(parts):
+            values = part.read()
+            for extent in extents(padded, {"tp": self.tp}, {"tp": rank}):
+                out[extent.logical] = values[extent.local]
+        return out
+
+    def _parts_of(self, name: str) -> list[StoredTensor]:
+        parts = self._parts.get(name, [])
+        if len(parts) != self.tp:
+            raise damage(self.path, f"tensor {name}", "is not in the checkpoint")
+        return parts
+
+    def _padded(self, spec: ParamSpec, parts: list[StoredTensor]) -> ParamSpec:
+        """Return the spec with as much padding of the vocabulary as there is."""
+        if spec.name not in _VOCABULARY or len(parts[0].shape) != 2:
+            return spec
+        pad = max(0, parts[0].shape[0] * self.tp - spec.shape[0])
+        return replace(spec, splits=(replace(spec.splits[0], pad=pad + -(spec.shape[0] + pad) % self.tp),))
+
+
+def _misshaped(path: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
+    return damage(path, f"tensor {name}", f"has shape {list(found)}, the arguments ask for {list(expected)}")

@@ -1,0 +1,82 @@
+"""Writing torch's distributed checkpoints (DCP) from one process, a chunk of a tensor in memory at a time.
+
+    __0_0.distcp   every chunk as `torch.save` has it, one behind the other
+    .metadata      a pickle: which chunks tile which tensor, and where each stands
+
+torch's own planner wants a state dict of tensors that exist. This one plans from shapes, and makes each chunk when its
+turn to be written comes.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor that is to be written.
+
+    Attributes:
+        name, shape, dtype: of the tensor.
+        offsets, sizes: of the box.
+        value: makes it, [*sizes].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    value: Callable[[], Tensor]
+
+
+def write_chunks(folder: Path, chunks: Sequence[Chunk], advance: Callable[[float], None]) -> None:
+    """Write a distributed checkpoint.
+
+    Args:
+        folder: exists, and is empty of one.
+        chunks: that tile their tensors.
+        advance: is told the number of elements of each chunk that was written.
+    """
+    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
+    logger = logging.getLogger("torch.distributed.checkpoint")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns that it saves from one process
+    try:
+        save({}, storage_writer=writer, planner=_Planner(chunks, advance), no_dist=True)
+    finally:
+        logger.setLevel(level)
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans chunks that do not exist yet."""
+
+    def __init__(self, chunks: Sequence[Chunk], advance: Callable[[float], None]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._chunks = {(chunk.name, chunk.offsets): chunk for chunk in chunks}
+        self._advance = advance
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_item(chunk) for chunk in self._chunks.values()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        chunk = self._chunks[index.fqn, tuple(index.offset or ())]
+        self._advance(torch.Size(chunk.sizes).numel())
+        return chunk.value().contiguous()
+
+
+def _item(chunk: Chunk) -> WriteItem:
+    box = ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+    data = TensorWriteData(box, TensorProperties(dtype=chunk.dtype), torch.Size(chunk.shape))
+    return WriteItem(MetadataIndex(chunk.name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
