@@ -50,6 +50,7 @@ GROUPS = (
             },
             "zb-v recompute full": {"pp": 2, "vp": 2, "schedule": "zb-v", "recompute": "full"},
             "zb-h1 with offloaded activations": {"pp": 2, "schedule": "zb-h1", "offload_activations": True},
+            "1f1b with offloaded optimizer": {"pp": 2, "offload_optimizer": True},
             "1f1b, every module computed again": {
                 "pp": 2,
                 "recompute": "selective",
@@ -63,7 +64,7 @@ GROUPS = (
         " and whose upper ones between them",
         {
             **{f"deterministic dp = {dp}": _in_tree(dp=dp) for dp in (1, 2, 4, 8)},
-            "the same dp = 2 under 1f1b": _in_tree(dp=2, pp=2),
+            "dp = 2 under 1f1b": _in_tree(dp=2, pp=2),
             "dp = 2 under interleaved": _in_tree(dp=2, pp=2, vp=2),
             "dp = 4 under gpipe": _in_tree(dp=4, pp=2, schedule="gpipe"),
         },
@@ -73,6 +74,16 @@ GROUPS = (
     Group(
         "the same under tp and cp, whose own sums dp does not change",
         {f"deterministic dp = {dp}, tp = 2, cp = 2": _in_tree(tp=2, cp=2, dp=dp) for dp in (1, 2)},
+        "qwen",
+    ),
+    Group(
+        "what is kept in host memory is updated by the same operations",
+        {
+            "zero 3": {"dp": 2, "zero": 3},
+            "zero 3 with offloaded parameters": {"dp": 2, "zero": 3, "offload_parameters": True},
+            "zero 3 with offloaded optimizer": {"dp": 2, "zero": 3, "offload_optimizer": True},
+            "zero 3 with both": {"dp": 2, "zero": 3, "offload_parameters": True, "offload_optimizer": True},
+        },
         "qwen",
     ),
 )

@@ -79,9 +79,9 @@ def _print_recipe(arguments: list[str]) -> None:
     causal, palm = planned.flops.causal / 1e9, planned.flops.palm / 1e9
     print(f"{causal:.4g} GFLOP a token in training ({palm:.4g} in PaLM's convention)")
     print(_run_length(config))
-    print(f"memory of pipeline ranks, GiB    {' '.join(f'{name:>11}' for name in (*_MEMORY, 'total'))}")
+    print(f"memory of pipeline ranks, GiB    {' '.join(f'{name:>11}' for name in (*_MEMORY, 'total', 'host'))}")
     for rank, memory in enumerate(planned.memory):
-        values = [*(getattr(memory, name) for name in _MEMORY), memory.total]
+        values = [*(getattr(memory, name) for name in _MEMORY), memory.total, memory.host]
         print(f"  rank {rank:<25} {' '.join(f'{value / GIB:>11.2f}' for value in values)}")
 
 

@@ -205,6 +205,17 @@ def _zero(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield Problem(f"parallel.zero_ranks = {n}", f"does not go with parallel.ep = {parallel.ep}", "leave it out")
 
 
+def _offload(config: Config, _: int | None) -> Iterator[Problem]:
+    parallel = config.parallel
+    if parallel.offload_parameters and parallel.zero != 3:
+        rule = f"needs parallel.zero = 3, not {parallel.zero}: others have all weights on every rank"
+        yield Problem("parallel.offload_parameters = true", rule, "set zero = 3, or leave it out")
+    for key in ("offload_optimizer", "offload_parameters"):
+        if getattr(parallel, key) and config.optim.name != "adamw":
+            rule = f"does not go with optim.name = {config.optim.name}, whose matrices travel between devices"
+            yield Problem(f"parallel.{key} = true", rule, "use adamw")
+
+
 def _world(config: Config, world_size: int | None) -> Iterator[Problem]:
     if world_size is None:
         return
@@ -371,6 +382,7 @@ RULES: tuple[Rule, ...] = (
     _recompute,
     _context_parallel,
     _zero,
+    _offload,
     _world,
     batch,
     deterministic_dp,

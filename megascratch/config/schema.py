@@ -188,6 +188,8 @@ class ParallelConfig(Section):
     recompute_modules: list[RecomputeModule] | None = None  # chosen by bytes saved per operation when left out
     recompute_layers: Count | None = None
     offload_activations: bool = False  # keep in host memory what is kept
+    offload_optimizer: bool = False  # keep master weights and moments in host memory, where the processor updates them
+    offload_parameters: bool = False  # keep in host memory the weights that zero = 3 divides, and update them there
     memory_budget_gib: Positive | None = None  # of each rank's device, for auto
 
 

@@ -115,9 +115,7 @@ class Engine:
             for param in stage.parameters():
                 if not learns or is_frozen(config.optim, spec_of(param).name):
                     param.requires_grad_(False)
-        self.optimizer = Optimizer(
-            units_of(self.stages), mesh, config.optim, parallel.zero, in_tree=parallel.deterministic_dp
-        )
+        self.optimizer = Optimizer(units_of(self.stages), mesh, config.optim, parallel)
         overlap = self.optimizer.overlap
         self._told_of = {
             Kind.F: (overlap.start_forward, overlap.end_forward),

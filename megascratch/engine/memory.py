@@ -34,13 +34,14 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank's device at the peak of a step."""
+    """Bytes on one rank's device at the peak of a step, and what of its weights and optimizer the host keeps for it."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     passing: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -107,13 +108,18 @@ class MemoryModel:
         # One layer at a time is whole in its backward, of those that are computed again.
         whole = {(has_experts(i), plan) for i, plan in plans.items()}
         passing = max((kept(experts, NOTHING) - kept(experts, plan) for experts, plan in whole), default=0)
-        masters = sum_ if value < sum_ else 0
+        parallel = self.config.parallel
+        away = parallel.offload_optimizer or parallel.offload_parameters  # the optimizer follows the parameters
+        copies = value < sum_ or (parallel.offload_optimizer and not parallel.offload_parameters)
+        optimizer = self._state_bytes((3 if copies else 2) * sum_, divided_from=1)
+        weights = self._state_bytes(value, divided_from=3)
         return RankMemory(
-            weights=self._state_bytes(value, divided_from=3),
+            weights=0 if parallel.offload_parameters else weights,
             gradients=self._state_bytes(self.n_sums * sum_, divided_from=2),
-            optimizer=self._state_bytes(masters + 2 * sum_, divided_from=1),
+            optimizer=0 if away else optimizer,
             activations=max(of_stages) * self.in_flight,
             passing=passing + (self._head_bytes() if self.has_head else 0) + self._travelling_bytes(),
+            host=(optimizer if away else 0) + (weights if parallel.offload_parameters else 0),
         )
 
     def _travelling_bytes(self) -> int:

@@ -1,4 +1,8 @@
-"""AdamW on the runs of buckets (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2)."""
+"""AdamW on the runs of buckets (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2).
+
+Where master values and state are kept in host memory the processor updates them there: of each bucket the gradient
+comes down and the new values go up, and the device holds neither (Ren et al. 2021, arXiv:2101.06840, section 4).
+"""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -33,7 +37,7 @@ class AdamW:
         for run, grad in zip(self.runs, grads):
             ops.adamw(
                 run.master,
-                grad,
+                grad.to(run.master.device),
                 run.state["exp_avg"],
                 run.state["exp_avg_sq"],
                 step=step,
@@ -45,3 +49,5 @@ class AdamW:
                 grad_factor=grad_factor,
                 model=run.model,
             )
+            if run.offloaded:
+                run.publish()

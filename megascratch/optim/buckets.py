@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from megascratch import ops
+from megascratch.config import ParallelConfig
 from megascratch.dist import comm
 from megascratch.dist.layout import ParamSpec, spec_of
 from megascratch.dist.mesh import Axis, Mesh
@@ -80,6 +81,11 @@ class Unit:
         return cls(frozenset({0}), tuple(params))
 
 
+def host_copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy in host memory, from which a GPU reads without the processor."""
+    return torch.empty(x.shape, dtype=dtype, device="cpu", pin_memory=x.is_cuda).copy_(x)
+
+
 class Bucket:
     """Parameters with a common key, contiguous, with their gradients.
 
@@ -87,9 +93,8 @@ class Bucket:
         key: what they have in common.
         params: whose data become views of `values`.
         mesh: this rank's place.
-        zero: ZeRO stage.
+        parallel: ZeRO stage, order of sums, and what is kept in host memory.
         stages: numbers of the stages that use them.
-        in_tree: whether gradients are added in a fixed tree (`optim.tree`); without ZeRO, and of one stage.
         wide: whether gradients are summed in `acc_dtype`, or else in the model's dtype.
     """
 
@@ -98,14 +103,13 @@ class Bucket:
         key: BucketKey,
         params: list[nn.Parameter],
         mesh: Mesh,
-        zero: int,
+        parallel: ParallelConfig,
         stages: frozenset[int],
-        in_tree: bool = False,
         wide: bool = True,
     ) -> None:
-        self.key, self.mesh, self.stages = key, mesh, stages
-        assert not in_tree or (zero == 0 and len(stages) == 1)
-        self.tree = TreeSum() if in_tree else None
+        self.key, self.mesh, self.stages, zero = key, mesh, stages, parallel.zero
+        assert not parallel.deterministic_dp or (zero == 0 and len(stages) == 1)
+        self.tree = TreeSum() if parallel.deterministic_dp else None
         everyone = mesh.axis(key.data_axis)
         # Experts' own replicas are not taken apart: `zero_ranks` does not go with ep.
         shard, replicas = (mesh.shard, mesh.replicas) if key.data_axis == "data" else (everyone, Axis("replicas"))
@@ -114,6 +118,7 @@ class Bucket:
         self.replicas = replicas if self.sharded else everyone
         self.divides_grads = zero >= 2 and self.sharded
         self.divides_values = key.divided and self.sharded
+        self.is_on_host = self.divides_values and parallel.offload_parameters  # the run, not the whole values
         numel = sum(p.numel() for p in params)
         numel += -numel % self.axis.size
         part = numel // self.axis.size
@@ -138,7 +143,10 @@ class Bucket:
         self._is_reduced = False  # whether a reduction has started since the last `zero_grads`
         self._gathering: comm.Work | None = None
         self._is_whole = True
-        self._own = self.values[self.start : self.stop].clone() if self.divides_values else None
+        self._own: Tensor | None = None  # of the values that ZeRO-3 divides
+        if self.divides_values:
+            own = self.values[self.start : self.stop]
+            self._own = host_copy(own, own.dtype) if self.is_on_host else own.clone()
 
     def _accumulate(self, span: Span) -> None:
         def main_grad() -> Tensor:
@@ -238,7 +246,8 @@ class Bucket:
         """Start to bring here the values that ZeRO-3 divides."""
         if not self._is_whole:
             self.values.untyped_storage().resize_(self.values.numel() * self.values.element_size())
-            self._gathering, self._is_whole = comm.start_all_gather(self.values, self.run, self.axis), True
+            own = self.run.to(self.values.device, non_blocking=True)
+            self._gathering, self._is_whole = comm.start_all_gather(self.values, own, self.axis), True
 
     def need(self) -> None:
         """Have all values here."""
@@ -259,11 +268,10 @@ class Bucket:
 def make_buckets(
     units: Iterable[Unit],
     mesh: Mesh,
-    zero: int,
+    parallel: ParallelConfig,
     max_numel: int,
     rule_of: Callable[[ParamSpec], str],
     pace_of: Callable[[ParamSpec], Pace],
-    in_tree: bool = False,
     wide: bool = True,
 ) -> list[Bucket]:
     """Sort parameters into buckets, those that learn.
@@ -271,11 +279,11 @@ def make_buckets(
     Args:
         units: of all stages on this rank.
         mesh: this rank's place.
-        zero: ZeRO stage.
+        parallel: see `Bucket`.
         max_numel: a bucket is closed once it holds this many elements, and in front of a unit that does not fit in.
         rule_of: names a parameter's update rule.
         pace_of: its learning rate's factor and its weight decay.
-        in_tree, wide: see `Bucket`.
+        wide: see `Bucket`.
 
     Returns: buckets in an order that depends on the specs alone, so ranks with equal specs issue equal collectives.
     """
@@ -286,7 +294,7 @@ def make_buckets(
                 continue
             spec = spec_of(param)
             # A collective for each norm would cost more than the thousandth of the memory that it saves.
-            divided = zero == 3 and len(spec.shape) > 1
+            divided = parallel.zero == 3 and len(spec.shape) > 1
             key = BucketKey(
                 rule_of(spec),
                 pace_of(spec),
@@ -302,7 +310,7 @@ def make_buckets(
             runs[-1].append(param)
     stages = [unit.stages for unit in units]
     return [
-        Bucket(key, run, mesh, zero, stages[scope] if isinstance(scope, int) else scope, in_tree, wide)
+        Bucket(key, run, mesh, parallel, stages[scope] if isinstance(scope, int) else scope, wide)
         for (scope, key), runs in groups.items()
         for run in runs
     ]

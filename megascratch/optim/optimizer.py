@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megascratch import ops
-from megascratch.config import OptimConfig
+from megascratch.config import OptimConfig, ParallelConfig
 from megascratch.dist.layout import Extent, ParamSpec, run_extents
 from megascratch.dist.mesh import Axis, Mesh
 from megascratch.dist.sums import exact_sum
@@ -73,27 +73,28 @@ class Optimizer:
         units: the parameters of all stages on this rank, initialised, in the order of the forward.
         mesh: this rank's place.
         optim: hyperparameters.
-        zero: ZeRO stage.
-        in_tree: whether gradients are added in a tree that dp does not change.
+        parallel: ZeRO stage, order of sums, and what is kept in host memory.
 
     Attributes:
         overlap: to be told of what the pipeline does. Without it, `step` reduces and gathers everything itself.
     """
 
-    def __init__(self, units: Sequence[Unit], mesh: Mesh, optim: OptimConfig, zero: int, in_tree: bool = False) -> None:
+    def __init__(self, units: Sequence[Unit], mesh: Mesh, optim: OptimConfig, parallel: ParallelConfig) -> None:
         self.mesh, self.clip = mesh, optim.clip
         self.buckets = make_buckets(
             units,
             mesh,
-            zero,
+            parallel,
             optim.bucket_numel,
             partial(rule_of, optim),
             partial(pace_of, optim),
-            in_tree,
             optim.master_weights,
         )
         self.overlap = Overlap(self.buckets, units)
-        self.runs = [OwnedRun.of(bucket, RULES[bucket.key.rule].state_names) for bucket in self.buckets]
+        self.runs = [
+            OwnedRun.of(bucket, RULES[bucket.key.rule].state_names, parallel.offload_optimizer)
+            for bucket in self.buckets
+        ]
         names = sorted({bucket.key.rule for bucket in self.buckets})
         self.rules = {name: RULES[name](optim, self._of(name, self.runs), mesh) for name in names}
         self.updates = 0
@@ -149,7 +150,7 @@ class Optimizer:
         """Yield this rank's part of the optimizer state of every parameter that it updates."""
         for owned in self.runs:
             tensors = dict(owned.state)
-            if owned.model is not None:
+            if owned.has_master:
                 tensors["master"] = owned.master
             for kind, tensor in tensors.items():
                 yield from self._parts(kind, owned.bucket, tensor)
@@ -177,10 +178,13 @@ class Optimizer:
     def refresh_masters(self) -> None:
         """Take the master values from the model's, after weights were loaded without optimizer state."""
         for owned in self.runs:
-            owned.master.copy_(owned.bucket.run)
+            owned.refresh()
 
     def publish_masters(self) -> None:
-        """Give the model the master values, after state was loaded."""
+        """Have masters and model agree, after both were loaded: masters that say more, or else the model's values."""
         for owned in self.runs:
-            owned.bucket.run.copy_(owned.master)
+            if owned.has_master:
+                owned.publish()
+            else:
+                owned.refresh()
         self.overlap.publish()

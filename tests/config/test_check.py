@@ -282,6 +282,18 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
             r"schedule = zb-h1 +does not go with parallel\.deterministic_dp +use 1f1b, gpipe or interleaved",
         ),
         (
+            "_offload",
+            "parallel.dp=2 parallel.zero=2 parallel.offload_parameters=true",
+            None,
+            r"offload_parameters = true +needs parallel\.zero = 3, not 2: .* +set zero = 3, or leave it out",
+        ),
+        (
+            "_offload",
+            "parallel.offload_optimizer=true optim.name=muon",
+            None,
+            r"offload_optimizer = true +does not go with optim\.name = muon.* +use adamw",
+        ),
+        (
             "_lengths",
             "data.seq_length=4096",
             None,

@@ -154,6 +154,19 @@ def test_a_batch_that_grows_goes_on_under_another_layout(pool: RankPool, tmp_pat
         torch.testing.assert_close(weights[name], want, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", ["fp64", "bf16"])
+def test_an_optimizer_goes_on_in_host_memory_and_back(dtype: str, tmp_path: Path) -> None:
+    here, away = (make_config("llama", {"offload_optimizer": away}, dtype=dtype, n_layers=2) for away in (False, True))
+    reference = run_layout(here, 6)
+    for number, (first, second) in enumerate(((here, away), (away, here))):
+        before, after = (
+            run(config, tmp_path / str(number)) for run, config in ((_train_and_save, first), (_load_and_train, second))
+        )
+        assert before.reports + after.reports == reference.reports
+        for (name, *_, got), (_, *_, want) in zip(after.weights, reference.weights, strict=True):
+            assert torch.equal(got, want), name
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     _train_and_save(make_config("llama"), tmp_path)
     with pytest.raises(CheckpointError, match=r"model\.tie_embeddings = True +must be False, as in the checkpoint"):

@@ -2,7 +2,7 @@
 
 import torch
 
-from megascratch.config import OptimConfig
+from megascratch.config import OptimConfig, ParallelConfig
 from megascratch.dist.layout import parameter
 from megascratch.dist.mesh import Mesh
 from megascratch.optim import Optimizer, Unit
@@ -20,7 +20,7 @@ def test_the_update_is_torchs() -> None:
     start = torch.randn(50, dtype=torch.float64, generator=generator)
     ours, theirs = _parameter(start), torch.nn.Parameter(start.clone())
     reference = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.3, betas=(0.8, 0.95), eps=1e-6)
-    optimizer = Optimizer([Unit.one([ours])], Mesh.serial(), optim, zero=0)
+    optimizer = Optimizer([Unit.one([ours])], Mesh.serial(), optim, ParallelConfig())
     for _ in range(5):
         grad = torch.randn(50, dtype=torch.float64, generator=generator)
         theirs.grad = grad.clone()
@@ -33,6 +33,8 @@ def test_the_update_is_torchs() -> None:
 
 def test_decay_can_be_left_out() -> None:
     params = [_parameter(torch.ones(3), decay) for decay in (False, True)]
-    Optimizer([Unit.one(params)], Mesh.serial(), OptimConfig(weight_decay=0.5), zero=0).step(lr=0.1, grad_scale=1.0)
+    Optimizer([Unit.one(params)], Mesh.serial(), OptimConfig(weight_decay=0.5), ParallelConfig()).step(
+        lr=0.1, grad_scale=1.0
+    )
     assert params[0].tolist() == [1, 1, 1]
     torch.testing.assert_close(params[1].detach(), torch.full((3,), 0.95))

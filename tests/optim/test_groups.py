@@ -6,7 +6,7 @@ import pytest
 import torch
 from layouts import Trained, make_config, make_engine, run_layout, train_steps, whole_weights
 
-from megascratch.config import Config, OptimConfig, ParamGroup, config_from_dict, load_config, to_toml
+from megascratch.config import Config, OptimConfig, ParallelConfig, ParamGroup, config_from_dict, load_config, to_toml
 from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
 from megascratch.dist.testing import RankPool
@@ -40,7 +40,7 @@ def test_groups_are_torchs_parameter_groups() -> None:
         param.spec = spec_of(param).__class__(**{**vars(spec_of(param)), "name": name})  # type: ignore[attr-defined]
     groups = [ParamGroup(params=["a.*"], lr_scale=0.25), ParamGroup(params=["b.w*"], weight_decay=0.7)]
     optim = OptimConfig(clip=0.0, weight_decay=0.2, groups=groups)
-    optimizer = Optimizer([Unit.one(ours)], Mesh.serial(), optim, zero=0)
+    optimizer = Optimizer([Unit.one(ours)], Mesh.serial(), optim, ParallelConfig())
     theirs = [torch.nn.Parameter(value.clone()) for value in values]
     oracle = torch.optim.AdamW(
         [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from logical import to_local
 
-from megascratch.config import OptimConfig
+from megascratch.config import OptimConfig, ParallelConfig
 from megascratch.dist.layout import Matrices, Split, name_parameters, parameter
 from megascratch.dist.mesh import Mesh, MeshSpec
 from megascratch.dist.testing import distributed
@@ -62,7 +62,7 @@ def _grads(step: int) -> dict[str, torch.Tensor]:
 
 def _our_steps(dtype: torch.dtype, optim: OptimConfig, mesh: Mesh, zero: int = 0) -> Optimizer:
     model = _model(dtype, mesh)
-    optimizer = Optimizer([Unit.one(model.parameters())], mesh, optim, zero)
+    optimizer = Optimizer([Unit.one(model.parameters())], mesh, optim, ParallelConfig(zero=zero))
     for step in range(1, 4):
         optimizer.zero_grads()
         grads = _grads(step)
@@ -126,7 +126,9 @@ def test_pieces_are_brought_together_and_taken_back_in_rounds() -> None:
     """One tensor a rank and round, cut by tp and by ZeRO-1 at places that divide rows."""
     whole._ROUND_NUMEL = 1
     mesh = Mesh.create(MeshSpec(dp=2, tp=2), CPU)
-    optimizer = Optimizer([Unit.one(_model(torch.float64, mesh).parameters())], mesh, OptimConfig(name="muon"), zero=1)
+    optimizer = Optimizer(
+        [Unit.one(_model(torch.float64, mesh).parameters())], mesh, OptimConfig(name="muon"), ParallelConfig(zero=1)
+    )
     serial = dict(_model(torch.float64, Mesh.serial()).named_parameters())
     rule = optimizer.rules["muon"]
     assert isinstance(rule, Muon)
@@ -180,7 +182,7 @@ def test_scales_by_their_definition(scale: str, rms: float) -> None:
     param = parameter((64, 32), matrices=Matrices((64,)), dtype=torch.float64, device=CPU)
     torch.nn.init.zeros_(param)
     optim = OptimConfig.model_validate({"name": "muon", "muon_scale": scale, "weight_decay": 0.0})
-    optimizer = Optimizer([Unit.one([param])], Mesh.serial(), optim, zero=0)
+    optimizer = Optimizer([Unit.one([param])], Mesh.serial(), optim, ParallelConfig())
     param.backward(torch.randn(64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
     optimizer.step(lr=1.0, grad_scale=1.0)
     assert param.detach().square().mean().sqrt().item() == pytest.approx(rms, rel=0.15)

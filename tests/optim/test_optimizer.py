@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megascratch.config import OptimConfig
+from megascratch.config import OptimConfig, ParallelConfig
 from megascratch.dist.layout import parameter
 from megascratch.dist.mesh import Mesh
 from megascratch.optim import LossScale, Optimizer, Unit, leaf_length
@@ -31,7 +31,7 @@ def _backward(params: list[torch.nn.Parameter]) -> None:
 def test_a_step_is_torchs_clip_and_adamw(clip: float, bucket_numel: int) -> None:
     ours, theirs = _params(), _params()
     optim = OptimConfig(clip=clip, weight_decay=0.2, bucket_numel=bucket_numel)
-    optimizer = Optimizer([Unit.one(ours)], Mesh.serial(), optim, zero=0)
+    optimizer = Optimizer([Unit.one(ours)], Mesh.serial(), optim, ParallelConfig())
     groups = [{"params": [theirs[0], theirs[2]], "weight_decay": 0.2}, {"params": [theirs[1]], "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-8)
     for _ in range(3):
@@ -63,7 +63,7 @@ def test_a_tree_of_leaves_by_hand() -> None:
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     params = _params()
-    optimizer = Optimizer([Unit.one(params)], Mesh.serial(), OptimConfig(), zero=0)
+    optimizer = Optimizer([Unit.one(params)], Mesh.serial(), OptimConfig(), ParallelConfig())
     before = [param.detach().clone() for param in params]
     (params[0].sum() * math.inf).backward()
     result = optimizer.step(lr=0.1, grad_scale=1.0)
@@ -74,7 +74,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
 
 def test_small_updates_survive_in_the_float32_masters_of_bf16_weights() -> None:
     params = _params(torch.bfloat16)
-    optimizer = Optimizer([Unit.one(params)], Mesh.serial(), OptimConfig(weight_decay=0.0, clip=0.0), zero=0)
+    optimizer = Optimizer([Unit.one(params)], Mesh.serial(), OptimConfig(weight_decay=0.0, clip=0.0), ParallelConfig())
     start = params[0].detach().clone()
     for _ in range(8):  # each update is a tenth of what one bf16 step at 1.0 is
         optimizer.zero_grads()
@@ -88,7 +88,7 @@ def test_small_updates_survive_in_the_float32_masters_of_bf16_weights() -> None:
 def test_without_masters_all_is_bf16_and_the_step_torchs() -> None:
     ours, theirs = _params(torch.bfloat16), _params(torch.bfloat16)
     optim = OptimConfig(weight_decay=0.0, clip=0.0, master_weights=False)
-    optimizer = Optimizer([Unit.one(ours)], Mesh.serial(), optim, zero=0)
+    optimizer = Optimizer([Unit.one(ours)], Mesh.serial(), optim, ParallelConfig())
     reference = torch.optim.AdamW(theirs, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
     for _ in range(3):
         optimizer.zero_grads()
@@ -115,3 +115,21 @@ def test_the_loss_scale_halves_on_overflow_and_doubles_after_its_window() -> Non
     fixed = LossScale.of(OptimConfig(), "bf16")
     fixed.update(overflow=True)
     assert fixed.value == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_offloaded_run_has_storages_of_its_own_and_gives_the_model_its_values(dtype: torch.dtype) -> None:
+    """On a CPU both are in the same memory, but the optimizer's storages are apart from the model's."""
+    optimizers = {}
+    for offload in (False, True):
+        params = _params(dtype)
+        parallel = ParallelConfig(offload_optimizer=offload)
+        optimizers[offload] = optimizer = Optimizer([Unit.one(params)], Mesh.serial(), OptimConfig(), parallel)
+        _backward(params)
+        optimizer.step(lr=0.1, grad_scale=1.0)
+    for here, away in zip(optimizers[False].runs, optimizers[True].runs, strict=True):
+        assert away.master.data_ptr() != away.bucket.run.data_ptr()
+        assert (here.master.data_ptr() == here.bucket.run.data_ptr()) == (dtype is torch.float32)
+        assert torch.equal(away.bucket.run, away.master.to(dtype)), "the model has the new values"
+        assert torch.equal(away.bucket.run, here.bucket.run)
+        assert all(torch.equal(away.state[name], here.state[name]) for name in here.state)
