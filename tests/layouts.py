@@ -192,9 +192,13 @@ def make_config(
 
 # What the matrix does not draw: layers given one by one. Unequal stages; and 8 micro-batches over 3 ranks, in rounds of
 # unequal length, with no layer on the first and the last stage.
+OVERLAPPED = {"tp": 2, "cp": 2, "dp": 2, "zero": 2, "recompute": "full", "tp_comm_overlap": True}
 GIVEN = (
     Layout("pp2-uneven", {"pp": 2, "layers_per_stage": [3, 1]}, "qwen"),
     Layout("pp3-vp2-ragged-bare-ends", {"pp": 3, "vp": 2, "layers_per_stage": [0, 1, 2, 1, 2, 0]}, "olmo"),
+    Layout("tp2-pp2-overlap", {"tp": 2, "pp": 2, "tp_comm_overlap": True}, "llama"),
+    Layout("tp4-pp2-zb-h1-overlap", {"tp": 4, "pp": 2, "schedule": "zb-h1", "tp_comm_overlap": True}, "qwen"),
+    Layout("tp2-cp2-dp2-zero2-full-overlap", OVERLAPPED, "mtp"),
 )
 
 

@@ -299,6 +299,17 @@ def _fp8(config: Config, _: int | None) -> Iterator[Problem]:
             yield Problem(name, "must divide by 16 for train.dtype = fp8", "change it, or use bf16")
 
 
+def _tp_comm_overlap(config: Config, _: int | None) -> Iterator[Problem]:
+    parallel = config.parallel
+    if not parallel.tp_comm_overlap or parallel.tp == 1:
+        return
+    rule = "does not go with parallel.tp_comm_overlap"
+    if parallel.sequence_parallel is False:
+        yield Problem("parallel.sequence_parallel = false", rule, "its collectives are what overlaps: switch it on")
+    if config.train.dtype == "fp8":
+        yield Problem("train.dtype = fp8", rule, "use bf16, or leave tp_comm_overlap out")
+
+
 def _cuda_graph(config: Config, world_size: int | None) -> Iterator[Problem]:
     """What a recording would leave out: steps whose work Python decides anew each time."""
     if not config.train.cuda_graph:
@@ -391,6 +402,7 @@ RULES: tuple[Rule, ...] = (
     _preferences,
     _data,
     _fp8,
+    _tp_comm_overlap,
     _cuda_graph,
     _master_weights,
     _steps,

@@ -178,6 +178,8 @@ class ParallelConfig(Section):
     max_in_flight: Count | None = None  # most activations a rank may hold, in stages × micro-batches; checked
     layers_per_stage: list[Whole] | Literal["balanced"] | None = None  # even when left out; balanced weighs the head
     sequence_parallel: bool | None = None  # on when tp > 1; without effect on tp = 1
+    # Its collectives go part by part, beside the products: for GPUs of a node. Sums have another order.
+    tp_comm_overlap: bool = False
     zero: Literal[0, 1, 2, 3] = 0  # what dp × cp divides: 1 optimizer state, 2 gradients too, 3 weights too
     zero_ranks: Count | None = None  # consecutive ranks that divide it, as those of a node (HSDP); all when left out
     # Gradients of consecutive micro-batches are added in one tree: dp = 1, 2, 4, 8 … give the same bits.

@@ -12,7 +12,7 @@ Without it they are `copy` (backward: all_reduce) and `all_reduce`, and x is [s,
 
 The backward is two products, and the weight's can be put off (`nn.weight_gradients`) until a schedule has time for it.
 It is added to the sum over micro-batches as it is computed, where the optimizer keeps one (`main_grad`).
-All three can run in 8 bits (`nn.fp8`).
+All three can run in 8 bits (`nn.fp8`), or overlap with their collectives (`nn.ring_products`).
 """
 
 from functools import partial
@@ -27,6 +27,7 @@ from megascratch.dist.layout import Init, Matrices, Split
 from megascratch.dist.mesh import Axis
 from megascratch.nn.fp8 import Fp8Linear
 from megascratch.nn.placement import Placement
+from megascratch.nn.ring_products import gathered_product, gathered_weight_gradient, reduced_product
 from megascratch.nn.weight_gradients import WeightGradients, main_grad, weight_gradient
 
 
@@ -75,6 +76,51 @@ def _grad_weight(x: Tensor, grad: Tensor, weight: Tensor, gather: Axis | None) -
     return None
 
 
+class _RingColumn(torch.autograd.Function):
+    """`_Linear` with `gather`, its collectives taken apart."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Axis, later: WeightGradients | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.tp, ctx.later = weight, tp, later
+        return gathered_product(x, weight.t(), tp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (x,), weight, tp = ctx.saved_tensors, ctx.weight, ctx.tp
+        grad_x = reduced_product(grad, weight, tp) if ctx.needs_input_grad[0] else None
+
+        @torch.no_grad()
+        def compute() -> Tensor | None:
+            total = main_grad(weight)
+            if total is None:
+                return _grad_weight(x, grad, weight, tp)
+            gathered_weight_gradient(total, x, grad, tp)
+            return None
+
+        grad_weight = weight_gradient(weight, compute, ctx.later) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None, None
+
+
+class _RingRow(torch.autograd.Function):
+    """Y = X Wᵀ, summed over ranks and divided along the sequence, with the reduce-scatter taken apart."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Axis, later: WeightGradients | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.tp, ctx.later = weight, tp, later
+        return reduced_product(x, weight.t(), tp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        whole = grad.new_empty(*x.shape[:-1], grad.shape[-1])
+        grad_x = gathered_product(grad, weight, ctx.tp, whole)
+        compute = partial(_grad_weight, x, whole, weight, None)
+        grad_weight = weight_gradient(weight, compute, ctx.later) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None, None
+
+
 def column_linear(
     x: Tensor,
     weight: Tensor,
@@ -82,6 +128,7 @@ def column_linear(
     sequence_parallel: bool,
     later: WeightGradients | None = None,
     fp8: bool = False,
+    overlap: bool = False,
 ) -> Tensor:
     """Multiply by this rank's rows of the weight: Y_i = X W_iᵀ.
 
@@ -92,9 +139,12 @@ def column_linear(
         sequence_parallel: whether x is divided along s.
         later: takes the weight's gradient while it collects.
         fp8: whether to multiply in 8 bits.
+        overlap: whether to multiply parts of the sequence while others travel, under sequence parallelism.
 
     Returns: [s, b, f/tp].
     """
+    if overlap and sequence_parallel and tp.size > 1:
+        return _RingColumn.apply(x, weight, tp, later)
     linear = Fp8Linear if fp8 else _Linear
     if sequence_parallel and tp.size > 1:
         return linear.apply(x, weight, tp, later)
@@ -108,6 +158,7 @@ def row_linear(
     sequence_parallel: bool,
     later: WeightGradients | None = None,
     fp8: bool = False,
+    overlap: bool = False,
 ) -> Tensor:
     """Multiply by this rank's columns of the weight and sum over ranks: Y = Σ_i X_i W_iᵀ.
 
@@ -118,9 +169,12 @@ def row_linear(
         sequence_parallel: whether the result is to be divided along s.
         later: takes the weight's gradient while it collects.
         fp8: whether to multiply in 8 bits.
+        overlap: whether to multiply parts of the sequence while others travel, under sequence parallelism.
 
     Returns: [s/tp, b, f] under sequence parallelism, else [s, b, f] and the same on every rank.
     """
+    if overlap and sequence_parallel and tp.size > 1:
+        return _RingRow.apply(x, weight, tp, later)
     y = (Fp8Linear if fp8 else _Linear).apply(x, weight, None, later)
     return comm.reduce_scatter(y, tp) if sequence_parallel else comm.all_reduce(y, tp)
 
@@ -159,7 +213,7 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [s/tp or s, b, n_in] to [s, b, n_out/tp]."""
         at = self.placement
-        y = column_linear(x, self.weight, at.tp, at.sequence_parallel, at.weight_gradients, at.fp8)
+        y = column_linear(x, self.weight, at.tp, at.sequence_parallel, at.weight_gradients, at.fp8, at.tp_comm_overlap)
         y = y if self.bias is None else y + self.bias
         return y if self.adapter is None or not self.adapter.active else y + self.adapter(x)
 
@@ -183,7 +237,7 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [s, b, n_in/tp] to [s/tp or s, b, n_out]."""
         at = self.placement
-        y = row_linear(x, self.weight, at.tp, at.sequence_parallel, at.weight_gradients, at.fp8)
+        y = row_linear(x, self.weight, at.tp, at.sequence_parallel, at.weight_gradients, at.fp8, at.tp_comm_overlap)
         y = y if self.bias is None else y + self.bias
         return y if self.adapter is None or not self.adapter.active else y + self.adapter(x)
 

@@ -33,6 +33,7 @@ class Placement:
         ep: expert-parallel axis, over which experts are divided; a part of dp.
         cp_algorithm: how attention reaches over it, a key of `nn.context.ALGORITHMS`.
         fp8: whether the products of linear layers run in 8 bits.
+        tp_comm_overlap: whether they overlap with the collectives of sequence parallelism.
         weight_gradients: where linear layers put weight gradients off while a schedule splits their backward.
         activations: what layers ask for their parts that may be computed again instead of kept.
     """
@@ -45,6 +46,7 @@ class Placement:
     cp_algorithm: str = "ring"
     ep: Axis = field(default_factory=lambda: Axis("ep"))
     fp8: bool = False
+    tp_comm_overlap: bool = False
     weight_gradients: WeightGradients | None = field(default=None, compare=False)
     activations: Activations = field(default_factory=Activations, compare=False)
 
@@ -61,6 +63,7 @@ class Placement:
             parallel.cp_algorithm,
             mesh.ep,
             fp8=dtype == "fp8",
+            tp_comm_overlap=parallel.tp_comm_overlap,
             weight_gradients=weight_gradients,
         )
 

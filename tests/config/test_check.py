@@ -330,6 +330,18 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
             None,
             r"8 heads × head_dim 2 / tp 2 +must divide by 16",
         ),
+        (
+            "_tp_comm_overlap",
+            "parallel.tp=2 parallel.tp_comm_overlap=true parallel.sequence_parallel=false",
+            None,
+            r"sequence_parallel = false +does not go with parallel\.tp_comm_overlap .* switch it on",
+        ),
+        (
+            "_tp_comm_overlap",
+            "parallel.tp=2 parallel.tp_comm_overlap=true train.dtype=fp8",
+            None,
+            r"dtype = fp8 +does not go with parallel\.tp_comm_overlap +use bf16",
+        ),
         ("_cuda_graph", "train.cuda_graph=true parallel.pp=2", None, r"pp = 2 +does not go with train.cuda_graph"),
         ("_cuda_graph", "train.cuda_graph=true", 4, r"dp = 4 +does not go with train.cuda_graph +leave cuda_graph out"),
         ("_cuda_graph", "train.cuda_graph=true train.dtype=fp16", None, r"fp16 +does not .*: its loss scale changes"),
