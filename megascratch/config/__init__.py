@@ -1,24 +1,21 @@
 """Recipes: typed sections, presets, rules across sections, TOML both ways."""
 
 from megascratch.config.load import config_from_dict, load_config, read_recipe, resolve, to_toml
+from megascratch.config.preferences import ChatConfig, DpoConfig, LoraConfig, RewardConfig
 from megascratch.config.presets import PRESETS
 from megascratch.config.rollouts import GrpoConfig, PpoConfig, RolloutConfig, ScoreConfig
 from megascratch.config.schema import (
-    ChatConfig,
     CheckpointConfig,
     Config,
     DataConfig,
-    DpoConfig,
     EvalConfig,
     LogConfig,
-    LoraConfig,
     MLAConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
     ParallelConfig,
     ParamGroup,
-    RewardConfig,
     RopeScaling,
     TrainConfig,
 )
