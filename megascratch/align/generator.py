@@ -26,7 +26,7 @@ from megascratch.engine.state import engine_shards
 from megascratch.errors import LayoutError
 from megascratch.infer import Completion, Sampling, complete
 from megascratch.infer.decoding import Prompt
-from megascratch.nn import DTYPES, Placement, Stage, core_for
+from megascratch.nn import DTYPES, Placement, Stage, add_adapters, core_for
 
 
 class Generator:
@@ -50,7 +50,10 @@ class Generator:
         self.mesh = Mesh.create(MeshSpec.of(layout), engine.mesh.device)
         placement = Placement(self.mesh.tp, False, DTYPES[config.train.dtype], self.mesh.device)
         core = core_for(config.train.attention, self.mesh.device)
-        self.stage = Stage(config.model, placement, core=core).eval().requires_grad_(False)
+        self.stage = Stage(config.model, placement, core=core)
+        if config.lora is not None:
+            add_adapters(self.stage, config.lora)
+        self.stage.eval().requires_grad_(False)
         for param in self.stage.parameters():
             param.zero_()  # padding, which nobody sends
         sources = engine_shards(engine)

@@ -8,6 +8,7 @@ from megascratch.align.conversations import demonstration, labelled, preference
 from megascratch.align.dpo import preferences
 from megascratch.align.examples import Reader
 from megascratch.align.preference_losses import LABEL_LOSSES
+from megascratch.align.reinforcement import grpo, ppo
 from megascratch.align.reward import reward_model
 from megascratch.align.sft import supervised
 from megascratch.config import Config
@@ -20,12 +21,12 @@ class Alignment:
 
     Attributes:
         open: starts it.
-        reader: says what its records are read as.
+        reader: says what its records are read as; None where they are prompts, which nothing is learned from.
         head: what its model ends with.
     """
 
     open: Method
-    reader: Callable[[Config], Reader]
+    reader: Callable[[Config], Reader] | None
     head: str = "vocabulary"
 
 
@@ -38,5 +39,7 @@ METHODS: Mapping[str, Alignment] = MappingProxyType(
         "sft": Alignment(supervised, lambda config: demonstration),
         "reward": Alignment(reward_model, lambda config: preference, head="scalar"),
         "dpo": Alignment(preferences, _answers),
+        "ppo": Alignment(ppo, None),
+        "grpo": Alignment(grpo, None),
     }
 )

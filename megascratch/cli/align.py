@@ -1,4 +1,4 @@
-"""`megascratch sft`, `reward`, `dpo`: train on conversations, pairs, or labelled answers."""
+"""`megascratch sft`, `reward`, `dpo`, `ppo`, `grpo`: train on conversations, pairs, labelled answers, or rewards."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -32,7 +32,17 @@ def dpo(arguments: RecipeArguments = None, preview: Preview = 0) -> None:
     _align("dpo", arguments, preview)
 
 
-def _align(verb: str, arguments: list[str] | None, preview: int) -> None:
+def ppo(arguments: RecipeArguments = None) -> None:
+    """Improve a model by rewards of its own completions, with a critic: proximal policy optimisation."""
+    _align("ppo", arguments)
+
+
+def grpo(arguments: RecipeArguments = None) -> None:
+    """Improve a model by comparing completions of the same prompt: GRPO, Dr. GRPO, DAPO, GSPO, RLOO."""
+    _align("grpo", arguments)
+
+
+def _align(verb: str, arguments: list[str] | None, preview: int = 0) -> None:
     from megascratch.align.methods import METHODS
     from megascratch.align.preview import show_examples
     from megascratch.cli.ranks import run_ranks
@@ -48,7 +58,7 @@ def _align(verb: str, arguments: list[str] | None, preview: int) -> None:
             raise typer.Exit(EXIT_USER_ERROR) from None  # rank 0 reads the same recipe, and prints
         raise
     method = METHODS[verb]
-    if preview:
+    if preview and method.reader is not None:
         show_examples(config, method.reader(config), preview)
         return
     parallel = config.parallel

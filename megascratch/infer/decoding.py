@@ -19,7 +19,8 @@ Legend: `b` sequences, `a` of them still under way, `s` prompt tokens, `t` token
 `h` hidden, `k` key/value heads, `d` head dimension.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,8 @@ from megascratch.nn import LayerCache, SequenceInfo, Stage, token_logprobs
 _PROMPT_CHUNK = 512  # prompt tokens a forward pass: bounds the memory of [b, n, s, t] scores
 
 Prompt = Sequence[int] | Tensor
+Ends = Callable[[int, list[int]], bool]
+"""Given a sequence's row and its tokens, without the prompt: whether it is complete; the same on every rank of tp."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,13 @@ def complete(
     n_ids: int | None = None,
     samples: int = 1,
     sequences: Sequence[int] | None = None,
+    ends: Ends | None = None,
 ) -> list[Completion]:
     """Continue prompts to their ends; the same on every rank of tp. Arguments and errors as for `decode`.
 
     Returns: on the CPU, `samples` completions of the first prompt, then those of the second, and so on.
     """
-    options = {"max_tokens": max_tokens, "stop_ids": stop_ids, "n_ids": n_ids, "samples": samples}
+    options = {"max_tokens": max_tokens, "stop_ids": stop_ids, "n_ids": n_ids, "samples": samples, "ends": ends}
     steps = list(decode(stage, prompts, sampling, sequences=sequences, **options))  # type: ignore[arg-type]
     n_rows = len(prompts) * samples
     if not n_rows:
@@ -142,6 +146,7 @@ def decode(
     n_ids: int | None = None,
     samples: int = 1,
     sequences: Sequence[int] | None = None,
+    ends: Ends | None = None,
 ) -> Iterator[Step]:
     """Continue prompts of any lengths, a token of each at a time; the same on every rank of tp.
 
@@ -154,6 +159,7 @@ def decode(
         n_ids: choose among ids below this only; the model's vocabulary when left out.
         samples: sequences that continue each prompt; it is read once for all of them.
         sequences: a number of each sequence, below 2³¹, that its random numbers belong to; its row when left out.
+        ends: what else completes a sequence, as a text that spans tokens.
 
     Returns: an iterator that ends when all sequences are complete. Row i continues prompt i // samples.
 
@@ -166,7 +172,7 @@ def decode(
     n_ids = min(n_ids or model.vocab_size, model.vocab_size)
     numbers = torch.arange(len(given) * samples) if sequences is None else torch.tensor(sequences, dtype=torch.int64)
     assert len(numbers) == len(given) * samples
-    batch = _Batch(stage, sampling, torch.tensor(list(stop_ids), device=device), n_ids)
+    batch = _Batch(stage, sampling, torch.tensor(list(stop_ids), device=device), n_ids, ends)
     return batch.run(given, max_tokens, samples, numbers.to(device))
 
 
@@ -196,8 +202,9 @@ def check_prompts(prompts: Sequence[Tensor], model: ModelConfig, max_tokens: int
 class _Batch:
     """Sequences under way together."""
 
-    def __init__(self, stage: Stage, sampling: Sampling, stop_ids: Tensor, n_ids: int) -> None:
-        self.stage, self.sampling, self.stop_ids, self.n_ids = stage, sampling, stop_ids, n_ids
+    def __init__(self, stage: Stage, sampling: Sampling, stop_ids: Tensor, n_ids: int, ends: Ends | None) -> None:
+        self.stage, self.sampling, self.stop_ids, self.n_ids, self.ends = stage, sampling, stop_ids, n_ids, ends
+        self.so_far: dict[int, list[int]] = defaultdict(list)  # tokens of each row, for `ends`
 
     def run(self, prompts: list[Tensor], max_tokens: int, samples: int, sequences: Tensor) -> Iterator[Step]:
         """Yield steps until all are complete; arguments as for `decode`, `sequences` [b]."""
@@ -215,7 +222,7 @@ class _Batch:
         under_way = torch.ones_like(rows, dtype=torch.bool)
         while True:
             tokens, logprobs = self._choose(hidden, lengths, sequences)
-            stopped = torch.isin(tokens, self.stop_ids)
+            stopped = torch.isin(tokens, self.stop_ids) | self._ended(rows, tokens)
             yield Step(rows[under_way], tokens[under_way], logprobs[under_way], stopped[under_way])
             lengths += under_way
             under_way = under_way & ~stopped & (lengths < limits)
@@ -233,6 +240,16 @@ class _Batch:
             info = SequenceInfo(1, positions=positions, n_cached=longest)
             with torch.no_grad():
                 hidden = self.stage.hidden(None, tokens.unsqueeze(1), info, caches)[-1]
+
+    def _ended(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Ask `ends` about every sequence, [a] bool."""
+        ended = torch.zeros_like(rows, dtype=torch.bool)
+        if self.ends is None:
+            return ended
+        for i, (row, token) in enumerate(zip(rows.tolist(), tokens.tolist())):
+            self.so_far[row].append(token)
+            ended[i] = self.ends(row, self.so_far[row])
+        return ended
 
     @torch.no_grad()
     def _choose(self, hidden: Tensor, lengths: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ def learn(config: Config, methods: tuple[str, ...], n_steps: int = 6) -> dict[st
     return runs
 
 
-METHODS = ("grpo", "gspo")
+METHODS = ("grpo", "gspo", "ppo")
 # What depends on the machine.
 TIMES = {"rollout/tokens_per_s", "rollout/s"}
 

@@ -1,5 +1,6 @@
 """`generate` and `eval`: what a saved model says, on one rank and on several, and how wrong requests end."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,18 @@ def test_eval_prints_what_evaluate_finds(run: Run, checkpoint: Path, tmp_path: P
     assert f"{result.nats_per_token:.6f}" in finished.out
     assert f"{result.bits_per_byte:.6f}" in finished.out
     assert run("eval", str(checkpoint), "--data", str(tmp_path / "none")).code == 2
+
+
+def test_eval_asks_questions_on_any_layout(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    lines = ({"context": "with open", "choices": ["(path)", " große"], "answer": n % 2} for n in range(4))
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    finished = run("eval", str(checkpoint), "--questions", str(questions))
+    assert (finished.code, finished.out.split()) == (
+        0,
+        ["questions", "4", "accuracy", "0.5000", "accuracy_norm", "0.5000"],
+    )
+    command = [sys.executable, "-m", "megascratch", "eval", str(checkpoint), "--questions", str(questions), "--dp", "2"]
+    several = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (several.returncode, several.stdout) == (0, finished.out), several.stderr
+    assert "one of them must be given" in run("eval", str(checkpoint)).err

@@ -12,6 +12,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.mark.parametrize(
     ("recipe", "world_size"),
     [
+        ("assistant/arithmetic/sft.toml", 1),
+        ("assistant/arithmetic/grpo.toml", 1),
+        ("assistant/arithmetic/ppo.toml", 1),
         ("demo/pretrain.toml", 4),
         ("single_node/pretrain.toml", 8),
         ("slurm/pretrain.toml", 64),
