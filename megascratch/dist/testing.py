@@ -63,10 +63,6 @@ def run_ranks(
         return pool.run(world, function, *args, timeout_s=timeout_s, **kwargs)
 
 
-# What autograd's C++ side keeps of a job holds its process groups, each with threads of its own: they must not pile up.
-_JOBS_OF_A_PROCESS = 16
-
-
 @dataclass
 class _Worker:
     process: Any
@@ -77,12 +73,11 @@ class RankPool:
     """Processes that run one job after another, each as the ranks of a world of their own.
 
     A job gets a new process group, so nothing of one can reach the next but what it leaves in module globals. After a
-    failure, and after some jobs, all processes are ended, and the next job starts new ones.
+    failure all processes are ended, and the next job starts new ones.
     """
 
     def __init__(self) -> None:
         self._workers: list[_Worker] = []
-        self._jobs = 0
         self._context = multiprocessing.get_context("forkserver")
 
     def run(
@@ -92,9 +87,6 @@ class RankPool:
         source = inspect.getsourcefile(function)
         assert source is not None
         where = (source, function.__module__, function.__qualname__)
-        self._jobs += 1
-        if self._jobs % _JOBS_OF_A_PROCESS == 0:
-            self.close()
         while len(self._workers) < world:
             self._workers.append(self._start())
         workers = self._workers[:world]

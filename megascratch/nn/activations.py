@@ -124,6 +124,7 @@ class _Layer:
 
     def keep(self, x: Tensor) -> Saved:
         """Keep x, here or in host memory."""
+        x = x.detach()  # an operation that kept its own result would be a ring, which lasts where no backward comes
         if self.on_keep is not None:
             self.on_keep(x)
         if not self.plan.offload or _storage(x) in self.lasting or x.nbytes < _LEAST_OFFLOAD_BYTES:
@@ -199,12 +200,13 @@ class _Run:
         known = {_place(args[i]) for i in self.tensors}
         found: list[Tensor] = []
 
-        def collect(x: Tensor) -> Tensor:
+        def collect(x: Tensor) -> None:
+            # Nothing goes back through this graph, so it keeps nothing. What is found must not hold on to it either:
+            # a ring of graph, hook and list, of which Python's collector sees only a part, would stay for ever.
             if _place(x) not in known:
-                found.append(x)
+                found.append(x.detach())
                 if stop_early and len(found) == self.n_dropped:
                     raise _AllFound
-            return x
 
         with torch.enable_grad(), saved_tensors_hooks(collect, _unpack), suppress(_AllFound):
             self.results = tuple(x.detach() for x in _tensors(self.function(*args)))

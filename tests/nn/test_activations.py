@@ -1,5 +1,6 @@
 """What is computed again instead of kept: the same gradients to the bit, and as many bytes fewer as was predicted."""
 
+import gc
 from itertools import combinations
 from typing import Any, get_args
 
@@ -113,3 +114,13 @@ def test_a_part_that_is_asked_for_runs_once_more_and_one_that_is_not_does_not() 
         assert x.grad is not None
         torch.testing.assert_close(x.grad, 2.0 * (x.detach() + 1.0) if asks else torch.full_like(x, 2.0))
     assert runs == [True, True, False]
+
+
+@pytest.mark.parametrize("plan", [NOTHING, WHOLE, SUBSETS[-1]], ids=("nothing", "whole", "parts"))
+def test_nothing_of_a_layer_outlives_its_backward_or_a_forward_without_one(plan: Recompute) -> None:
+    """Hooks of autograd hold on to what they can reach, and Python's collector does not see through them."""
+    _run("llama", plan, kept=[])
+    shape = LayerShape(_model("llama"), AT, B, S, "softmax")
+    shape.kept_bytes(plan)
+    gc.collect()
+    assert not [o for o in gc.get_objects() if type(o) in (module._Layer, module._Run)]
