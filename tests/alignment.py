@@ -48,3 +48,47 @@ def recipe(tokenizer: Path, records: Path, folder: Path, **sections: dict[str, A
     for section, keys in sections.items():
         raw[section] = {**raw.get(section, {}), **keys}
     return config_from_dict(raw)
+
+
+# Ways of training as (verb, sections besides); every kind of reference is among them.
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft": ("sft", {}),
+    "reward": ("reward", {"reward": {"center_coeff": 0.1}, "model": {"head": "scalar"}}),
+    "dpo": ("dpo", {"dpo": {"loss": "sigmoid", "sft_coeff": 0.2}}),
+    "kto": ("dpo", {"dpo": {"loss": "kto", "reference": "live"}}),
+    "lora": ("dpo", {"dpo": {"loss": "ipo", "reference": "base"}, "lora": {"rank": 4, "alpha": 64.0}}),
+}
+
+
+def write_way(way: str, folder: Path) -> Path:
+    """Write records that a way of training reads, of answers as unequal as may be."""
+    words = ["one", "two words", "the number seven", "eight", "a word or two of it"]
+    records: list[Any] = []
+    for i in range(30):
+        prompt, first, second = f"what {'is ' * (i % 3)}{i}? ", words[i % 5], words[(i + 2) % 5]
+        if way == "sft":
+            records.append({"prompt": prompt, "completion": first})
+        elif way == "kto":
+            records.append({"prompt": prompt, "completion": first, "label": i % 3 > 0})
+        else:
+            records.append({"prompt": prompt, "chosen": first, "rejected": second, "margin": 0.1 * (i % 4)})
+    return write_records(folder / f"{way}.jsonl", records)
+
+
+def way_config(way: str, tokenizer: Path, records: Path, folder: Path, packing: bool, **sections: Any) -> Config:
+    """Return a recipe of a few float64 steps; unpacked, a micro-batch holds whole pairs."""
+    given = dict(WAYS[way][1])
+    model = {"n_heads": 4, "n_kv_heads": 4, "init_std": 0.1, **given.pop("model", {}), **sections.pop("model", {})}
+    optim = {"lr": 0.01, "warmup_steps": 2, "clip": 0.5, "bucket_numel": 4000, "eps": 1e-4}
+    return recipe(
+        tokenizer,
+        records,
+        folder,
+        model=model,
+        data={"seq_length": 48},
+        train={"global_batch": 8, "micro_batch": 2},
+        optim=optim,
+        chat={"template": "plain", "packing": packing},
+        **given,
+        **sections,
+    )

@@ -15,6 +15,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from megascratch.checkpoint.adapters import merged, write_peft
 from megascratch.checkpoint.dcp import METADATA, DcpFolder
 from megascratch.checkpoint.format import CHUNK_BYTES, MANIFEST, OPTIMIZER, Manifest, damage, whole
 from megascratch.checkpoint.hf import (
@@ -38,7 +39,7 @@ from megascratch.errors import CheckpointError, Problem
 from megascratch.log import progress
 from megascratch.nn import layer_range, parameter_specs
 
-Format = Literal["megascratch", "hf", "dcp", "megatron", "megatron-dist"]
+Format = Literal["megascratch", "hf", "dcp", "megatron", "megatron-dist", "peft"]
 
 
 def convert(
@@ -53,6 +54,7 @@ def convert(
     weights_only: bool = False,
     family: str | None = None,
     tokenizer: Path | None = None,
+    merge: bool = False,
     console: Console,
 ) -> Path:
     """Write `dst` with the tensors of `src`.
@@ -68,6 +70,7 @@ def convert(
         weights_only: leave the optimizer state out; it never goes into other formats.
         family: name of the family in Hugging Face's format, where several express the model.
         tokenizer: of the model, for Hugging Face's format; the source's own when left out.
+        merge: put adapters into the weights that they adapt, as every format but ours and PEFT's needs.
         console: for progress.
 
     Returns: `dst`.
@@ -77,6 +80,13 @@ def convert(
         ConfigError: if the model cannot be laid out so.
     """
     source = open_source(src, from_)
+    if to == "peft":
+        return write_peft(source, dst, console=console)
+    if merge or (source.config.lora is not None and to != "megascratch"):
+        source = merged(source)
+    if source.config.model.head == "scalar" and to != "megascratch":
+        rule = f"has a place in our checkpoints, not in {to}"
+        raise CheckpointError(Problem("model.head = scalar", rule, "use it as it is"), str(source.path))
     if to == "megatron":
         return write_megatron(source, dst, tp=tp, pp=pp, dtype=dtype, console=console)
     if to == "megatron-dist":

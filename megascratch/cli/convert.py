@@ -17,6 +17,7 @@ class Format(StrEnum):
     dcp = "dcp"
     megatron = "megatron"
     megatron_dist = "megatron-dist"
+    peft = "peft"  # adapters alone; written, not read
 
 
 class DType(StrEnum):
@@ -37,12 +38,15 @@ def convert(
     from_: Annotated[Format | None, typer.Option("--from", help="Format of SRC; recognised when left out.")] = None,
     dtype: Annotated[DType | None, typer.Option(help="Of the weights; unchanged when left out.")] = None,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave the optimizer state behind.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Put adapters into the weights that they adapt.")] = False,
     family: Annotated[
         str | None, typer.Option(help="For hf and dcp: as which family, where several have the model.")
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="For hf and dcp: the source's own when left out.")] = None,
 ) -> None:
     """Rewrite a checkpoint. Any layout loads any checkpoint without this: it is for speed, and for other software."""
+    if from_ is Format.peft:
+        raise ConfigError(Problem("--from peft", "is written, and not read", "leave it out"), "the command line")
     _refuse(to, {"--tp": tp > 1, "--pp": pp > 1, "--family": family, "--tokenizer": tokenizer})
 
     from megascratch import checkpoint
@@ -59,6 +63,7 @@ def convert(
         weights_only=weights_only,
         family=family,
         tokenizer=tokenizer,
+        merge=merge,
         console=make_console(),
     )
     files = [file for file in written.rglob("*") if file.is_file()]
@@ -74,6 +79,7 @@ def _refuse(to: Format, given: dict[str, object]) -> None:
         Format.dcp: model,
         Format.megatron: layout,
         Format.megatron_dist: (),
+        Format.peft: (),
     }[to]
     problems = [
         Problem(name, f"has no meaning for --to {to.value}", "leave it out")

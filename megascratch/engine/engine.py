@@ -36,7 +36,6 @@ from megascratch.nn import (
     SequenceInfo,
     Stage,
     WeightGradients,
-    add_adapters,
     core_for,
     is_target,
     parameter_specs,
@@ -105,8 +104,6 @@ class Engine:
         self.stages = make_stages(config, mesh, placement, configured_routes(parallel), core, plans)
         if config.lora is not None:
             _require_targets(config.lora, config.model)
-            for stage in self.stages.values():
-                add_adapters(stage, config.lora)
         for stage in self.stages.values():
             initialize(dict(stage.named_parameters()), mesh, train.seed)
         if config.optim.frozen or config.optim.groups:

@@ -10,7 +10,7 @@ from megascratch.config import Config
 from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
 from megascratch.errors import LayoutError, Problem
-from megascratch.nn import Placement, Recompute, Stage
+from megascratch.nn import Placement, Recompute, Stage, add_adapters
 from megascratch.nn.balance import balanced_layers
 from megascratch.optim import Unit
 from megascratch.pipeline import Route
@@ -57,6 +57,8 @@ def make_stages(
             tied_axes=() if together else ("ends",),
             embedding=stages[0].embed if shared else None,
         )
+        if config.lora is not None:
+            add_adapters(stages[index], config.lora)
     if len(routes) == 2:
         for index, stage in stages.items():  # in order: the embedding that two stages share is of the first
             _sum_with_mirror(stage, second_copy=routes[0][index] != rank)

@@ -1,0 +1,119 @@
+"""Layout is not physics in alignment either: loss, gradient norm, metrics and weights, to 1e-9 in float64."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from alignment import WAYS, save_tokenizer, way_config, write_way
+from layouts import Trained, local_weights, whole_weights
+
+from megascratch.align.methods import METHODS
+from megascratch.config import Config
+from megascratch.dist.mesh import Mesh
+from megascratch.dist.testing import RankPool
+from megascratch.engine import Engine
+from megascratch.engine.state import load_engine, save_engine
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"tp": 2},
+    "tp2-no-sp": {"tp": 2, "sequence_parallel": False},
+    "tp4": {"tp": 4},
+    "pp2": {"pp": 2},
+    "pp2-zb-h1-zero1": {"pp": 2, "dp": 2, "schedule": "zb-h1", "zero": 1},
+    "pp2-vp2-zb-v": {"pp": 2, "vp": 2, "schedule": "zb-v"},
+    "pp2-dualpipe": {"pp": 2, "schedule": "dualpipe"},
+    "cp2": {"cp": 2},
+    "cp2-ulysses-dp2-zero2": {"cp": 2, "cp_algorithm": "ulysses", "dp": 2, "zero": 2},
+    "dp2-zero3": {"dp": 2, "zero": 3},
+    "dp4-zero1": {"dp": 4, "zero": 1},
+    "tp2-pp2": {"tp": 2, "pp": 2},
+    "tp2-cp2-all-gather": {"tp": 2, "cp": 2, "cp_algorithm": "all_gather"},
+    "pp2-cp2": {"pp": 2, "cp": 2},
+    "tp2-dp2-zero3": {"tp": 2, "dp": 2, "zero": 3},
+}
+PACKED = {name: n % 2 == 0 for n, name in enumerate(LAYOUTS)}
+N_STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("layouts")
+    save_tokenizer(folder)
+    for way in WAYS:
+        write_way(way, folder)
+    yield folder
+    _one_rank.cache_clear()
+
+
+def _config(data: Path, way: str, packing: bool, run: str, parallel: dict[str, Any], n_layers: int) -> Config:
+    folder = data / f"{way}-{packing}-{run}"
+    sections = {"parallel": parallel, "model": {"n_layers": n_layers}}
+    return way_config(way, data / "tokenizer.json", data / f"{way}.jsonl", folder, packing, **sections)
+
+
+def _train(config: Config, verb: str, n_steps: int = N_STEPS, saved: Path | None = None) -> Trained:
+    """Train some steps as one rank of a layout; from a checkpoint if there is one, else leave one behind."""
+    Path(config.log.dir).mkdir(parents=True, exist_ok=True)
+    mesh = Mesh.of(config, torch.device("cpu"))
+    begin = METHODS[verb].open(config, mesh)
+    engine = Engine(config, mesh)
+    consumed = load_engine(engine, saved) if saved is not None else 0
+    task = begin(engine)
+    reports = [engine.train_step(batch, task.objective) for batch in task.train.steps(consumed, n_steps, prefetch=0)]
+    if saved is None and n_steps < N_STEPS:
+        save_engine(engine, Path(config.log.dir), consumed + n_steps * config.train.global_batch)
+    return Trained(reports, [], local_weights(engine))
+
+
+def _train_all(configs: dict[str, Config]) -> dict[str, Trained]:
+    return {way: _train(config, WAYS[way][0]) for way, config in configs.items()}
+
+
+@functools.cache
+def _one_rank(data: Path, way: str, packing: bool, n_layers: int) -> Trained:
+    torch.set_num_threads(1)
+    return _train(_config(data, way, packing, f"one-{n_layers}", {}, n_layers), WAYS[way][0])
+
+
+def _assert_equal(ranks: list[Trained], reference: Trained, what: str) -> None:
+    for trained in ranks:
+        for got, want in zip(trained.reports, reference.reports[-len(trained.reports) :], strict=True):
+            assert got.loss == pytest.approx(want.loss, rel=1e-9), what
+            assert got.grad_norm == pytest.approx(want.grad_norm, rel=1e-9), what
+            assert got.metrics == pytest.approx(want.metrics, rel=1e-9, abs=1e-12), what
+    weights = whole_weights(ranks)
+    for name, want in whole_weights([reference]).items():
+        error = (weights[name] - want).norm() / want.norm().clamp_min(1e-30)
+        assert error < 1e-9, f"{what}: {name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_way_computes_what_one_rank_computes(layout: str, data: Path, pool: RankPool) -> None:
+    parallel, packing = LAYOUTS[layout], PACKED[layout]
+    n_layers = 4 if parallel.get("vp") else 2
+    configs = {way: _config(data, way, packing, layout, parallel, n_layers) for way in WAYS}
+    world = configs["sft"].parallel
+    ranks = pool.run(world.tp * world.pp * world.cp * (world.dp or 1), _train_all, configs)
+    for way in WAYS:
+        _assert_equal([rank[way] for rank in ranks], _one_rank(data, way, packing, n_layers), way)
+
+
+def test_what_is_compared_moves(data: Path) -> None:
+    """A reference run that learned nothing would be equal to anything."""
+    for way in WAYS:
+        reports = _one_rank(data, way, True, 2).reports
+        assert reports[-1].loss < reports[0].loss, way
+        assert reports[0].grad_norm > 1e-3, way
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_goes_on_on_another_layout(way: str, data: Path, pool: RankPool) -> None:
+    first, second = LAYOUTS["pp2-zb-h1-zero1"], LAYOUTS["tp2-cp2-all-gather"]
+    before = _config(data, way, True, "resumed", first, 2)
+    pool.run(4, _train, before, WAYS[way][0], 2)
+    after = _config(data, way, True, "resumed", second, 2)
+    ranks = pool.run(4, _train, after, WAYS[way][0], 1, Path(before.log.dir))
+    _assert_equal(ranks, _one_rank(data, way, True, 2), way)

@@ -1,0 +1,224 @@
+#!/usr/bin/env python3
+"""Fine-tuning beside TRL: CPU time of a training step on the same tiny Llama, the same conversations, one thread.
+
+    python tools/bench/align.py --rounds 3
+
+Each contestant runs in a process of its own, in turn, round after round; the best round of each is what counts, as
+everything else on the machine only adds. TRL's trainers are used as they are: fp32, fused AdamW, no gradient
+checkpointing, padding to the longest of a batch, and for DPO the reference's log-probabilities precomputed, as ours
+are. Ours packs the same conversations into rows. Tokens are those of the conversations, padding not counted.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HIDDEN, N_LAYERS, N_HEADS, FFN, VOCAB, S = 256, 4, 4, 688, 4096, 256
+BATCH, N_STEPS, WARM_UP = 8, 6, 2
+LR, CLIP = 1e-4, 1.0
+TARGETS = {"sft": 1.4, "dpo": 1.6}
+
+Ids = list[int]
+
+
+def conversations(method: str, lengths: str) -> list[list[tuple[Ids, int]]]:
+    """Return examples of one sequence, or of two with the same prompt: ids, and how many of them are the prompt."""
+    random = np.random.default_rng(7)
+    examples = []
+    for _ in range(BATCH * (N_STEPS + WARM_UP) // (1 if method == "sft" else 2)):
+        longest = S if lengths == "equal" else int(random.integers(S // 4, S + 1))
+        n_prompt = longest // 3
+        prompt = random.integers(1, VOCAB, n_prompt).tolist()
+        answers = [random.integers(1, VOCAB, longest - n_prompt).tolist() for _ in range(1 if method == "sft" else 2)]
+        examples.append([(prompt + answer, n_prompt) for answer in answers])
+    return examples
+
+
+def run_ours(method: str, examples: list[list[tuple[Ids, int]]], folder: Path) -> list[float]:
+    """Return the CPU seconds of each step."""
+    import torch
+
+    from megascratch.align.dpo import pair_objective
+    from megascratch.align.examples import Example, TokenSequence
+    from megascratch.align.reference import reference_of
+    from megascratch.align.sft import completion_tokens
+    from megascratch.align.sources import Completed, batches_of, open_sets
+    from megascratch.config import DpoConfig, config_from_dict
+    from megascratch.dist.launch import keep_freed_memory
+    from megascratch.dist.mesh import Mesh
+    from megascratch.engine import Engine, Objective, Source
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    made = [
+        Example(
+            f"{i}",
+            tuple(TokenSequence(np.array(ids, np.int32), np.arange(len(ids)) >= n) for ids, n in sequences),
+            {},
+        )
+        for i, sequences in enumerate(examples)
+    ]
+    # As many tokens a step as the other contestant has: rows are filled, so there are fewer of them.
+    seq_length = 2 * S
+    n_tokens = sum(example.n_places for example in made)
+    rows_a_step = max(1, round(n_tokens / (N_STEPS + WARM_UP) / (0.97 * seq_length)))
+    model = {"n_layers": N_LAYERS, "hidden": HIDDEN, "n_heads": N_HEADS, "ffn_hidden": FFN, "vocab_size": VOCAB}
+    config = config_from_dict(
+        {
+            "model": {**model, "max_seq_length": seq_length},
+            "data": {"seq_length": seq_length, "split": "1"},
+            "train": {"global_batch": rows_a_step, "micro_batch": rows_a_step, "dtype": "fp32", "steps": N_STEPS + 2},
+            "optim": {"lr": LR, "clip": CLIP, "beta2": 0.999, "weight_decay": 0.0, "schedule": "linear"},
+            "chat": {},
+            "log": {"dir": str(folder)},
+        }
+    )
+    mesh = Mesh.serial()
+    engine = Engine(config, mesh)
+    sets = open_sets(config, made)
+    source: Source = batches_of(config, mesh, sets.train)
+    objective: Objective = completion_tokens
+    if method == "dpo":
+        source = Completed(source, reference_of(config, mesh, engine, sets.rows, "precomputed"))
+        objective = pair_objective(DpoConfig())
+    seconds, tokens = [], []
+    batches = source.steps(0, N_STEPS, prefetch=0)
+    for _ in range(N_STEPS):
+        start = time.process_time()
+        batch = next(batches)
+        engine.train_step(batch, objective)
+        seconds.append(time.process_time() - start)
+        tokens.append(sum(int(sum(m.of_samples["present"].flatten())) + _n_places(m) for m in batch))
+    return [t / s for t, s in zip(tokens, seconds)]
+
+
+def _n_places(microbatch: Any) -> int:
+    """Count the inputs that are of conversations: padding is the document after the last one that is there."""
+    n_documents = microbatch.of_samples["present"].sum(1, keepdim=True)
+    return int((microbatch.documents < n_documents).sum())
+
+
+def run_trl(method: str, examples: list[list[tuple[Ids, int]]], folder: Path) -> list[float]:
+    """Return tokens a CPU second of each step."""
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    torch.set_num_threads(1)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w0")
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=HIDDEN,
+            num_hidden_layers=N_LAYERS,
+            num_attention_heads=N_HEADS,
+            intermediate_size=FFN,
+            vocab_size=VOCAB,
+            max_position_embeddings=2 * S,
+            pad_token_id=0,
+        )
+    )
+    per_step = BATCH if method == "sft" else BATCH // 2
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": N_STEPS + WARM_UP,
+        "per_device_train_batch_size": per_step,
+        "learning_rate": LR,
+        "max_grad_norm": CLIP,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "max_length": S,
+    }
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.process_time())
+
+    if method == "sft":
+        rows = [{"input_ids": ids, "completion_mask": [0] * n + [1] * (len(ids) - n)} for [(ids, n)] in examples]
+        trainer: Any = SFTTrainer(
+            model,
+            SFTConfig(**arguments, completion_only_loss=True, shuffle_dataset=False),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
+    else:
+        rows = [
+            {"prompt_ids": chosen[:n], "chosen_ids": chosen[n:], "rejected_ids": rejected[n:]}
+            for [(chosen, n), (rejected, _)] in examples
+        ]
+        DPOTrainer._prepare_dataset = lambda self, dataset, *_, **__: dataset  # these are token ids already
+        trainer = DPOTrainer(
+            model,
+            args=DPOConfig(**arguments, precompute_ref_log_probs=True),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
+    trainer.train()
+    mean_tokens = sum(len(ids) for sequences in examples for ids, _ in sequences) / (N_STEPS + WARM_UP)
+    return [mean_tokens / (b - a) for a, b in itertools.pairwise(seconds)]
+
+
+CONTESTANTS: dict[str, Callable[..., list[float]]] = {"ours": run_ours, "trl": run_trl}
+
+
+def best(rates: Sequence[float]) -> float:
+    """Return the median rate of the steps after the first ones."""
+    return float(np.median(rates[WARM_UP:]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*", default=["sft", "dpo"], choices=["sft", "dpo"])
+    parser.add_argument("--lengths", default="mixed", choices=["mixed", "equal"])
+    parser.add_argument("--run", nargs=3, metavar=("CONTESTANT", "METHOD", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        contestant, method, folder = args.run
+        rates = CONTESTANTS[contestant](method, conversations(method, args.lengths), Path(folder))
+        print(json.dumps({"tokens_per_core_s": best(rates)}))
+        return
+    import tempfile
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    found: dict[tuple[str, str], float] = {}
+    for _ in range(args.rounds):
+        for method in args.methods:
+            for contestant in CONTESTANTS:
+                with tempfile.TemporaryDirectory() as folder:
+                    command = [sys.executable, __file__, "--lengths", args.lengths, "--run", contestant, method, folder]
+                    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    sys.exit(done.stderr[-3000:])
+                rate = json.loads(done.stdout.splitlines()[-1])["tokens_per_core_s"]
+                found[method, contestant] = max(rate, found.get((method, contestant), 0.0))
+    print(f"{'':5}{'ours':>8}{'TRL':>8}{'ratio':>8}{'target':>8}   tokens per core-second, lengths {args.lengths}")
+    for method in args.methods:
+        ours, trl = found[method, "ours"], found[method, "trl"]
+        print(f"{method:5}{ours:8.0f}{trl:8.0f}{ours / trl:7.2f}×{TARGETS[method]:7.1f}×")
+
+
+if __name__ == "__main__":
+    main()
