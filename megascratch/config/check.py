@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from megascratch.config.check_batch import batch, data_parallel, deterministic_dp
 from megascratch.config.check_layers import experts, latent_attention
+from megascratch.config.check_preferences import preferences, scalar_head
 from megascratch.config.check_rollouts import rollouts
 from megascratch.config.schema import Config
 from megascratch.config.words import divisors, multiples_near
@@ -361,29 +362,6 @@ def _local_copies(config: Config, _: int | None) -> Iterator[Problem]:
         yield Problem(f"checkpoint.local_dir = {checkpoint.local_dir}", rule, "set it, or leave local_dir out")
 
 
-def _scalar_head(config: Config, _: int | None) -> Iterator[Problem]:
-    if config.model.head == "scalar" and config.model.mtp_num_layers:
-        value = f"model.mtp_num_layers = {config.model.mtp_num_layers}"
-        yield Problem(value, "predicts tokens, which model.head = scalar does not", "leave it out")
-
-
-_SMOOTHED = ("cdpo", "robust", "exo", "simpo")  # losses that know of wrong labels
-
-
-def _preferences(config: Config, _: int | None) -> Iterator[Problem]:
-    dpo = config.dpo
-    if dpo is None:
-        return
-    if dpo.label_smoothing and dpo.loss not in _SMOOTHED:
-        rule = f"has no effect on dpo.loss = {dpo.loss}"
-        yield Problem(f"dpo.label_smoothing = {dpo.label_smoothing}", rule, f"use {', '.join(_SMOOTHED)}")
-    if dpo.loss == "exo" and not dpo.label_smoothing:
-        yield Problem("dpo.loss = exo", "needs dpo.label_smoothing above 0", "set it to 0.001")
-    if dpo.reference == "base" and config.lora is None:
-        rule = "is this model without its adapters, and there is no [lora]"
-        yield Problem("dpo.reference = base", rule, "use precomputed or live")
-
-
 RULES: tuple[Rule, ...] = (
     _heads,
     _model_features,
@@ -398,8 +376,8 @@ RULES: tuple[Rule, ...] = (
     batch,
     deterministic_dp,
     _lengths,
-    _scalar_head,
-    _preferences,
+    scalar_head,
+    preferences,
     _data,
     _fp8,
     _tp_comm_overlap,

@@ -1,0 +1,30 @@
+"""Rules of the sections of fine-tuning."""
+
+from collections.abc import Iterator
+
+from megascratch.config.schema import Config
+from megascratch.errors import Problem
+
+_SMOOTHED = ("cdpo", "robust", "exo", "simpo")  # losses that know of wrong labels
+
+
+def scalar_head(config: Config, _: int | None) -> Iterator[Problem]:
+    """Yield what a model that gives numbers cannot have."""
+    if config.model.head == "scalar" and config.model.mtp_num_layers:
+        value = f"model.mtp_num_layers = {config.model.mtp_num_layers}"
+        yield Problem(value, "predicts tokens, which model.head = scalar does not", "leave it out")
+
+
+def preferences(config: Config, _: int | None) -> Iterator[Problem]:
+    """Yield what a loss of preferences has no use for, or lacks."""
+    dpo = config.dpo
+    if dpo is None:
+        return
+    if dpo.label_smoothing and dpo.loss not in _SMOOTHED:
+        rule = f"has no effect on dpo.loss = {dpo.loss}"
+        yield Problem(f"dpo.label_smoothing = {dpo.label_smoothing}", rule, f"use {', '.join(_SMOOTHED)}")
+    if dpo.loss == "exo" and not dpo.label_smoothing:
+        yield Problem("dpo.loss = exo", "needs dpo.label_smoothing above 0", "set it to 0.001")
+    if dpo.reference == "base" and config.lora is None:
+        rule = "is this model without its adapters, and there is no [lora]"
+        yield Problem("dpo.reference = base", rule, "use precomputed or live")
