@@ -47,7 +47,7 @@ class Generator:
         alone = config.model_copy(update={"parallel": layout, "train": unbatched, "rollout": None})
         if problems := list(check(alone, world.size)):
             raise LayoutError(problems, f"generation on tp {tp}")
-        self.mesh = Mesh.create(MeshSpec.of(layout), engine.mesh.device)
+        self.mesh = Mesh.create(MeshSpec.of(layout), engine.mesh.device, engine.mesh.roll_call)
         placement = Placement(self.mesh.tp, False, DTYPES[config.train.dtype], self.mesh.device)
         core = core_for(config.train.attention, self.mesh.device)
         self.stage = Stage(config.model, placement, core=core)

@@ -68,7 +68,7 @@ class Sets(NamedTuple):
             describe: see `Validation`.
         """
 
-        sources: list[Source] = [batches_of(config, mesh, rows) for rows in self.rows]
+        sources: list[Source] = [batches_of(config, mesh, rows, grows=rows is self.train) for rows in self.rows]
         if complete:
             sources = [Completed(batches, one) for batches, one in zip(sources, complete)]
         if self.valid is None:
@@ -78,10 +78,9 @@ class Sets(NamedTuple):
         return Task(objective, sources[0], Validation(sources[1], n_steps, objective, describe))
 
 
-def batches_of(config: Config, mesh: Mesh, rows: Rows) -> Batches:
-    """Return this rank's batches of rows."""
-    train = config.train
-    return Batches(rows, train.global_batch, train.micro_batch, mesh.dp.rank, mesh.dp.size, collate_rows)
+def batches_of(config: Config, mesh: Mesh, rows: Rows, grows: bool = False) -> Batches:
+    """Return this rank's batches of rows; they may grow in training alone."""
+    return Batches.of(config, rows, mesh.dp, collate_rows, grows)
 
 
 def open_sets(

@@ -50,6 +50,11 @@ def test_layouts_that_sum_in_the_same_order_agree_bit_for_bit(group: Group, pool
     _assert_equal_bits(pool, group.model, list(group.layouts.values()), group.global_batch)
 
 
+def test_the_comparison_sees_that_dp_adds_in_another_order(pool: RankPool) -> None:
+    with pytest.raises(AssertionError, match="'dp': 2"):
+        _assert_equal_bits(pool, "llama", [{}, {"dp": 2}])
+
+
 def test_the_page_on_layouts_is_current_and_its_ticks_are_in_the_matrix() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/combinations.py"
     tried = set().union(*(_features_of(layout) for layout in matrix()[0]))
