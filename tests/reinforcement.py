@@ -27,11 +27,17 @@ def low_ids(answered: Any) -> float:
     return sum(id < 30 for id in ids) / max(1, len(ids)) - 0.1 * (answered.record["answer"] == 5)
 
 
-def reinforced(config: Config, sections: dict[str, Any], steps: int = 8) -> Config:
-    """Return a configuration of `layouts.make_config` that learns from rollouts of 16 completions, in steps of 8."""
+def reinforced(config: Config, sections: dict[str, Any]) -> Config:
+    """Return a configuration of `layouts.make_config` that learns from rollouts of 8 completions, twice each."""
     raw = config.model_dump(mode="json")
-    raw["train"] |= {"steps": steps}
-    rollout = {"prompts": 4, "samples": 4, "max_tokens": 8, "temperature": 1.3, "scores": [{"kind": "number"}]}
+    rollout = {
+        "prompts": 2,
+        "samples": 4,
+        "epochs": 2,
+        "max_tokens": 8,
+        "temperature": 1.3,
+        "scores": [{"kind": "number"}],
+    }
     return config_from_dict({**raw, **sections, "rollout": {**rollout, **sections.get("rollout", {})}})
 
 

@@ -24,7 +24,8 @@ from megascratch.tokenizer import Tokenizer
 
 _HEAD_TOKENS = 1024  # whose whole logits exist at a time
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Score(NamedTuple):

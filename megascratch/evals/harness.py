@@ -90,9 +90,9 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         scores = self.examinee.score([(context, continuation) for _, context, continuation in requests])
-        for (key, _, _), score in zip(requests, scores):
-            if key is not None:
-                self.cache_hook.add_partial("loglikelihood", key, tuple(score))
+        for request, score in zip(requests, scores):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], tuple(score))
         return [(score.logprob, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
