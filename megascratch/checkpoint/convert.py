@@ -156,8 +156,9 @@ def write_own(
     def pieces(stage: int, rank: int) -> Iterator[NewPiece]:
         for name, kind in kinds.items():
             for box in layout.boxes(name, kind.shape, stage, rank):
-                value = partial(source.read_as, name, box, targets[name])
-                yield NewPiece(name, kind.shape, targets[name], box, value)
+                asked = name, box, targets[name]
+                value, blocks = partial(source.read, *asked), partial(source.blocks, *asked)
+                yield NewPiece(name, kind.shape, targets[name], box, value, blocks)
 
     # Without the optimizer a run cannot be continued, so nothing stays that says where it stood.
     state = {key: source.state[key] for key in source.state if key in _PLACE or not weights_only}

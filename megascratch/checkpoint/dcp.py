@@ -54,12 +54,9 @@ class DcpFolder:
         self.path = path
         self.kinds: Mapping[str, Kind]
         self.kinds, self._chunks = self._read_table()
+        self._last: tuple[_Stored | None, Tensor] = None, torch.empty(0)
 
-    def read(self, name: str) -> Tensor:
-        """Return a whole tensor."""
-        return self.read_box(name, tuple(slice(0, n) for n in self.kinds[name].shape))
-
-    def read_box(self, name: str, box: Box) -> Tensor:
+    def read(self, name: str, box: Box) -> Tensor:
         """Return a box of a tensor, from the chunks that it meets.
 
         Raises: CheckpointError: if a file is missing or damaged.
@@ -71,7 +68,10 @@ class DcpFolder:
             common = intersect(stored.box, box)
             if common is None:
                 continue
-            chunk = self._read_chunk(name, stored, kind.dtype)
+            if stored is not self._last[0]:  # a chunk is often asked for in blocks
+                self._last = None, torch.empty(0)
+                self._last = stored, self._read_chunk(name, stored, kind.dtype)
+            chunk = self._last[1]
             inside = shift(common, stored.box, tuple(slice(0, n) for n in chunk.shape))
             out[shift(common, box, origin)] = chunk[inside]
         return out

@@ -31,6 +31,7 @@ from megascratch.checkpoint.source import Container, Kind, Source, written_dtype
 from megascratch.checkpoint.steps import Step
 from megascratch.config import DataConfig, ModelConfig, config_from_dict
 from megascratch.dist.distributed_checkpoint import Chunk, write_chunks
+from megascratch.dist.layout import Box
 from megascratch.errors import CheckpointError, Problem
 from megascratch.log import progress
 from megascratch.nn import parameter_specs
@@ -186,10 +187,15 @@ def hf_source(container: Container, config: Mapping[str, Any]) -> Source:
 
     @lru_cache(maxsize=1)  # the pieces of one tensor are asked for one after the other
     def joined(name: str) -> Tensor:
-        step = steps[name]
-        return step.join([container.read(names.theirs(their)) for their in step.theirs], model)
+        theirs = [names.theirs(their) for their in steps[name].theirs]
+        return steps[name].join([container.read(their, whole(container.kinds[their].shape)) for their in theirs], model)
 
-    return Source(path, resolved, kinds, lambda name, box: joined(name)[box])
+    def read(name: str, box: Box, dtype: torch.dtype) -> Tensor:
+        step = steps[name]
+        values = container.read(names.theirs(step.theirs[0]), box) if step.same else joined(name)[box]
+        return values.to(dtype)
+
+    return Source(path, resolved, kinds, read)
 
 
 @dataclass(frozen=True)
@@ -272,7 +278,7 @@ def exported(source: Source, family: Family, dtype: str | None) -> Iterator[NewP
 
     @lru_cache(maxsize=1)
     def parts(step: Step) -> Sequence[Tensor]:
-        return step.split(source.read(step.ours, whole(source.kinds[step.ours].shape)), model)
+        return step.split(source.read(step.ours), model)
 
     def part(step: Step, index: int, target: torch.dtype) -> Tensor:
         return parts(step)[index].to(target)
@@ -282,7 +288,8 @@ def exported(source: Source, family: Family, dtype: str | None) -> Iterator[NewP
         target = written_dtype(kind.dtype, dtype)
         for index, shape in enumerate(_shapes(step.split(_meta(kind.shape), model))):
             value = partial(part, step, index, target)
-            yield NewPiece(step.theirs[index], shape, target, whole(shape), value)
+            blocks = partial(source.blocks, step.ours, whole(shape), target) if step.same else None
+            yield NewPiece(step.theirs[index], shape, target, whole(shape), value, blocks)
 
 
 @dataclass(frozen=True)
@@ -343,10 +350,14 @@ class Folder:
             raise damage(path, "*.bin", "are pickles, which can run code when they are opened", remedy)
         raise damage(path, path.name, f"holds neither {SINGLE} nor {INDEX}", "give a folder in Hugging Face's format")
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, box: Box) -> Tensor:
+        """Return a box of a tensor."""
         with safe_open(self.path / self.files[name], framework="pt") as tensors:
-            tensor: Tensor = tensors.get_tensor(name)
-            return tensor
+            if box == whole(self.kinds[name].shape):
+                tensor: Tensor = tensors.get_tensor(name)
+                return tensor
+            part: Tensor = tensors.get_slice(name)[box]
+            return part
 
 
 def _files(pieces: Sequence[NewPiece]) -> list[list[NewPiece]]:

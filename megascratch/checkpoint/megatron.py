@@ -128,7 +128,7 @@ def open_megatron(path: Path) -> Source:
     def read(name: str) -> Tensor:
         return opened.read(names[name], specs[name])
 
-    return Source(path, config, kinds, lambda name, box: read(name)[box])
+    return Source(path, config, kinds, lambda name, box, dtype: read(name)[box].to(dtype))
 
 
 def megatron_names(model: ModelConfig) -> dict[str, str]:
@@ -172,8 +172,8 @@ class _Sharded:
         """Return a tensor of the spec's shape."""
         found, box = self._place(name)
         if found == name:
-            return self._folder.read_box(name, whole(spec.shape))
-        return self._folder.read_box(found, box)[0]
+            return self._folder.read(name, whole(spec.shape))
+        return self._folder.read(found, box)[0]
 
     def _place(self, name: str) -> tuple[str, Box]:
         """Return the tensor that holds another: itself, or that of all layers, and which box of it."""

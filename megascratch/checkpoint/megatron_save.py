@@ -14,7 +14,6 @@ from rich.console import Console
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megascratch.checkpoint.format import whole
 from megascratch.checkpoint.megatron import COMMON, LATEST, SHARDED, megatron_names
 from megascratch.checkpoint.megatron_args import write_arguments
 from megascratch.checkpoint.pickles import StoredTensor, load_torch_file
@@ -107,10 +106,10 @@ def _local(source: Source, name: str, spec: ParamSpec, tp: int, rank: int, dtype
 
     def value() -> Tensor:
         if shape == spec.shape:
-            return source.read_as(name, whole(shape), target)
+            return source.read(name, dtype=target)
         local = torch.zeros(shape, dtype=target)
         for extent in extents(spec, {"tp": tp}, {"tp": rank}):
-            local[extent.local] = source.read(name, extent.logical)
+            local[extent.local] = source.read(name, extent.logical, target)
         return local
 
     return Kind(target, shape), value
@@ -171,7 +170,7 @@ def _chunks(source: Source, name: str, theirs: str, rows: int, dtype: str | None
     """Yield a tensor as a layer of the stack of all layers, or by itself, the vocabulary with its padding."""
     kind = source.kinds[name]
     target = written_dtype(kind.dtype, dtype)
-    value = partial(source.read_as, name, whole(kind.shape), target)
+    value = partial(source.read, name, dtype=target)
     if name.startswith("layers."):
         n_layers, layer = source.config.model.n_layers, int(name.split(".")[1])
         together = theirs.replace(f".layers.{layer}.", ".layers.", 1)

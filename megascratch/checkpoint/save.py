@@ -67,13 +67,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class NewPiece:
-    """A box of a logical tensor that is to be written; `value` makes it, [shape of the box], when its turn comes."""
+    """A box of a logical tensor that is to be written.
+
+    `value` makes it, [shape of the box], when its turn comes; `blocks`, where it is given, makes blocks of rows that
+    follow each other, so that it need not be in memory as a whole.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     box: Box
     value: Callable[[], Tensor]
+    blocks: Callable[[], Iterator[Tensor]] | None = None
 
     @property
     def bytes(self) -> int:
@@ -323,29 +328,45 @@ def write_pieces(
         file.write(text)
         start = 0
         for piece in pieces:
-            data = _bytes_of(piece)
-            sums = []
-            for begin in range(0, len(data), CHUNK_BYTES):
-                chunk = data[begin : begin + CHUNK_BYTES]
-                sums.append(digest(chunk))
+            sums: list[str] = []
+            for chunk in _chunks_of(piece):
                 file.write(chunk)
-                start_flush(file, path, len(text) + start + begin, len(chunk))
+                start_flush(file, path, len(text) + start + len(sums) * CHUNK_BYTES, len(chunk))
+                sums.append(digest(chunk))
             box = tuple((s.start, s.stop) for s in piece.box)
-            stored = Piece(box=box, file=path.name, offset=len(text) + start, bytes=len(data), xxh3=tuple(sums))
+            stored = Piece(box=box, file=path.name, offset=len(text) + start, bytes=piece.bytes, xxh3=tuple(sums))
             others = tensors[piece.name].pieces if piece.name in tensors else ()
             dtype = DTYPE_NAMES[piece.dtype]
             tensors[piece.name] = TensorRecord(shape=piece.shape, dtype=dtype, pieces=(*others, stored))
-            start += len(data)
+            start += piece.bytes
             advance(math.prod(lengths(piece.box)))
         flush(file, path)
     record = FileRecord(bytes=len(text) + end, header_bytes=len(text), header_xxh3=digest(text))
     return Table(files={path.name: record}, tensors=tensors)
 
 
-def _bytes_of(piece: NewPiece) -> memoryview:
-    """Return a piece's elements, row by row; without a copy where they lie so in this machine's memory."""
-    value = piece.value()
-    assert value.shape == lengths(piece.box), f"{piece.name}: {tuple(value.shape)} is not the shape of {piece.box}"
+def _chunks_of(piece: NewPiece) -> Iterator[memoryview]:
+    """Yield a piece's elements, row by row, in chunks of `CHUNK_BYTES`; without a copy where they lie so in memory."""
+    if piece.blocks is None:
+        value = piece.value()
+        assert value.shape == lengths(piece.box), f"{piece.name}: {tuple(value.shape)} is not the shape of {piece.box}"
+        data = _bytes_of(value, piece)
+        yield from (data[begin : begin + CHUNK_BYTES] for begin in range(0, len(data), CHUNK_BYTES))
+        return
+    rest, done = bytearray(), 0
+    for block in piece.blocks():
+        rest += _bytes_of(block, piece)
+        whole_chunks = len(rest) // CHUNK_BYTES * CHUNK_BYTES
+        ready = memoryview(bytes(rest[:whole_chunks]))
+        yield from (ready[begin : begin + CHUNK_BYTES] for begin in range(0, whole_chunks, CHUNK_BYTES))
+        del rest[:whole_chunks]
+        done += whole_chunks
+    assert done + len(rest) == piece.bytes, f"{piece.name}: {done + len(rest)} bytes are not those of {piece.box}"
+    if rest:
+        yield memoryview(bytes(rest))
+
+
+def _bytes_of(value: Tensor, piece: NewPiece) -> memoryview:
     assert value.dtype == piece.dtype
     return value.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data
 

@@ -8,7 +8,8 @@
 Every writer takes every source, so two formats need no third between them.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megascratch.checkpoint.format import DTYPES, OPTIMIZER, damage
+from megascratch.checkpoint.format import DTYPES, OPTIMIZER, damage, whole
 from megascratch.checkpoint.load import Reader, tensor_shard
 from megascratch.config import Config
-from megascratch.dist.layout import Box
+from megascratch.dist.layout import Box, lengths
 from megascratch.errors import CheckpointError, Problem
 from megascratch.nn import DTYPES as TRAIN_DTYPES
+
+BLOCK_BYTES = 32 << 20  # of a large tensor that is read and written in blocks
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class Container(Protocol):
     @property
     def kinds(self) -> Mapping[str, Kind]: ...
 
-    def read(self, name: str) -> Tensor:
-        """Return a whole tensor."""
+    def read(self, name: str, box: Box) -> Tensor:
+        """Return a box of a tensor."""
         ...
 
 
@@ -54,7 +57,7 @@ class Source:
         path: of the checkpoint or folder.
         config: resolved, of the model.
         kinds: of every tensor.
-        read: returns a box of a tensor, in its own dtype.
+        read_box: returns a box of a tensor in a dtype.
         step: training steps done.
         state: what else a checkpoint of ours says; empty for others.
     """
@@ -62,7 +65,7 @@ class Source:
     path: Path
     config: Config
     kinds: Mapping[str, Kind]
-    read: Callable[[str, Box], Tensor]
+    read_box: Callable[[str, Box, torch.dtype], Tensor]
     step: int = 0
     state: Mapping[str, Any] = field(default_factory=dict)
 
@@ -72,8 +75,20 @@ class Source:
         if missing:
             raise damage(self.path, f"tensor {missing[0]}", "is not in the checkpoint")
 
-    def read_as(self, name: str, box: Box, dtype: torch.dtype) -> Tensor:
-        return self.read(name, box).to(dtype)
+    def read(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a box of a tensor, or all of it, in a dtype, or its own."""
+        kind = self.kinds[name]
+        return self.read_box(name, box or whole(kind.shape), dtype or kind.dtype)
+
+    def blocks(self, name: str, box: Box, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield a box of a tensor in blocks of rows, so that a vocabulary's rows are never in memory all at once."""
+        if not box:
+            yield self.read(name, box, dtype)
+            return
+        row_bytes = math.prod(lengths(box)[1:]) * max(dtype.itemsize, self.kinds[name].dtype.itemsize)
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(box[0].start, box[0].stop, step):
+            yield self.read(name, (slice(start, min(start + step, box[0].stop)), *box[1:]), dtype)
 
     @property
     def weights(self) -> dict[str, Kind]:
@@ -90,8 +105,8 @@ def own(path: Path) -> Source:
     reader = Reader(path)
     tensors = reader.manifest.tensors
 
-    def read(name: str, box: Box) -> Tensor:
-        shard = tensor_shard(name, tensors[name], box, DTYPES[tensors[name].dtype])
+    def read(name: str, box: Box, dtype: torch.dtype) -> Tensor:
+        shard = tensor_shard(name, tensors[name], box, dtype)
         reader.fill([shard])
         return shard.tensor
 

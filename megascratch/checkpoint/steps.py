@@ -27,18 +27,19 @@ class Step:
     theirs: tuple[str, ...]
     split: Callable[[Tensor, ModelConfig], Sequence[Tensor]]
     join: Callable[[Sequence[Tensor], ModelConfig], Tensor]
+    same: bool = False  # whether it is one tensor under another name
 
     def at(self, layer: int, n_experts: int = 0) -> "Step":
         """Return the step for one layer; names with `{e}` become one an expert, expert after expert."""
         theirs = tuple(their.replace("{i}", f"{layer}") for their in self.theirs)
         if "{e}" in theirs[0]:
             theirs = tuple(their.replace("{e}", f"{expert}") for expert in range(n_experts) for their in theirs)
-        return Step(self.ours.replace("{i}", f"{layer}"), theirs, self.split, self.join)
+        return Step(self.ours.replace("{i}", f"{layer}"), theirs, self.split, self.join, self.same)
 
 
 def rename(ours: str, theirs: str) -> Step:
     """The same tensor by another name."""
-    return Step(ours, (theirs,), lambda tensor, _: (tensor,), lambda tensors, _: tensors[0])
+    return Step(ours, (theirs,), lambda tensor, _: (tensor,), lambda tensors, _: tensors[0], same=True)
 
 
 def halves(ours: str, first: str, second: str) -> Step:

@@ -65,6 +65,7 @@ class _Planner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False)
         self._chunks = {(chunk.name, chunk.offsets): chunk for chunk in chunks}
         self._advance = advance
+        self._last = torch.empty(0)
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan([_item(chunk) for chunk in self._chunks.values()])
@@ -73,7 +74,11 @@ class _Planner(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Any:
         chunk = self._chunks[index.fqn, tuple(index.offset or ())]
         self._advance(torch.Size(chunk.sizes).numel())
-        return chunk.value().contiguous()
+        # The writer keeps every tensor until the end. It is through with one when it asks for the next: its memory is
+        # taken back, and it is a copy, which nobody else looks at.
+        self._last.untyped_storage().resize_(0)
+        self._last = chunk.value().clone(memory_format=torch.contiguous_format)
+        return self._last
 
 
 def _item(chunk: Chunk) -> WriteItem:
