@@ -12,13 +12,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from megascratch.checkpoint.families import family_for
 from megascratch.checkpoint.format import whole
 from megascratch.checkpoint.hf import steps_of
-from megascratch.checkpoint.save import NewPiece, new_directory, write_pieces
+from megascratch.checkpoint.pieces import NewPiece, new_directory, write_pieces
 from megascratch.checkpoint.source import Source
 from megascratch.config import LoraConfig
 from megascratch.dist.layout import Box
@@ -37,17 +38,18 @@ def merged(source: Source) -> Source:
     """
     lora = _lora_of(source)
 
-    def read(name: str, box: Box) -> Tensor:
-        weight = source.read(name, box)
+    def read(name: str, box: Box, dtype: torch.dtype) -> Tensor:
         if not is_target(name, lora):
-            return weight
+            return source.read(name, box, dtype)
+        weight = source.read(name, box)
         layer = name.removesuffix(".weight")
         down, up = (_whole(source, f"{layer}{MARK}{part}.weight").double() for part in ("down", "up"))
         rows, columns = box
-        return (weight.double() + lora.alpha / lora.rank * (up[rows] @ down[:, columns])).to(weight.dtype)
+        return (weight.double() + lora.alpha / lora.rank * (up[rows] @ down[:, columns])).to(weight.dtype).to(dtype)
 
     kinds = {name: kind for name, kind in source.weights.items() if MARK not in name}
-    return replace(source, config=source.config.model_copy(update={"lora": None}), kinds=kinds, read=read, state={})
+    config = source.config.model_copy(update={"lora": None})
+    return replace(source, config=config, kinds=kinds, read_box=read, state={})
 
 
 def write_peft(source: Source, dst: Path, *, console: Console) -> Path:
@@ -108,4 +110,4 @@ def _lora_of(source: Source) -> LoraConfig:
 
 def _whole(source: Source, name: str) -> Tensor:
     source.require([name])
-    return source.read(name, whole(source.kinds[name].shape))
+    return source.read(name)

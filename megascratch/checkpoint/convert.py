@@ -18,20 +18,12 @@ from rich.console import Console
 from megascratch.checkpoint.adapters import merged, write_peft
 from megascratch.checkpoint.dcp import METADATA, DcpFolder
 from megascratch.checkpoint.format import CHUNK_BYTES, MANIFEST, OPTIMIZER, Manifest, damage, whole
-from megascratch.checkpoint.hf import (
-    COMPANIONS,
-    CONFIG,
-    Folder,
-    copy_companions,
-    hf_source,
-    read_json,
-    write_dcp,
-    write_hf,
-)
+from megascratch.checkpoint.hf import COMPANIONS, copy_companions, hf_source, write_dcp, write_hf
+from megascratch.checkpoint.hf_folder import CONFIG, Folder, read_json
 from megascratch.checkpoint.load import find
 from megascratch.checkpoint.megatron import find_megatron, open_megatron
 from megascratch.checkpoint.megatron_save import write_megatron, write_megatron_dist
-from megascratch.checkpoint.save import NewPiece, new_directory, write_contents, write_pieces
+from megascratch.checkpoint.pieces import NewPiece, new_directory, write_contents, write_pieces
 from megascratch.checkpoint.source import Source, own, written_dtype
 from megascratch.config import Config, config_from_dict
 from megascratch.dist.layout import Box, ParamSpec, extents

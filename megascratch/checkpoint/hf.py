@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megascratch.checkpoint.families import Family, family_for
-from megascratch.checkpoint.format import DTYPES, damage, whole
+from megascratch.checkpoint.format import damage, whole
 from megascratch.checkpoint.hf_config import read_config, write_config
-from megascratch.checkpoint.save import NewPiece, new_directory, write_pieces
+from megascratch.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, read_json
+from megascratch.checkpoint.pieces import NewPiece, new_directory, write_pieces
 from megascratch.checkpoint.source import Container, Kind, Source, written_dtype
 from megascratch.checkpoint.steps import Step
 from megascratch.config import DataConfig, ModelConfig, config_from_dict
@@ -38,7 +38,6 @@ from megascratch.nn import parameter_specs
 from megascratch.tokenizer import Tokenizer
 
 LARGEST_FILE_BYTES = 5_000_000_000  # what the Hub splits at
-INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 GENERATION = "generation_config.json"
 # What goes along with a model, both ways.
 COMPANIONS = (
@@ -52,7 +51,6 @@ COMPANIONS = (
     "chat_template.jinja",
     GENERATION,
 )
-_LARGEST_JSON_BYTES = 64 << 20
 _LARGEST_COMPANION_BYTES = 256 << 20
 _TRAIN_DTYPE_OF = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -292,74 +290,6 @@ def exported(source: Source, family: Family, dtype: str | None) -> Iterator[NewP
             yield NewPiece(step.theirs[index], shape, target, whole(shape), value, blocks)
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A folder in Hugging Face's format.
-
-    Attributes:
-        path: of the folder.
-        config: its `config.json`.
-        files: the file that holds each tensor.
-        kinds: dtype and shape of each tensor.
-    """
-
-    path: Path
-    config: Mapping[str, Any]
-    files: Mapping[str, str]
-    kinds: Mapping[str, Kind]
-
-    @classmethod
-    def open(cls, path: Path) -> "Folder":
-        """Find the tensors and read every file's header.
-
-        Raises: CheckpointError: if a file is missing or damaged, or the weights are pickles.
-        """
-        config = read_json(path, CONFIG)
-        names = cls._weight_files(path)
-        files: dict[str, str] = {}
-        kinds: dict[str, Kind] = {}
-        for name in names:
-            try:
-                with safe_open(path / name, framework="pt") as tensors:
-                    for key in tensors.keys():  # noqa: SIM118
-                        part = tensors.get_slice(key)
-                        dtype = DTYPES.get(part.get_dtype())
-                        if dtype is None:
-                            rule = f"is {part.get_dtype()}, a quantised weight"
-                            raise damage(path, f"{name}, tensor {key}", rule, "convert the unquantised model")
-                        files[key], kinds[key] = name, Kind(dtype, tuple(part.get_shape()))
-            except FileNotFoundError:
-                raise damage(path, name, "is missing", "download the folder again") from None
-            except (SafetensorError, OSError) as error:
-                raise damage(path, name, f"is damaged: {error}", "download the folder again") from None
-        return cls(path, config, files, kinds)
-
-    @staticmethod
-    def _weight_files(path: Path) -> list[str]:
-        if (path / INDEX).is_file():
-            weight_map = read_json(path, INDEX).get("weight_map")
-            names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-            plain = {n for n in names if isinstance(n, str) and n.endswith(".safetensors") and Path(n).name == n}
-            if not names or names != plain:
-                raise damage(path, INDEX, "must name *.safetensors files in the folder itself", "download it again")
-            return sorted(plain)
-        if (path / SINGLE).is_file():
-            return [SINGLE]
-        if any(path.glob("*.bin")) or any(path.glob("*.pt")):
-            remedy = "save it with transformers: model.save_pretrained(folder, safe_serialization=True)"
-            raise damage(path, "*.bin", "are pickles, which can run code when they are opened", remedy)
-        raise damage(path, path.name, f"holds neither {SINGLE} nor {INDEX}", "give a folder in Hugging Face's format")
-
-    def read(self, name: str, box: Box) -> Tensor:
-        """Return a box of a tensor."""
-        with safe_open(self.path / self.files[name], framework="pt") as tensors:
-            if box == whole(self.kinds[name].shape):
-                tensor: Tensor = tensors.get_tensor(name)
-                return tensor
-            part: Tensor = tensors.get_slice(name)[box]
-            return part
-
-
 def _files(pieces: Sequence[NewPiece]) -> list[list[NewPiece]]:
     """Group tensors into files of at most `LARGEST_FILE_BYTES`, or of one larger tensor."""
     files: list[list[NewPiece]] = [[]]
@@ -383,26 +313,6 @@ def _meta(shape: tuple[int, ...]) -> Tensor:
 
 def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in tensors]
-
-
-def read_json(path: Path, name: str) -> dict[str, Any]:
-    """Read a file of a folder that must hold a table.
-
-    Raises: CheckpointError: if it is missing, too large, or something else.
-    """
-    file = path / name
-    remedy = "give a folder in Hugging Face's format"
-    try:
-        if file.stat().st_size > _LARGEST_JSON_BYTES:
-            raise damage(path, name, f"has more than the {_LARGEST_JSON_BYTES} bytes it may have", remedy)
-        value = json.loads(file.read_bytes())
-    except OSError as error:
-        raise damage(path, name, f"cannot be read: {error.strerror}", remedy) from None
-    except (ValueError, RecursionError):
-        raise damage(path, name, "is not JSON", remedy) from None
-    if not isinstance(value, dict):
-        raise damage(path, name, "must hold a table", remedy)
-    return value
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

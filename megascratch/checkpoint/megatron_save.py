@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megascratch.checkpoint.megatron import COMMON, LATEST, SHARDED, megatron_names
 from megascratch.checkpoint.megatron_args import write_arguments
 from megascratch.checkpoint.pickles import StoredTensor, load_torch_file
-from megascratch.checkpoint.save import new_directory
+from megascratch.checkpoint.pieces import new_directory
 from megascratch.checkpoint.source import Kind, Source, written_dtype
 from megascratch.dist.distributed_checkpoint import Chunk, write_chunks
 from megascratch.dist.layout import ParamSpec, Split, extents

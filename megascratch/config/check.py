@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from megascratch.config.check_batch import batch, data_parallel, deterministic_dp
-from megascratch.config.check_layers import experts, latent_attention
+from megascratch.config.check_layers import experts, latent_attention, model_features
 from megascratch.config.check_preferences import preferences, scalar_head
 from megascratch.config.check_rollouts import rollouts
 from megascratch.config.schema import Config
@@ -55,21 +55,6 @@ def _heads(config: Config, _: int | None) -> Iterator[Problem]:
             f"needs model.position = rope, not {model.position}",
             "remove [model.rope_scaling]",
         )
-
-
-def _model_features(config: Config, _: int | None) -> Iterator[Problem]:
-    """Keys of the model that mean nothing without another."""
-    model = config.model
-    needs = (
-        ("qk_norm_across_heads", model.qk_norm_across_heads, "qk_norm = true", model.qk_norm),
-        ("window_attn_skip_freq", model.window_attn_skip_freq, "sliding_window", model.sliding_window),
-        ("rope_local_theta", model.rope_local_theta, "sliding_window", model.sliding_window),
-        ("rope_local_theta", model.rope_local_theta, "position = rope", model.position == "rope"),
-        ("norm_zero_centered", model.norm_zero_centered, "norm = rmsnorm", model.norm == "rmsnorm"),
-    )
-    for key, given, needed, there in needs:
-        if given and not there:
-            yield Problem(f"model.{key} = {given}".lower(), f"needs model.{needed}", f"set it, or leave {key} out")
 
 
 def _tensor_parallel(config: Config, _: int | None) -> Iterator[Problem]:
@@ -364,7 +349,7 @@ def _local_copies(config: Config, _: int | None) -> Iterator[Problem]:
 
 RULES: tuple[Rule, ...] = (
     _heads,
-    _model_features,
+    model_features,
     _tensor_parallel,
     _pipeline,
     experts,

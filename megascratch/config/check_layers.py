@@ -8,6 +8,21 @@ from megascratch.config.words import divisors, multiples_near
 from megascratch.errors import Problem
 
 
+def model_features(config: Config, _: int | None) -> Iterator[Problem]:
+    """Keys of the model that mean nothing without another."""
+    model = config.model
+    needs = (
+        ("qk_norm_across_heads", model.qk_norm_across_heads, "qk_norm = true", model.qk_norm),
+        ("window_attn_skip_freq", model.window_attn_skip_freq, "sliding_window", model.sliding_window),
+        ("rope_local_theta", model.rope_local_theta, "sliding_window", model.sliding_window),
+        ("rope_local_theta", model.rope_local_theta, "position = rope", model.position == "rope"),
+        ("norm_zero_centered", model.norm_zero_centered, "norm = rmsnorm", model.norm == "rmsnorm"),
+    )
+    for key, given, needed, there in needs:
+        if given and not there:
+            yield Problem(f"model.{key} = {given}".lower(), f"needs model.{needed}", f"set it, or leave {key} out")
+
+
 def latent_attention(model: ModelConfig) -> Iterator[Problem]:
     mla = model.mla
     assert mla is not None
