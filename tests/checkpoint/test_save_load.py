@@ -18,6 +18,7 @@ from megascratch.dist.layout import Extent, ParamSpec, Split, extents
 from megascratch.errors import CheckpointError
 
 save_module = importlib.import_module("megascratch.checkpoint.save")  # the package's `save` is the function
+pieces_module = importlib.import_module("megascratch.checkpoint.pieces")
 
 
 def whole(name: str, value: torch.Tensor) -> Shard:
@@ -32,7 +33,8 @@ def read_whole(path: Path, name: str, like: torch.Tensor, cast: bool = False) ->
 
 @pytest.mark.parametrize("chunk", [16, 4096])
 def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(save_module, "CHUNK_BYTES", chunk)
+    for module in (save_module, pieces_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     values = {str(d): torch.randn(5, 3).to(d) for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
     values |= {str(d): torch.arange(7).to(d) for d in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)}
     values["scalar"] = torch.tensor(3.25)
@@ -92,7 +94,8 @@ def test_random_splits_and_runs_round_trip(
     chunk: int,
 ) -> None:
     """What any (tp, dp) saved as ZeRO runs, any other loads: against slices of the dense tensor."""
-    monkeypatch.setattr(save_module, "CHUNK_BYTES", chunk)
+    for module in (save_module, pieces_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     spec, saved_tp, saved_dp = saved
     value = torch.arange(1.0, 1 + math.prod(spec.shape)).view(spec.shape)
     sizes = {"tp": saved_tp, "dp": saved_dp}
@@ -118,7 +121,8 @@ def test_random_splits_and_runs_round_trip(
 
 
 def test_a_part_reads_only_the_chunks_it_touches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(save_module, "CHUNK_BYTES", 64)
+    for module in (save_module, pieces_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 64)
     value = torch.arange(64.0).view(8, 8)  # two rows a chunk
     path = save(tmp_path, 1, [whole("w", value)], {}, WORLD)
     flip(path / "rank_00000.safetensors", -1)  # in the last row
@@ -198,8 +202,9 @@ def _dies_at(root: Path, step: int, owner: object, name: str, call: int) -> None
     assert status in (0, signal.SIGKILL)  # 0 where there is no such call
 
 
-POINTS = [(save_module, name, 1) for name in ("digest", "write_contents", "_swap_in", "replace_text", "prune")]
-POINTS += [(save_module, "flush_directory", call) for call in (1, 2)] + [(places, "flush_directory", 1)]
+POINTS = [(save_module, name, 1) for name in ("write_contents", "_swap_in", "replace_text", "prune")]
+POINTS += [(pieces_module, name, 1) for name in ("digest", "flush_directory")]
+POINTS += [(module, "flush_directory", 1) for module in (save_module, places)]
 POINTS += [(Path, name, call) for name in ("rename", "replace", "mkdir") for call in (1, 2)]
 POINTS += [(os, "fsync", call) for call in range(1, 8)]
 
