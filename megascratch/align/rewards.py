@@ -27,6 +27,7 @@ from megascratch.align import reward_worker
 from megascratch.errors import ConfigError, MegascratchError, Problem
 
 _START_S = 120.0  # a module may import much
+_MOST_HANGS = 3  # of a rollout: other ranks wait for this one, and a collective that waits too long ends the run
 _LONGEST_ANSWER = 1 << 20
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?")
 
@@ -162,9 +163,11 @@ class FunctionReward:
         self.target, self.timeout_s, self.name = target, timeout_s, name or function
         self._hello = {"path": [str(folder.resolve()), *sys.path], "module": module, "function": function}
         self._process: subprocess.Popen[bytes] | None = None
+        self._hangs = 0
         self._start()
 
     def __call__(self, answers: Sequence[Answered]) -> list[Score]:
+        self._hangs = 0
         return [self._score(answered) for answered in answers]
 
     def close(self) -> None:
@@ -184,6 +187,8 @@ class FunctionReward:
             raise ConfigError(Problem(f"function = {self.target}", f"cannot be used: {answer['error']}"))
 
     def _score(self, answered: Answered) -> Score:
+        if self._hangs >= _MOST_HANGS:
+            return _missing(f"not asked: the function took too long {_MOST_HANGS} times")
         request = {"prompt": answered.prompt, "completion": answered.completion, "record": dict(answered.record)}
         if self._process is None:
             self._start()
@@ -203,6 +208,7 @@ class FunctionReward:
             line = _line(process.stdout, timeout_s)
         except TimeoutError:
             self.close()
+            self._hangs += 1
             return {"error": f"took longer than {timeout_s:g} s"}
         except BrokenPipeError:
             line = b""

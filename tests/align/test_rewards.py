@@ -2,13 +2,27 @@
 
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 
-from megascratch.align.rewards import Answered, FunctionReward, last_number, number_verifier, regex_verifier
+from megascratch.align.rewards import (
+    Answered,
+    FunctionReward,
+    RewardError,
+    last_number,
+    number_verifier,
+    regex_verifier,
+)
+from megascratch.align.rollout import Question
+from megascratch.align.scores import Scorer, Scores
+from megascratch.dist.mesh import Mesh, MeshSpec
+from megascratch.dist.testing import RankPool
 from megascratch.errors import ConfigError
 
 MODULE = """
@@ -66,6 +80,15 @@ def test_a_function_that_fails_costs_one_score(every: FunctionReward, completion
     assert time.monotonic() - start < 30
 
 
+def test_a_function_that_hangs_on_and_on_is_not_asked_again(folder: Path) -> None:
+    reward = FunctionReward("my_rewards:every", 0.05, folder)
+    scores = reward([Answered("", "hang", {}) for _ in range(6)])
+    assert [score.reason.startswith("took longer") for score in scores] == [True] * 3 + [False] * 3
+    assert scores[-1].reason == "not asked: the function took too long 3 times"
+    assert reward([Answered("", "nan", {})])[0].reason == "returned nan", "the next rollout asks again"
+    reward.close()
+
+
 def test_functions_are_found_by_name(folder: Path) -> None:
     reward = FunctionReward("my_rewards:Inside.length", 1.0, folder)
     assert [score.value for score in reward([Answered("", "four", {}), Answered("", "", {})])] == [4.0, 0.0]
@@ -118,3 +141,36 @@ def test_patterns() -> None:
     assert hanging.value == 0 or hanging.reason == "the pattern took too long"
     with pytest.raises(ConfigError, match="is no regular expression"):
         regex_verifier("(", 1.0)
+
+
+def _scored(mesh: Mesh, fails: bool = False) -> Scores:
+    """Score five completions by two rewards, the second of which has no answer to compare with at two of them."""
+    rewards = [(regex_verifier("a", 1.0), 0.5), (number_verifier(), 2.0)]
+    asked = [Answered("", f"a {i}", {"answer": None if i in (1, 3) else i % 4}) for i in range(5)]
+    return Scorer(rewards, mesh, fails)(asked, None)  # type: ignore[arg-type]  # no model judges
+
+
+def test_scores_are_summed_and_what_is_missing_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = _scored(Mesh.serial())
+    expected = [2.5, math.nan, 2.5, math.nan, 0.5]
+    assert scores.total.tolist() == pytest.approx(expected, nan_ok=True)
+    metrics = scores.metrics()
+    assert metrics["rewards/missing"] == 0.4
+    assert metrics["reward"] == pytest.approx(5.5 / 3)
+    assert (metrics["rewards/regex/mean"], metrics["rewards/number/mean"]) == (1.0, pytest.approx(2 / 3))
+    questions = [Question(f"p.jsonl, line {i}", torch.ones(1), "", {}) for i in range(5)]
+    scores.report(questions, 100, Console(file=sys.stdout, width=200))
+    told = capsys.readouterr().out
+    assert "no reward for 2 of 5 completions" in told
+    assert "sample 103 (p.jsonl, line 3), number: the record has no answer" in told
+    with pytest.raises(RewardError, match="completion 1 has no reward number: the record has no answer"):
+        _scored(Mesh.serial(), fails=True)
+
+
+def _on_ranks() -> list[float]:
+    return _scored(Mesh.create(MeshSpec(dp=3), torch.device("cpu"))).total.tolist()
+
+
+def test_ranks_share_the_work(pool: RankPool) -> None:
+    for total in pool.run(3, _on_ranks):
+        assert total == pytest.approx(_scored(Mesh.serial()).total.tolist(), nan_ok=True)
