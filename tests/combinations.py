@@ -22,7 +22,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "cp ulysses": {"cp": 2, "cp_algorithm": "ulysses"},
     "cp all_gather": {"cp": 2, "cp_algorithm": "all_gather"},
     "dp": {"dp": 2},
-    "deterministic dp": {"dp": 2, "deterministic_dp": True},
+    "deterministic dp": {"deterministic_dp": True},
     "ep": {"ep": 2},
     **{f"zero {stage}": {"zero": stage} for stage in choices("zero") if stage},
     "zero within 2 ranks": {"zero_ranks": 2},
@@ -59,6 +59,8 @@ def completions(values: dict[str, Any]) -> list[dict[str, Any]]:
     if values.get("ep", 1) > 1:
         values.setdefault("dp", values["ep"])
         values.setdefault("model", "moe")
+    if values.get("deterministic_dp"):
+        values.setdefault("dp", 2)
     if values.get("zero_ranks") is not None:
         values.setdefault("zero", 1)
     if values.get("zero_ranks") == 2:

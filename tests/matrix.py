@@ -114,7 +114,7 @@ def _draw(fixed: Values, source: random.Random) -> Iterator[Values]:
         values = {name: source.choice(choices) for name, choices in FACTORS.items()} | fixed
         # Guesses that the rules will like; they decide.
         if values.get("deterministic_dp"):
-            values |= {"zero": 0, "ep": 1} | fixed
+            values |= {"zero": 0, "ep": 1, "dp": 2} | fixed
             values["schedule"] = fixed.get("schedule", "1f1b" if values["vp"] == 1 else "interleaved")
         if "ep" not in fixed and not values["model"].startswith("moe"):
             values["ep"] = 1

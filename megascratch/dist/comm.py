@@ -17,8 +17,8 @@ for its own purpose, so gradients differ and are summed; after `gather` every ra
 the same everywhere and each takes its part.
 
 On an axis of size 1 every function returns its input. On the meta device, where tensors are shapes alone, nothing is
-sent: a layer's memory can be counted for any layout by one process. No function changes its input. Shapes: `dim` is divided by, or
-multiplied with, the size of the axis; all other dimensions stay.
+sent: a layer's memory can be counted for any layout by one process. No function changes its input. Shapes: `dim` is
+divided by, or multiplied with, the size of the axis; all other dimensions stay.
 """
 
 import json

@@ -84,7 +84,7 @@ class MeshSpec:
         return rank
 
     def group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
-        """Return, in rank order, the ranks that differ from `rank` only along `axes`: of `AXES`, or ep, or edp = dp/ep."""
+        """Return, in order, the ranks that differ from `rank` only along `axes`: of `AXES`, or ep, or edp = dp/ep."""
         free = {part for axis in axes for part in (("edp", "ep") if axis == "dp" else (axis,))}
         own = self._parts(rank)
         return tuple(
@@ -183,13 +183,27 @@ class Mesh:
     @classmethod
     def serial(cls, device: torch.device | None = None) -> "Mesh":
         """Return the mesh of one rank, without any process group: the serial model is the parallel model."""
-        names = ("pp", "dp", "cp", "tp", "data", "ends", "world", "mirror", "stage", "shard", "replicas", "ep", "expert_data")
+        names = (
+            "pp",
+            "dp",
+            "cp",
+            "tp",
+            "data",
+            "ends",
+            "world",
+            "mirror",
+            "stage",
+            "shard",
+            "replicas",
+            "ep",
+            "expert_data",
+        )
         device = device or torch.device("cpu")
         return cls(MeshSpec(), 0, device, **{name: Axis(name) for name in names}, clock=StepClock(device))
 
     @classmethod
     def planned(cls, spec: MeshSpec, rank: int) -> "Mesh":
-        """Return a rank's place in a mesh that does not run: sizes and coordinates, on the meta device, without groups."""
+        """Return a rank's place in a mesh that does not run: sizes and coordinates, on the meta device, no groups."""
 
         def axis(name: str, axes: tuple[str, ...]) -> Axis:
             ranks = spec.group(rank, axes)

@@ -129,7 +129,7 @@ class RollCall:
         return self._open(f"{_group_key(axis)}/{ranks[0]}-{ranks[1]}/{tag}", ranks, place, is_transfer=True)
 
     def backward_of_here(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Return a function for the backward, whose collectives are named by the line that calls this in the forward."""
+        """Return a function for the backward, whose collectives are named by the line that calls this."""
         site = f"backward of {self._here()}"
 
         def named(grad: Tensor) -> Tensor:
@@ -191,16 +191,17 @@ class RollCall:
                 what = f"rank(s) {self._missing(meeting)} did not come within {self.timeout_s:g} s"
                 raise self._stopped(what, meeting, {self.rank: place})
         if waited:  # before the lines can be deleted, or others would take this rank for one that waits for them
-            self.store.delete_key(f"at/{self.rank}")
+            self.store.set(f"at/{self.rank}", "")
 
     def _chain(self) -> dict[int, _Wait] | None:
         """Follow who waits for whom, from here; None if that ends at a rank that may yet come."""
         chain: dict[int, _Wait] = {}
         rank = self.rank
         while rank not in chain:
-            if not self.store.check([f"at/{rank}"]):
+            said = self.store.get(f"at/{rank}") if self.store.check([f"at/{rank}"]) else ""
+            if not said:
                 return None
-            chain[rank] = wait = _wait_of(json.loads(self.store.get(f"at/{rank}")))
+            chain[rank] = wait = _wait_of(json.loads(said))
             if wait.error:
                 return chain
             missing = self._missing(wait.meeting)

@@ -19,7 +19,8 @@ def tree_reduce_buffer(buffer: Tensor, axis: Axis) -> None:
         distance *= 2
 
 
-_SLICE_BITS = 30  # 53 bits of a float64 hold the sum of 2²² slices; three of them lose nothing above 2⁻⁹⁰ of the largest
+# 53 bits of a float64 hold the sum of 2²² slices; three of them lose nothing above 2⁻⁹⁰ of the largest number.
+_SLICE_BITS = 30
 
 
 def exact_sum(values: Tensor, *axes: Axis) -> Tensor:

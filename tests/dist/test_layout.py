@@ -115,6 +115,8 @@ def test_splitmix64_matches_its_published_first_outputs() -> None:
 
 
 def test_a_parameter_carries_its_spec() -> None:
-    param = parameter((4, 2), splits=(Split(0, "tp"),), sizes={"tp": 2}, dtype=torch.float32, device=torch.device("meta"))
+    param = parameter(
+        (4, 2), splits=(Split(0, "tp"),), sizes={"tp": 2}, dtype=torch.float32, device=torch.device("meta")
+    )
     assert param.spec.shape == (4, 2)  # type: ignore[attr-defined]
     assert extents(param.spec, {}, {}) == [Extent((slice(0, 4), slice(0, 2)), (slice(0, 4), slice(0, 2)))]  # type: ignore[attr-defined]

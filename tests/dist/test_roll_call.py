@@ -3,7 +3,6 @@
 import re
 import time
 
-import pytest
 import torch
 
 from megascratch.dist import comm
