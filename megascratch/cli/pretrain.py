@@ -1,7 +1,7 @@
 """`megascratch pretrain`: train a model on indexed datasets."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from megascratch.config import Config
 
 
-def pretrain(arguments: RecipeArguments = None) -> None:
+def pretrain(
+    arguments: RecipeArguments = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often ranks started here are started again after one has failed.")
+    ] = 0,
+) -> None:
     """Pretrain a model. Running it again resumes from the newest checkpoint, on the same layout or another."""
     from megascratch.cli.ranks import run_ranks
     from megascratch.config import load_config
@@ -30,7 +35,7 @@ def pretrain(arguments: RecipeArguments = None) -> None:
         raise
     parallel = config.parallel
     n_ranks = parallel.tp * parallel.pp * parallel.cp * (parallel.dp or 1)
-    raise typer.Exit(run_ranks(stage, config, n_ranks))
+    raise typer.Exit(run_ranks(stage, config, n_ranks, max_restarts, config.checkpoint.deadline_s))
 
 
 def checked_inputs(config: "Config", where: str) -> "Config":

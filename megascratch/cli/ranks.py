@@ -17,7 +17,9 @@ Work = Callable[[Request, Environment | None], int]
 _RANK_0_FIRST_S = 10.0
 
 
-def run_ranks(work: Work[Request], request: Request, n_ranks: int) -> int:
+def run_ranks(
+    work: Work[Request], request: Request, n_ranks: int, max_restarts: int = 0, deadline_s: float = 30.0
+) -> int:
     """Run a verb's work on every rank.
 
     Under torchrun or Slurm this process is one of the ranks. Outside, one rank runs in this process, and several run in
@@ -27,15 +29,16 @@ def run_ranks(work: Work[Request], request: Request, n_ranks: int) -> int:
         work: a module-level function that runs one rank and returns its exit code.
         request: what it is to do, a recipe for instance; picklable.
         n_ranks: how many ranks the layout has.
+        max_restarts, deadline_s: of ranks that are started here, as for `start_ranks`.
 
     Returns: the exit code.
     """
-    if environment() is not None or n_ranks == 1:
+    if environment() is not None or (n_ranks == 1 and max_restarts == 0):
         return run_rank(work, request)
     # Each rank tells its own errors; the launcher's would only add that a process has ended.
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    return start_ranks(n_ranks, run_rank, work, request)
+    return start_ranks(n_ranks, run_rank, work, request, max_restarts=max_restarts, deadline_s=deadline_s)
 
 
 def run_rank(work: Work[Request], request: Request) -> int:

@@ -314,6 +314,17 @@ class CheckpointConfig(Section):
         return float(self.every.removesuffix("min")) * 60 if isinstance(self.every, str) else None
 
 
+class FaultsConfig(Section):
+    """What a run does about steps that would harm it, and about ranks that differ or lag."""
+
+    max_skipped: Count = 50  # steps in a row, not finite or spiking, before the run saves and ends; fp16 needs 16
+    spike_factor: Annotated[float, Field(gt=1)] | None = None  # times the median loss: a step above it is skipped
+    spike_window: Count = 64  # losses that the median is of
+    replicas_every: Whole = 0  # steps; ranks compare, bit for bit, what they should hold alike
+    stragglers_every: Whole = 0  # steps; ranks compare how long they compute
+    straggler_ratio: Annotated[float, Field(gt=1)] = 1.5  # times the others' median: a rank above it is named
+
+
 class LogConfig(Section):
     """The run directory and how often a line is written to the console."""
 
@@ -341,6 +352,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
     rollout: RolloutConfig | None = None  # of ppo and grpo

@@ -27,12 +27,14 @@ class StepClock:
 
     Attributes:
         naming: whether regions are also named in the trace of a profiler that is running.
+        step: of training, for whoever asks where this rank is.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.naming = device, False
+        self.device, self.naming, self.step = device, False, 0
         self._counting = True
-        self._open: list[tuple[str, record_function | None]] = []
+        self._open: list[tuple[str, str, record_function | None]] = []  # kind, label, name in a trace
+        self._switched_s = time.monotonic()
         self._since: Any = None
         self._spans: list[tuple[str, Any, Any]] = []
 
@@ -62,14 +64,14 @@ class StepClock:
         named = record_function(label or kind) if self.naming else None
         if named is not None:
             named.__enter__()
-        self._open.append((kind, named))
+        self._open.append((kind, label or kind, named))
 
     def leave(self) -> None:
         """End the innermost region."""
         if not self._counting:
             return
         self._switch()
-        _, named = self._open.pop()
+        *_, named = self._open.pop()
         if named is not None:
             named.__exit__(None, None, None)
 
@@ -85,9 +87,18 @@ class StepClock:
         self._spans.clear()
         return dict(seconds)
 
+    def now(self) -> tuple[str, bool, float]:
+        """Return what the rank is doing, whether it waits for others, and since when (monotonic). Any thread may ask."""
+        regions, since = list(self._open), self._switched_s
+        if not regions:
+            return "between regions", False, since
+        kind, label, _ = regions[-1]
+        # On a GPU the host may wait for others anywhere, for its own queue to run dry.
+        return label, kind == "communication" or self.device.type == "cuda", since
+
     def _switch(self) -> None:
         """End the span of the innermost region: it is entered, left, or gives way to one inside it."""
-        now = self._now()
+        now, self._switched_s = self._now(), time.monotonic()
         if self._open:
             self._spans.append((self._open[-1][0], self._since, now))
         self._since = now

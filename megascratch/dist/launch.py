@@ -7,9 +7,12 @@ of more than one rank is started on this machine through torch's own elastic lau
 """
 
 import ctypes
+import inspect
+import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,17 +85,27 @@ def process_group(env: Environment, timeout_s: float = 600.0) -> Iterator[None]:
     Args:
         env: who this process is.
         timeout_s: a collective that waits longer fails, and with it the run.
+
+    Raises: ConfigError: if the port that the ranks are to meet at is taken.
     """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo",
-        rank=env.rank,
-        world_size=env.world_size,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    try:
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo",
+            rank=env.rank,
+            world_size=env.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        problem = Problem(
+            f"MASTER_PORT = {os.environ['MASTER_PORT']}", "is in use by another program", "set it to a free port"
+        )
+        raise ConfigError(problem, "the environment") from None
     try:
         yield
     finally:
@@ -120,16 +133,29 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
-def start_ranks(n_ranks: int, target: Callable[..., int], *args: Any) -> int:
+def start_ranks(
+    n_ranks: int, target: Callable[..., int], *args: Any, max_restarts: int = 0, deadline_s: float = 30.0
+) -> int:
     """Run `target(*args)` in `n_ranks` processes of this machine, and return the exit code of them all.
 
     Args:
         n_ranks: world size.
         target: a module-level function; it returns its process's exit code, and finds its rank by `environment`.
         args: picklable arguments.
+        max_restarts: how often all ranks are started again after one has failed; a user's mistake stays one.
+        deadline_s: that ranks have to end in when they are asked to, before they are killed.
 
     Returns: 0, or the code that a rank ended with: 2 and 75 win over any other.
     """
+    for restart in range(max_restarts + 1):
+        code = _start_once(n_ranks, target, args, deadline_s)
+        if code != EXIT_FAILED or restart == max_restarts:
+            break
+        print(f"a rank has failed: restart {restart + 1} of {max_restarts}", file=sys.stderr, flush=True)
+    return code
+
+
+def _start_once(n_ranks: int, target: Callable[..., int], args: tuple[Any, ...], deadline_s: float) -> int:
     # Ranks on one machine share its cores: without this, every process would start a thread a core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n_ranks)))
     config = LaunchConfig(
@@ -142,6 +168,7 @@ def start_ranks(n_ranks: int, target: Callable[..., int], *args: Any) -> int:
         max_restarts=0,
         monitor_interval=0.1,
         start_method="spawn",
+        **_patience(deadline_s),
     )
     try:
         elastic_launch(config, _rank_main)(target, args)
@@ -158,6 +185,12 @@ def start_ranks(n_ranks: int, target: Callable[..., int], *args: Any) -> int:
     return EXIT_DONE
 
 
+def _patience(deadline_s: float) -> dict[str, Any]:
+    """Return what tells torch's agent how long to wait for ranks that it has asked to end: 30 s before torch 2.13."""
+    known = "shutdown_timeout" in inspect.signature(LaunchConfig).parameters
+    return {"shutdown_timeout": math.ceil(deadline_s)} if known else {}
+
+
 def _rank_main(target: Callable[..., int], args: tuple[Any, ...]) -> None:
     code = target(*args)
     sys.stdout.flush()
@@ -167,12 +200,32 @@ def _rank_main(target: Callable[..., int], args: tuple[Any, ...]) -> None:
 
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGUSR1 asked the run to stop; the trainer looks after every step."""
+    """Remembers that SIGTERM or SIGUSR1 asked the run to stop; the trainer looks after every step.
 
-    def __init__(self) -> None:
-        self.received = False
+    Args:
+        deadline_s: that the run then has to save and end in. When it is over the process ends, saved or not: who asked
+            will not wait longer.
+    """
+
+    def __init__(self, deadline_s: float) -> None:
+        self.received, self.deadline_s = False, deadline_s
+        self._timer: threading.Timer | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
+    def done(self) -> None:
+        """The run has ended in time."""
+        if self._timer is not None:
+            self._timer.cancel()
+
     def _receive(self, *_: Any) -> None:
+        if not self.received:
+            self._timer = threading.Timer(self.deadline_s, self._give_up)
+            self._timer.daemon = True
+            self._timer.start()
         self.received = True
+
+    def _give_up(self) -> None:
+        text = f"asked to stop, and not saved within checkpoint.deadline_s = {self.deadline_s:g} s"
+        print(text, file=sys.stderr, flush=True)
+        os._exit(EXIT_FAILED)

@@ -60,7 +60,7 @@ class StepReport:
         grad_norm: global norm before clipping.
         lr: learning rate of the update.
         loss_scale: fp16 factor used in the step; 1 elsewhere.
-        skipped: True when the gradient was not finite and nothing was updated.
+        skipped: True when nothing was updated: the gradient was not finite, or the step was not accepted.
     """
 
     loss: float
@@ -159,6 +159,7 @@ class Engine:
         microbatches: Sequence[Microbatch],
         objective: Objective,
         on_event: Callable[[Action, bool], None] | None = None,
+        accepts: Callable[[float, float], bool] = lambda loss, grad_norm: math.isfinite(grad_norm),
     ) -> StepReport:
         """Run one step: forward and backward of this rank's micro-batches, then the update.
 
@@ -183,8 +184,9 @@ class Engine:
         totals = self._run(microbatches, objective, scale / nominal, on_event)
         routers = self.router_notes.reports(totals.weight)
         with self.mesh.clock.region("optimizer"):
-            result = self.optimizer.step(lr, grad_scale=nominal / (scale * totals.weight))
-        self.loss_scale.update(overflow=result.skipped)
+            grad_scale = nominal / (scale * totals.weight)
+            result = self.optimizer.step(lr, grad_scale, partial(accepts, totals.loss))
+        self.loss_scale.update(overflow=not math.isfinite(result.grad_norm))
         if not result.skipped:
             for stage in self.stages.values():
                 move_biases(stage, routers)

@@ -123,5 +123,5 @@ def describe_step(values: dict[str, Any], console: Console) -> None:
     if "valid_loss" in values:
         parts.append(f"valid {values['valid_loss']:.4f}")
     if values.get("skipped"):
-        parts.append("skipped: the gradient was not finite")
+        parts.append("skipped: loss or gradient were not finite, or spiked")
     console.print(" · ".join(parts))

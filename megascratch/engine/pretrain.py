@@ -1,11 +1,16 @@
 """Pretraining: the next token of samples cut from indexed datasets."""
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from megascratch.config import Config
 from megascratch.data.blend import Datasets, build_datasets
@@ -18,6 +23,7 @@ from megascratch.engine.objective import Loss, Objective, Outputs, next_token
 from megascratch.engine.task import Begin, Task, Validation, valid_loss
 from megascratch.engine.totals import Totals
 from megascratch.engine.train import train
+from megascratch.errors import DataError, Problem
 from megascratch.tokenizer import Tokenizer, formats
 
 
@@ -37,13 +43,38 @@ def pretraining(config: Config, mesh: Mesh) -> Begin:
         if tokenizer is not None:
             objective = counting_bytes(token_lengths(tokenizer, config.model.vocab_size or 0), mesh.device)
         validation = Validation(valid, config.eval.batches, objective, _describe)
-    task = Task(next_token, train, validation)
+    digest = data_digest(config)
+    task = Task(
+        next_token,
+        train,
+        validation,
+        state=lambda: {"data": digest},
+        restore=partial(_require_same_data, config, digest),
+    )
     return lambda engine: task
 
 
 def pretrain(config: Config, environment: Environment | None) -> int:
     """Pretrain this rank's part of a model. Arguments, result and errors as of `train`."""
     return train(config, environment, pretraining)
+
+
+def data_digest(config: Config) -> str:
+    """Return a digest of what decides which samples a run reads: indexes, lengths of data, and the recipe's cuts."""
+    data = config.data
+    digest = xxhash.xxh3_64(json.dumps([data.weights, data.split, data.seq_length, config.train.seed]).encode())
+    for path in data.paths:
+        digest.update(Path(f"{path}.idx").read_bytes())
+        digest.update(f"{Path(f'{path}.bin').stat().st_size}".encode())
+    return digest.hexdigest()
+
+
+def _require_same_data(config: Config, digest: str, state: Mapping[str, Any]) -> None:
+    """See that a run goes on with the data that it began with; one that begins from another's weights may not."""
+    if config.checkpoint.load is None and state.get("data", digest) != digest:
+        rule = "or the keys that cut them into samples are not those that this run was trained on so far"
+        remedy = "restore them, or begin a run of its own with checkpoint.load and another log.dir"
+        raise DataError(Problem(f"data.paths = {config.data.paths}", rule, remedy))
 
 
 def open_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:

@@ -1,6 +1,6 @@
 """Any training, as one rank runs it: join the world, open the data, build or resume the engine, train."""
 
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import torch
 
@@ -10,8 +10,10 @@ from megascratch.dist import comm
 from megascratch.dist.agreement import code_digest, require_agreement
 from megascratch.dist.launch import Environment, keep_freed_memory, process_group, share_cores
 from megascratch.dist.mesh import Mesh
+from megascratch.dist.watch import Watch
 from megascratch.engine.checkpoints import Checkpoints, resume, resume_companions
 from megascratch.engine.engine import Engine
+from megascratch.engine.guard import Guard
 from megascratch.engine.metrics import RunDirectory
 from megascratch.engine.state import require_equal_replicas
 from megascratch.engine.task import Method
@@ -41,17 +43,24 @@ def train(config: Config, environment: Environment | None, method: Method) -> in
 
 def train_on(config: Config, mesh: Mesh, method: Method) -> int:
     """Train on a mesh that is there. Arguments, result and errors as of `train`."""
+    with Watch.over_default_group(mesh.clock, config.train.timeout_s):
+        return _train(config, mesh, method)
+
+
+def _train(config: Config, mesh: Mesh, method: Method) -> int:
     console = make_console(mesh.rank)
     versions = {"megascratch": megascratch.__version__, "its code": code_digest(), "torch": torch.__version__}
     require_agreement({**versions, **config.model_dump(mode="json")}, mesh.world, mesh.device)
     begin = method(config, mesh)
-    run = RunDirectory(config, writes=mesh.rank == 0)
-    run_id = comm.gather_bytes(run.id.encode(), mesh.world, mesh.device)[0].decode()
-    engine = Engine(config, mesh)
-    state = resume(engine, config, console, run_id) or {}
-    require_equal_replicas(engine)
-    task = begin(engine)
-    resume_companions(task.companions, state)
-    task.restore(state)
-    checkpoints = Checkpoints(engine, console, run_id, task.resumable_every, task.companions)
-    return Trainer(engine, task, run, console, checkpoints, int(state.get("consumed_samples", 0))).run()
+    with closing(RunDirectory(config, writes=mesh.rank == 0)) as run:
+        run_id = comm.gather_bytes(run.id.encode(), mesh.world, mesh.device)[0].decode()
+        engine = Engine(config, mesh)
+        state = resume(engine, config, console, run_id) or {}
+        require_equal_replicas(engine)
+        task = begin(engine)
+        resume_companions(task.companions, state)
+        task.restore(state)
+        checkpoints = Checkpoints(engine, console, run_id, task.resumable_every, task.companions)
+        guard = Guard(engine, run.path / "faults", console, state)
+        consumed_samples = int(state.get("consumed_samples", 0))
+        return Trainer(engine, task, run, console, checkpoints, guard, consumed_samples).run()

@@ -19,20 +19,15 @@ from megascratch.dist.mesh import Mesh
 from megascratch.engine.checkpoints import Checkpoints, Vote
 from megascratch.engine.engine import Engine, StepReport
 from megascratch.engine.gpu import GpuMonitor
+from megascratch.engine.guard import Guard
 from megascratch.engine.meter import Meter, peak_memory_bytes
 from megascratch.engine.metrics import RunDirectory, describe_step
 from megascratch.engine.task import Task, Validation
 from megascratch.engine.totals import Totals
 from megascratch.engine.trace import traced
-from megascratch.errors import EXIT_DONE, EXIT_STOPPED, MegascratchError
+from megascratch.errors import EXIT_DONE, EXIT_STOPPED
 from megascratch.log import progress
 from megascratch.pipeline import Recorder, times_text
-
-_MOST_SKIPPED_IN_A_ROW = 50  # fp16 loss scaling needs 16 halvings from its start at the most; more is divergence
-
-
-class DivergedError(MegascratchError):
-    """Gradients stay not finite: training cannot go on."""
 
 
 class Trainer:
@@ -44,6 +39,7 @@ class Trainer:
         run: the run directory.
         console: rank-aware.
         checkpoints: saves the engine.
+        guard: watches over steps and ranks.
         consumed_samples: where in the data the run stands.
     """
 
@@ -54,14 +50,14 @@ class Trainer:
         run: RunDirectory,
         console: Console,
         checkpoints: Checkpoints,
+        guard: Guard,
         consumed_samples: int = 0,
     ) -> None:
         self.engine, self.task = engine, task
         self.run_directory, self.console, self.consumed_samples = run, console, consumed_samples
-        self.checkpoints = checkpoints
+        self.checkpoints, self.guard = checkpoints, guard
         self.gpu = GpuMonitor(self.mesh.device)
         self.meter = Meter(self.config, self.mesh)
-        self._skipped_in_a_row = 0
 
     @property
     def config(self) -> Config:
@@ -76,11 +72,13 @@ class Trainer:
 
         Returns: 0 when done, 75 when stopped by a signal or the stop file after a checkpoint was saved.
 
-        Raises: DivergedError: if too many steps in a row had to be skipped.
+        Raises:
+            DivergedError: if too many steps in a row had to be skipped; what was trained is saved.
+            ReplicaError: if ranks differ that should not.
         """
         train = self.config.train
         last = min(train.steps, train.stop_step or train.steps)
-        stop, stopped = StopSignal(), False
+        stop, stopped = StopSignal(self.config.checkpoint.deadline_s), False
         remaining = last - self.engine.step
         batches = self.task.train.steps(self.consumed_samples, max(0, remaining))
         with progress(self.console, "train", remaining, "steps") as advance:
@@ -95,11 +93,15 @@ class Trainer:
                 if self.engine.step % self.config.log.every == 0 or self.engine.step == last:
                     describe_step(values, self.console)
                 advance(1)
-                ending = stopped or self.engine.step == last
-                self.checkpoints.after_step(vote, self.consumed_samples, self.task.state(), ending=ending)
+                diverged = self.guard.must_stop
+                ending = stopped or diverged or self.engine.step == last
+                state = self.task.state() | self.guard.state()
+                self.checkpoints.after_step(vote, self.consumed_samples, state, ending=ending)
+                if diverged:
+                    raise self.guard.stop()
                 if stopped:
                     break
-        self.run_directory.close()
+        stop.done()
         if stopped and self.engine.step < last:
             self.console.print(f"stopped after step {self.engine.step}; the same command resumes")
             return EXIT_STOPPED
@@ -108,6 +110,7 @@ class Trainer:
     def _step(self, batches: Iterator[list[Microbatch]]) -> dict[str, Any]:
         """Run one step on the next batch and return the values to log."""
         clock, step = self.mesh.clock, self.engine.step + 1
+        clock.step = step
         n_samples = self.config.train.batch_at(self.consumed_samples)
         clock.read()  # validation and saving since the last step are no part of this one
         start = time.perf_counter()
@@ -115,19 +118,16 @@ class Trainer:
         with self._traced(step):
             with clock.region("data"):
                 microbatches = next(batches)
-            report = self.engine.train_step(microbatches, self.task.objective, on_event=recorder)
+            report = self.engine.train_step(microbatches, self.task.objective, recorder, self.guard.accepts)
             phases = clock.read()
             cost = self.meter.values(n_samples, time.perf_counter() - start, phases)
         if recorder is not None:
             self._keep_times(recorder, len(microbatches))
         self.consumed_samples += n_samples
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if report.skipped else 0
-        if self._skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
-            raise DivergedError(
-                f"the gradient was not finite in {self._skipped_in_a_row} steps in a row, up to step"
-                f" {self.engine.step}: lower optim.lr, or resume from an earlier checkpoint"
-            )
-        return {**self._values(report, {"global_batch": n_samples, **cost}), **self.task.observe(report)}
+        busy_s = sum(seconds for kind, seconds in phases.items() if kind != "communication")
+        noted = self.guard.after_step(report, microbatches, busy_s)
+        values = self._values(report, {"global_batch": n_samples, **cost})
+        return {**values, **noted, **self.task.observe(report)}
 
     def _traced(self, step: int) -> AbstractContextManager[None]:
         """Trace a step that `log.profile` names, on one rank of each pipeline stage."""

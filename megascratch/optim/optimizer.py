@@ -7,7 +7,7 @@ and where the recipe does without such copies.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -106,18 +106,19 @@ class Optimizer:
             bucket.zero_grads()
 
     @torch.no_grad()
-    def step(self, lr: float, grad_scale: float) -> StepResult:
+    def step(self, lr: float, grad_scale: float, accepts: Callable[[float], bool] = math.isfinite) -> StepResult:
         """Update every parameter from the accumulated gradients.
 
         Args:
             lr: learning rate.
             grad_scale: factor that turns accumulated sums into the gradient of the mean loss.
+            accepts: whether to update with a gradient of this norm; the same on every rank.
 
-        Returns: the norm of the scaled gradient. A norm that is not finite skips the update, on every rank alike.
+        Returns: the norm of the scaled gradient.
         """
         reduced = [bucket.reduced_grads() for bucket in self.buckets]
         norm = self._global_norm(reduced) * grad_scale
-        if not math.isfinite(norm):
+        if not accepts(norm):
             return StepResult(norm, skipped=True)
         factor = grad_scale * (min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0)
         self.updates += 1
