@@ -19,8 +19,10 @@ from megascratch.cli import (
     evaluate,
     generate,
     inspect,
+    launch,
     merge,
     plan,
+    preflight,
     preprocess,
     pretrain,
     tokenizer,
@@ -67,6 +69,8 @@ app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("config")(config.config)
+app.command("launch")(launch.launch)
+app.command("preflight")(preflight.preflight)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

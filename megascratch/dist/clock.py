@@ -88,7 +88,7 @@ class StepClock:
         return dict(seconds)
 
     def now(self) -> tuple[str, bool, float]:
-        """Return what the rank is doing, whether it waits for others, and since when (monotonic). Any thread may ask."""
+        """Return what the rank is doing, whether it waits for others, and since when (monotonic), to any thread."""
         regions, since = list(self._open), self._switched_s
         if not regions:
             return "between regions", False, since

@@ -8,7 +8,7 @@ fails, or takes longer than the time-out, asks for everyone's word; whose does n
     rank 2   was killed                       does not answer
     rank 3   waits in recv pp                 answers, ends
 
-    rank 2 on node7 (process 4242) does not answer: it was killed, or its node is gone; last seen in step 12, forward 0F1
+    rank 2 on node7 (process 4242) does not answer: it was killed or stopped, or its node is gone; last seen in step 12
 
 A rank that was stopped (SIGSTOP) is ended by those on its host, for its launcher would wait until it is let go on.
 """

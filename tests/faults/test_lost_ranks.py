@@ -13,7 +13,7 @@ from megascratch.config import Config
 from megascratch.dist.testing import RankPool
 
 PLACES = ("forward", "backward", "optimizer", "save")
-_TO_END_S = 1.5  # for an interpreter to leave, on a busy machine
+_TO_END_S = 4.0  # to be told and to leave, for interpreters on a busy machine
 
 
 def config_in(folder: Path) -> Config:
@@ -36,7 +36,7 @@ def test_a_lost_rank_is_named(what: str, place: str, tmp_path: Path) -> None:
     assert len(told) == 1, ended
     fault_of(f"{what} in {place}").matches(told[0])
     assert ended.codes == [1, 1 if what == "hang" else -9]
-    assert max(ended.seconds) < (0 if what == "kill" else TIMEOUT_S) + 1 + _TO_END_S
+    assert max(ended.seconds) < TIMEOUT_S + 1 + _TO_END_S
     assert "Traceback" not in ended.said
 
 
