@@ -9,7 +9,7 @@ from megascratch.align.kto import labelled_answers
 from megascratch.align.pairs import answers, is_chosen
 from megascratch.align.preference_losses import LABEL_LOSSES, PAIR_LOSSES, REFERENCE_FREE, Ratios
 from megascratch.align.reference import reference_of
-from megascratch.align.sources import Complete, keep_template, open_sets, require_whole_pairs
+from megascratch.align.sources import Complete, keep_template, open_sets, require_plain_layers, require_whole_pairs
 from megascratch.config import Config, DpoConfig
 from megascratch.data.microbatch import Microbatch
 from megascratch.dist.mesh import Mesh
@@ -23,6 +23,7 @@ def preferences(config: Config, mesh: Mesh) -> Begin:
     Raises: DataError, TokenizerError: if none can be used, or any cannot and the recipe is strict. ConfigError: if a
         micro-batch would cut pairs apart.
     """
+    require_plain_layers(config)
     dpo = config.dpo or DpoConfig()
     if dpo.loss in LABEL_LOSSES:
         return labelled_answers(config, mesh)

@@ -18,7 +18,7 @@ from torch import Tensor
 from megascratch.align.conversations import preference
 from megascratch.align.examples import read_examples
 from megascratch.align.pairs import answers
-from megascratch.align.sources import keep_template, open_sets, require_whole_pairs
+from megascratch.align.sources import keep_template, open_sets, require_plain_layers, require_whole_pairs
 from megascratch.config import Config, RewardConfig
 from megascratch.data.microbatch import Microbatch
 from megascratch.dist.mesh import Mesh
@@ -35,6 +35,7 @@ def reward_model(config: Config, mesh: Mesh) -> Begin:
     Raises: DataError, TokenizerError: if none can be used, or any cannot and the recipe is strict. ConfigError: if a
         micro-batch would cut pairs apart.
     """
+    require_plain_layers(config)
     require_whole_pairs(config)
     sets = open_sets(config, read_examples(config, preference, make_console(mesh.rank), scored=True))
 

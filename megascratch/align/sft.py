@@ -6,7 +6,7 @@ from megascratch.align.sources import keep_template, open_sets
 from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
 from megascratch.dist.mesh import Mesh
-from megascratch.engine import Begin, Engine, Loss, Outputs, Task
+from megascratch.engine import Begin, Engine, Loss, Outputs, Task, with_ahead
 from megascratch.log import make_console
 from megascratch.ops import acc_dtype
 
@@ -29,4 +29,4 @@ def completion_tokens(outputs: Outputs, microbatch: Microbatch) -> Loss:
     """Cross-entropy in nats a learned token, over the whole global batch, and how often the model has it right."""
     mask = microbatch.loss_mask.to(acc_dtype(outputs.hidden))
     total, hits = outputs.cross_entropy_and_hits(microbatch.labels, mask)
-    return Loss(total, mask.sum(), {"mean_token_accuracy": (hits * mask).sum()})
+    return with_ahead(Loss(total, mask.sum(), {"mean_token_accuracy": (hits * mask).sum()}), outputs)

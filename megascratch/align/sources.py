@@ -106,6 +106,24 @@ def open_sets(
     return Sets(rows(train, config.train.seed), rows(valid, seed=None) if valid else None)
 
 
+def require_plain_layers(config: Config) -> None:
+    """Check that the layers have no loss of their own: it is weighed by tokens, and answers weigh by their number.
+
+    Raises: ConfigError: if they have.
+    """
+    model = config.model
+    problems = []
+    if (moe := model.moe) is not None:
+        coefficients = {"aux_loss_coeff": moe.aux_loss_coeff, "z_loss_coeff": moe.z_loss_coeff}
+        rule = "weighs tokens, and a loss of answers does not"
+        problems = [Problem(f"model.moe.{k} = {v}", rule, "set it to 0") for k, v in coefficients.items() if v]
+    if model.mtp_num_layers:
+        rule = "predicts tokens, of which a loss of answers knows nothing"
+        problems.append(Problem(f"model.mtp_num_layers = {model.mtp_num_layers}", rule, "set it to 0"))
+    if problems:
+        raise ConfigError(problems)
+
+
 def require_whole_pairs(config: Config) -> None:
     """Check that rows of a pair stay in one micro-batch.
 

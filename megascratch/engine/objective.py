@@ -151,9 +151,14 @@ def next_token(outputs: Outputs, microbatch: Microbatch) -> Loss:
     """
     dtype = acc_dtype(outputs.hidden)
     mask = microbatch.loss_mask.to(dtype)
-    loss = Loss(total=outputs.cross_entropy(microbatch.labels, mask), weight=mask.sum())
+    return with_ahead(Loss(total=outputs.cross_entropy(microbatch.labels, mask), weight=mask.sum()), outputs)
+
+
+def with_ahead(loss: Loss, outputs: Outputs) -> Loss:
+    """Put the loss of tokens further ahead, if the model predicts any, beside that of the next one."""
     if not outputs.ahead:
         return loss
+    dtype = acc_dtype(outputs.hidden)
     losses = [further.cross_entropy(later.labels, later.loss_mask.to(dtype)) for further, later in outputs.ahead]
     mean = torch.stack(losses).mean()
-    return replace(loss, besides=outputs.ahead_factor * mean, metrics={"mtp_loss": mean})
+    return replace(loss, besides=outputs.ahead_factor * mean, metrics={**loss.metrics, "mtp_loss": mean})

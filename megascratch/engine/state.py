@@ -121,7 +121,9 @@ def load_weights(engine: Engine, path: Path) -> None:
     Raises: CheckpointError: if it is of another model, damaged, or incomplete.
     """
     path = find(path)
-    _require_same_model(engine.config.model, read_state(path), path, but=("head",))
+    _require_same_model(
+        engine.config.model, read_state(path), path, but=("head", "mtp_num_layers", "mtp_loss_scaling_factor")
+    )
     saved = Reader(path).manifest.tensors
     load(path, [s for s in engine_shards(engine) if s.name in saved or not is_addition(s.name)], cast=True)
     engine.optimizer.refresh_masters()

@@ -13,7 +13,7 @@ from megascratch.config import Config, ParallelConfig
 from megascratch.config.check import check
 from megascratch.dist.mesh import Mesh
 from megascratch.errors import CheckpointError, LayoutError, Problem, TokenizerError
-from megascratch.nn import DTYPES, Placement, Stage, core_for
+from megascratch.nn import DTYPES, Placement, Stage, add_adapters, core_for
 from megascratch.tokenizer import Tokenizer, formats
 
 TOKENIZER = "tokenizer.json"
@@ -42,7 +42,10 @@ def load_model(checkpoint: Path, mesh: Mesh, dtype: torch.dtype | None = None) -
             dtype = torch.float32
     core = core_for(config.train.attention, mesh.device)
     # A single token cannot be divided along the sequence.
-    stage = Stage(config.model, Placement(mesh.tp, False, dtype, mesh.device), core=core).eval().requires_grad_(False)
+    stage = Stage(config.model, Placement(mesh.tp, False, dtype, mesh.device), core=core)
+    if config.lora is not None:
+        add_adapters(stage, config.lora)
+    stage.eval().requires_grad_(False)
     for param in stage.parameters():
         param.zero_()  # padding, which no checkpoint holds
     load(directory, weight_shards(stage.parameters(), mesh), cast=True)

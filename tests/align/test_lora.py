@@ -16,6 +16,7 @@ from megascratch.dist.mesh import Mesh
 from megascratch.engine import Engine, train
 from megascratch.engine.state import load_engine, load_weights
 from megascratch.errors import CheckpointError, ConfigError
+from megascratch.infer import load_model
 from megascratch.log import make_console
 from megascratch.nn import SequenceInfo
 
@@ -61,6 +62,10 @@ def test_only_adapters_learn_and_begin_with_nothing(trained: tuple[Config, Path]
     assert not torch.allclose(_logits(adapted), _logits(plain), atol=1e-3)
     with adapted.adapters_off():
         assert torch.equal(_logits(adapted), _logits(plain))
+    opened, _ = load_model(Path(config.log.dir) / "checkpoints", Mesh.serial())
+    with torch.no_grad():
+        generates = opened(None, TOKENS, SequenceInfo(TOKENS.shape[1])).transpose(0, 1)[..., :300]
+    assert torch.equal(generates, _logits(adapted))
 
 
 def test_merged_and_exported_adapters_compute_the_same(trained: tuple[Config, Path], tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ import pytest
 from alignment import recipe, save_tokenizer, turns, write_records
 from command_line import exit_code
 
+from megascratch.align.dpo import preferences
+from megascratch.align.reward import reward_model
 from megascratch.align.sft import supervised
 from megascratch.config import Config, to_toml
 from megascratch.engine import train
+from megascratch.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +70,21 @@ def test_the_verb_takes_shape_and_tokenizer_of_its_start(
     assert "tokens, 5 learned" in capfd.readouterr().out
     assert exit_code("sft", *arguments[1:]) == 2
     assert "data.paths" in capfd.readouterr().err
+
+
+def test_what_does_not_go_together_is_told_before_training(data: tuple[Path, Path], tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "ffn_hidden": 24, "aux_loss_coeff": 0.1, "router_load_balancing_type": "aux_loss"}
+    for method, sections, message in (
+        (preferences, {"chat": {"packing": False}}, r"micro_batch = 1 +must be even: without packing, a pair is two"),
+        (preferences, {"model": {"moe": experts}}, r"aux_loss_coeff = 0\.1 +weighs tokens, and a loss of answers"),
+        (reward_model, {"model": {"mtp_num_layers": 1}}, r"mtp_num_layers = 1 +predicts tokens"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(recipe(*data, tmp_path, **sections), None, method)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_further_ahead_are_learned_too(data: tuple[Path, Path], tmp_path: Path) -> None:
+    config = recipe(*data, tmp_path, model={"mtp_num_layers": 1}, train={"steps": 2})
+    assert train(config, None, supervised) == 0
+    assert _records(config)[0]["mtp_loss"] > 0
