@@ -5,6 +5,7 @@ from typing import Any
 
 from megascratch.checkpoint.families import FAMILIES, Family
 from megascratch.checkpoint.families.rope import write_rope
+from megascratch.checkpoint.source import check_sizes
 from megascratch.config import ModelConfig
 from megascratch.errors import CheckpointError, Problem
 
@@ -60,7 +61,16 @@ def read_config(config: Mapping[str, Any], n_tensors: int) -> tuple[Family, dict
     if family is None:
         rule = f"is not a family that can be read: {', '.join(FAMILIES)}"
         raise CheckpointError(Problem(f"model_type = {config.get('model_type')}", rule, "convert another model"))
-    config = {**family.defaults, **config}
+    try:
+        return family, _section(family, {**family.defaults, **config}, n_tensors)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        # Every family reads keys of its own, and a file may say anything.
+        rule = f"has a value of the wrong kind: {type(error).__name__}: {error}"[:200]
+        raise CheckpointError(Problem("config.json", rule, "correct it, or download it again")) from None
+
+
+def _section(family: Family, config: Mapping[str, Any], n_tensors: int) -> dict[str, Any]:
+    """Return our `[model]` section; arguments and errors as for `read_config`, but for values of wrong kinds."""
 
     def theirs(key: str) -> str:
         return family.names.get(key, key)
@@ -108,4 +118,5 @@ def read_config(config: Mapping[str, Any], n_tensors: int) -> tuple[Family, dict
     if n_experts > n_tensors:
         rule = f"is more than a folder of {n_tensors} tensors can have"
         raise CheckpointError(Problem(f"num_experts = {n_experts}", rule, "download it again"))
-    return family, section
+    check_sizes(section)
+    return section

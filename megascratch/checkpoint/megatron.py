@@ -28,7 +28,7 @@ from megascratch.checkpoint.dcp import METADATA, DcpFolder
 from megascratch.checkpoint.format import damage, read_bounded, whole
 from megascratch.checkpoint.megatron_args import read_arguments
 from megascratch.checkpoint.pickles import StoredTensor, load_torch_file
-from megascratch.checkpoint.source import Kind, Source
+from megascratch.checkpoint.source import Kind, Source, check_sizes
 from megascratch.checkpoint.steps import rename
 from megascratch.config import DataConfig, ModelConfig, config_from_dict
 from megascratch.dist.layout import Box, ParamSpec, extents
@@ -103,8 +103,11 @@ def open_megatron(path: Path) -> Source:
         raise damage(path, "args", "are not in the checkpoint, so the model's shape is not known")
     try:
         section = read_arguments(args)
+        check_sizes(section)
     except CheckpointError as error:
         raise CheckpointError(error.problems, str(path)) from None
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise damage(path, "args", f"have a value of the wrong kind: {error}"[:200]) from None
     if section["n_layers"] != opened.n_layers:
         rule = f"is not the number of layers that there are, {opened.n_layers}"
         raise damage(path, f"args.num_layers = {section['n_layers']}", rule)

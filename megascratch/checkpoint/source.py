@@ -24,6 +24,7 @@ from megascratch.dist.layout import Box, lengths
 from megascratch.errors import CheckpointError, Problem
 from megascratch.nn import DTYPES as TRAIN_DTYPES
 
+_LARGEST_SIZE = 1 << 28  # far above any model's, and small enough for products of two
 BLOCK_BYTES = 32 << 20  # of a large tensor that is read and written in blocks
 
 
@@ -124,3 +125,13 @@ def written_dtype(saved: torch.dtype, dtype: str | None) -> torch.dtype:
     if dtype not in TRAIN_DTYPES:
         raise CheckpointError(Problem(f"dtype = {dtype}", "is not a dtype", f"use {', '.join(TRAIN_DTYPES)}"))
     return TRAIN_DTYPES[dtype]
+
+
+def check_sizes(section: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError for a number that no model has, before tensors of such a size are thought of."""
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            check_sizes(value)
+        elif isinstance(value, int) and abs(value) > _LARGEST_SIZE:
+            rule = f"must not exceed {_LARGEST_SIZE}"
+            raise CheckpointError(Problem(f"{key} = {value}"[:100], rule, "correct the file that says so"))

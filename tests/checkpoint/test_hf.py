@@ -122,7 +122,10 @@ def test_models_that_no_family_expresses_are_refused(
         ({"model_type": "bert"}, "model_type = bert +is not a family that can be read: llama, mistral, qwen2, qwen3"),
         ({"model_type": "gpt2"}, "n_embd +must be given, as a number"),
         ({"model_type": "gemma2", "hidden_act": "silu"}, "tensor model.layers.0.post_feedforward_layernorm.weight +is"),
-        ({"model_type": "gemma2", "layer_types": ["full_attention", "sliding_attention"]}, "every n-th layer sees"),
+        (
+            {"model_type": "gemma2", "layer_types": [*["full_attention"] * 2, "sliding_attention"]},
+            "every n-th layer sees",
+        ),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern = 0 +must be a number"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ({"model_type": "olmo2", "attention_bias": True}, "attention_bias = True +must be False"),

@@ -212,6 +212,11 @@ def _legacy(folder: Path, **changes: Any) -> Path:
         ({"args": None}, "args +are not in the checkpoint"),
         ({"args": Namespace(**{**vars(arguments("llama")), "num_experts": 8})}, "args.num_experts = 8 +must be None"),
         ({"args": Namespace(**{**vars(arguments("llama")), "hidden_size": "x"})}, "args.hidden_size +must be given"),
+        ({"args": Namespace(**{**vars(arguments("llama")), "hidden_size": 2**70})}, "hidden = .* must not exceed"),
+        (
+            {"args": Namespace(**{**vars(arguments("llama")), "rotary_base": []})},
+            "args +have a value of the wrong kind",
+        ),
         ({"args": Namespace(num_layers=10**9)}, "args.hidden_size +must be given"),
         ({}, "args.num_layers = 4 +is not the number of layers that there are, 0"),
     ],

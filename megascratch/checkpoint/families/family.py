@@ -123,8 +123,12 @@ def read_windows(config: Mapping[str, Any], kinds: list[str] | None = None) -> d
     """
     window, kinds = config.get("sliding_window"), config.get("layer_types") or kinds
     full = [i + 1 for i, kind in enumerate(kinds or []) if kind == "full_attention"]
-    if set(kinds or []) - {"full_attention", "sliding_attention"}:
-        raise CheckpointError(Problem(f"layer_types = {sorted(set(map(str, kinds or [])))}", "must be full or sliding"))
+    if set(map(str, kinds or [])) - {"full_attention", "sliding_attention"}:
+        found = sorted(set(map(str, kinds or [])))
+        raise CheckpointError(Problem(f"layer_types = {found}"[:200], "must be full_attention or sliding_attention"))
+    if kinds and len(kinds) != config["num_hidden_layers"]:
+        rule = f"must be one for each of {config['num_hidden_layers']} layers"
+        raise CheckpointError(Problem(f"layer_types has {len(kinds)} entries", rule, "correct config.json"))
     if window is None or (kinds and len(full) == len(kinds)):
         return {}
     if not full:
