@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from megascratch.checkpoint.format import damage, whole
 from megascratch.checkpoint.hf_config import read_config, write_config
 from megascratch.checkpoint.hf_folder import CONFIG, INDEX, SINGLE, read_json
 from megascratch.checkpoint.pieces import NewPiece, new_directory, write_pieces
-from megascratch.checkpoint.source import Container, Kind, Source, written_dtype
+from megascratch.checkpoint.source import Container, Kind, Latest, Source, written_dtype
 from megascratch.checkpoint.steps import Step
 from megascratch.config import DataConfig, ModelConfig, config_from_dict
 from megascratch.dist.distributed_checkpoint import Chunk, write_chunks
@@ -183,7 +183,7 @@ def hf_source(container: Container, config: Mapping[str, Any]) -> Source:
     specs = {spec.name: spec.shape for spec in parameter_specs(model)}
     kinds = {name: names.kind_of(step, specs[name], model, container) for name, step in steps.items()}
 
-    @lru_cache(maxsize=1)  # the pieces of one tensor are asked for one after the other
+    @Latest  # the pieces of one tensor are asked for one after the other
     def joined(name: str) -> Tensor:
         theirs = [names.theirs(their) for their in steps[name].theirs]
         return steps[name].join([container.read(their, whole(container.kinds[their].shape)) for their in theirs], model)
@@ -274,7 +274,7 @@ def exported(source: Source, family: Family, dtype: str | None) -> Iterator[NewP
     steps = steps_of(family.steps, model)
     source.require([step.ours for step in steps])
 
-    @lru_cache(maxsize=1)
+    @Latest
     def parts(step: Step) -> Sequence[Tensor]:
         return step.split(source.read(step.ours), model)
 

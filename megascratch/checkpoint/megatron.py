@@ -17,7 +17,6 @@ import re
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from megascratch.checkpoint.dcp import METADATA, DcpFolder
 from megascratch.checkpoint.format import damage, read_bounded, whole
 from megascratch.checkpoint.megatron_args import read_arguments
 from megascratch.checkpoint.pickles import StoredTensor, load_torch_file
-from megascratch.checkpoint.source import Kind, Source, check_sizes
+from megascratch.checkpoint.source import Kind, Latest, Source, check_sizes
 from megascratch.checkpoint.steps import rename
 from megascratch.config import DataConfig, ModelConfig, config_from_dict
 from megascratch.dist.layout import Box, ParamSpec, extents
@@ -127,7 +126,7 @@ def open_megatron(path: Path) -> Source:
     names = megatron_names(config.model)
     kinds = {name: opened.kind(their, specs[name]) for name, their in names.items()}
 
-    @lru_cache(maxsize=1)  # the pieces of one tensor are asked for one after the other
+    @Latest  # the pieces of one tensor are asked for one after the other
     def read(name: str) -> Tensor:
         return opened.read(names[name], specs[name])
 
@@ -267,6 +266,7 @@ class _Legacy:
             values = part.read()
             for extent in extents(padded, {"tp": self.tp}, {"tp": rank}):
                 out[extent.logical] = values[extent.local]
+            del values  # before the next is read
         return out
 
     def _parts_of(self, name: str) -> list[StoredTensor]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from megascratch.config import Config
 from megascratch.dist.layout import Box, lengths
 from megascratch.errors import CheckpointError, Problem
 from megascratch.nn import DTYPES as TRAIN_DTYPES
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 _LARGEST_SIZE = 1 << 28  # far above any model's, and small enough for products of two
 BLOCK_BYTES = 32 << 20  # of a large tensor that is read and written in blocks
@@ -95,6 +98,20 @@ class Source:
     def weights(self) -> dict[str, Kind]:
         """The tensors but those of an optimizer."""
         return {name: kind for name, kind in self.kinds.items() if not name.startswith(OPTIMIZER)}
+
+
+class Latest(Generic[Key, Value]):
+    """A function that keeps its last result, for who asks again, and lets go of it before it makes the next."""
+
+    def __init__(self, make: Callable[[Key], Value]) -> None:
+        self._make = make
+        self._kept: tuple[Key, Value] | None = None
+
+    def __call__(self, key: Key) -> Value:
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None
+            self._kept = key, self._make(key)
+        return self._kept[1]
 
 
 def own(path: Path) -> Source:
