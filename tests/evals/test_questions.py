@@ -9,7 +9,7 @@ import pytest
 import torch
 from saved_models import TEXTS, save_model, tokenizer
 
-from megascratch.checkpoint import to_hf
+from megascratch.checkpoint import convert
 from megascratch.dist.mesh import Mesh, MeshSpec
 from megascratch.dist.testing import run_ranks
 from megascratch.errors import DataError
@@ -50,7 +50,7 @@ def test_the_harness_finds_what_it_finds_in_the_export(examinee: Examinee, check
 
     from megascratch.evals.harness import HarnessModel
 
-    folder = to_hf(checkpoint, tmp_path / "hf", console=make_console(1))
+    folder = convert(checkpoint, tmp_path / "hf", to="hf", console=make_console(1))
     tokenizer().save(folder)
     theirs = HFLM(str(folder), dtype=torch.float64, device="cpu", batch_size=2, max_length=64)
     theirs.tokenizer.pad_token_id = theirs.tokenizer.eos_token_id

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ def main() -> None:
     """Run the steps, and print the share of right answers before and after."""
     os.chdir(HERE.parents[2])
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else 1234
+    shutil.rmtree(FOLDER, ignore_errors=True)  # the example's own: runs in it would be resumed
     write_data(seed)
     tokenizer = FOLDER / "tokenizer.json"
     megascratch(
