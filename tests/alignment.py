@@ -78,7 +78,7 @@ def write_way(way: str, folder: Path) -> Path:
 def way_config(way: str, tokenizer: Path, records: Path, folder: Path, packing: bool, **sections: Any) -> Config:
     """Return a recipe of a few float64 steps; unpacked, a micro-batch holds whole pairs."""
     given = dict(WAYS[way][1])
-    model = {"n_heads": 4, "n_kv_heads": 4, "init_std": 0.1, **given.pop("model", {}), **sections.pop("model", {})}
+    model = {"n_heads": 4, "n_kv_heads": 2, "init_std": 0.1, **given.pop("model", {}), **sections.pop("model", {})}
     optim = {"lr": 0.01, "warmup_steps": 2, "clip": 0.5, "bucket_numel": 4000, "eps": 1e-4}
     return recipe(
         tokenizer,
