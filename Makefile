@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup test check demo format clean distclean
+.PHONY: help setup test test-layouts test-rest check demo format clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -17,8 +17,15 @@ help:  ## list the targets
 
 setup: $(STAMPS)/megascratch  ## make .venv with the megascratch command in it
 
-test: $(STAMPS)/test  ## run the whole test suite
-	$(BIN)/python -m pytest
+test: $(STAMPS)/test  ## run the whole test suite, in two halves side by side
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-layouts test-rest
+
+# Whole layouts wait for each other's ranks, the rest computes: together they keep two cores busy.
+LAYOUTS := tests/engine tests/align
+test-layouts:
+	$(BIN)/python -m pytest $(LAYOUTS)
+test-rest:
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(LAYOUTS))
 
 check: $(STAMPS)/check  ## lint (ruff) and types (mypy)
 	$(BIN)/ruff check .
