@@ -71,7 +71,7 @@ def measure(config: Config, device: torch.device, warmup: int, steps: int) -> di
         "seq_length": config.data.seq_length,
         "micro_batch": config.train.micro_batch,
         "microbatches": MICROBATCHES,
-        **meter.values(*fastest),
+        **meter.values(config.train.global_batch, *fastest),
         "peak_memory_bytes": peak_memory_bytes(device),
         "first_loss": losses[0],
         "last_loss": losses[-1],
