@@ -91,7 +91,8 @@ class Guard:
                 self._first = step, microbatches
         else:
             self._in_a_row, self._first = 0, None
-            self._recent.append(report.loss)
+            if math.isfinite(report.loss):  # a step without micro-batches has none
+                self._recent.append(report.loss)
         self._busy_s += busy_s
         if self.config.stragglers_every and step % self.config.stragglers_every == 0:
             self._tell_stragglers()
