@@ -32,31 +32,38 @@ from megascratch.nn.weight_gradients import WeightGradients, main_grad, weight_g
 
 
 class _Linear(torch.autograd.Function):
-    """Y = X Wᵀ. With `gather`, X is this rank's part of the sequence: it is gathered here, and again in backward.
+    """Y = X Wᵀ. With `gather`, X is this rank's part of the sequence: it is gathered here, and again in backward; with
+    `overlap`, part by part.
 
     One formula for every layout, so that the gradient of a weight is the same product, bit for bit, whether it is
     computed with that of the input or put off.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gather: Axis | None, later: WeightGradients | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, gather: Axis | None, later: WeightGradients | None, overlap: bool = False
+    ) -> Tensor:
         ctx.save_for_backward(x)
         # The weight itself: under recomputation, a saved tensor comes back as a copy with a gradient of its own.
-        ctx.weight, ctx.gather, ctx.later = weight, gather, later
+        ctx.weight, ctx.gather, ctx.later, ctx.overlap = weight, gather, later, overlap
+        if gather is not None and overlap:
+            return gathered_product(x, weight.t(), gather)
         return _multiply(x if gather is None else comm.all_gather(x, gather), weight.t())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (x,), weight = ctx.saved_tensors, ctx.weight
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        (x,), weight, gather = ctx.saved_tensors, ctx.weight, ctx.gather
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = _multiply(grad, weight)
-            if ctx.gather is not None:
-                grad_x = comm.reduce_scatter(grad_x, ctx.gather)
+            if gather is not None and ctx.overlap:
+                grad_x = reduced_product(grad, weight, gather)
+            else:
+                grad_x = _multiply(grad, weight)
+                grad_x = grad_x if gather is None else comm.reduce_scatter(grad_x, gather)
         if ctx.needs_input_grad[1]:
-            compute = partial(_grad_weight, x, grad, weight, ctx.gather)
+            compute = partial(_grad_weight, x, grad, weight, gather, ctx.overlap)
             grad_weight = weight_gradient(weight, compute, ctx.later)
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
 
 
 def _multiply(x: Tensor, right: Tensor) -> Tensor:
@@ -65,41 +72,18 @@ def _multiply(x: Tensor, right: Tensor) -> Tensor:
 
 
 @torch.no_grad()  # when it was put off, it does not run inside autograd's own backward
-def _grad_weight(x: Tensor, grad: Tensor, weight: Tensor, gather: Axis | None) -> Tensor | None:
+def _grad_weight(x: Tensor, grad: Tensor, weight: Tensor, gather: Axis | None, overlap: bool = False) -> Tensor | None:
     """[s/tp or s, b, h], [s, b, f] → [f, h], or None where it was added to the weight's main gradient."""
+    total = main_grad(weight)
+    if gather is not None and overlap and total is not None:
+        gathered_weight_gradient(total, x, grad, gather)
+        return None
     whole = x if gather is None else comm.all_gather(x, gather)
     left, right = grad.flatten(0, -2).t(), whole.flatten(0, -2)
-    total = main_grad(weight)
     if total is None:
         return ops.matmul(left, right)
     ops.matmul_into(total, left, right, add=True)
     return None
-
-
-class _RingColumn(torch.autograd.Function):
-    """`_Linear` with `gather`, its collectives taken apart."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Axis, later: WeightGradients | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.tp, ctx.later = weight, tp, later
-        return gathered_product(x, weight.t(), tp)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (x,), weight, tp = ctx.saved_tensors, ctx.weight, ctx.tp
-        grad_x = reduced_product(grad, weight, tp) if ctx.needs_input_grad[0] else None
-
-        @torch.no_grad()
-        def compute() -> Tensor | None:
-            total = main_grad(weight)
-            if total is None:
-                return _grad_weight(x, grad, weight, tp)
-            gathered_weight_gradient(total, x, grad, tp)
-            return None
-
-        grad_weight = weight_gradient(weight, compute, ctx.later) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None, None
 
 
 class _RingRow(torch.autograd.Function):
@@ -143,12 +127,9 @@ def column_linear(
 
     Returns: [s, b, f/tp].
     """
-    if overlap and sequence_parallel and tp.size > 1:
-        return _RingColumn.apply(x, weight, tp, later)
-    linear = Fp8Linear if fp8 else _Linear
-    if sequence_parallel and tp.size > 1:
-        return linear.apply(x, weight, tp, later)
-    return linear.apply(comm.copy(x, tp), weight, None, later)
+    divided = sequence_parallel and tp.size > 1
+    x, gather = (x, tp) if divided else (comm.copy(x, tp), None)
+    return Fp8Linear.apply(x, weight, gather, later) if fp8 else _Linear.apply(x, weight, gather, later, overlap)
 
 
 def row_linear(
