@@ -27,6 +27,21 @@ BASE = {
     "max_seq_length": 32,
     "init_std": 0.1,  # large enough that every part of the model matters to the loss
 }
+# What sets Gemma's models apart, all at once.
+GEMMA: dict[str, Any] = {
+    "norm_position": "both",
+    "norm_zero_centered": True,
+    "activation": "geglu_tanh",
+    "tie_embeddings": True,
+    "scale_embeddings": True,
+    "qk_norm": True,
+    "query_pre_attn_scalar": 5.0,
+    "attn_softcap": 2.0,
+    "logit_softcap": 3.0,
+    "sliding_window": 5,
+    "window_attn_skip_freq": 2,
+    "rope_local_theta": 100.0,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": BASE,
     "tied": {**BASE, "tie_embeddings": True},
@@ -41,21 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_embeddings": True,
     },
     "olmo": {**BASE, "norm_position": "post", "activation": "geglu", "qk_norm": True, "qk_norm_across_heads": True},
-    "gemma": {
-        **BASE,
-        "norm_position": "both",
-        "norm_zero_centered": True,
-        "activation": "geglu_tanh",
-        "tie_embeddings": True,
-        "scale_embeddings": True,
-        "qk_norm": True,
-        "query_pre_attn_scalar": 5.0,
-        "attn_softcap": 2.0,
-        "logit_softcap": 3.0,
-        "sliding_window": 5,
-        "window_attn_skip_freq": 2,
-        "rope_local_theta": 100.0,
-    },
+    "gemma": {**BASE, **GEMMA},
     # First layer dense; groups, sigmoid scores, biases, a shared expert with a gate.
     "moe": {
         **BASE,

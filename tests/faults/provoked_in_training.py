@@ -37,6 +37,15 @@ def spoil_loss(ground: Ground, factor: float, steps: range) -> None:
     ground.monkeypatch.setattr(Guard, "accepts", accepts)
 
 
+def how_ranks_end(config: Config) -> str:
+    """Train on ranks, and return the message that it ends with."""
+    try:
+        pretrain_on_ranks(config)
+    except MegascratchError as error:
+        return str(error)
+    return "ended"
+
+
 def spoilt_on_ranks(config: Config, value: float, steps: range, rank: int) -> str:
     """Train on ranks, one of which has a wrong gradient before it is summed."""
     calls = [0]
@@ -49,11 +58,7 @@ def spoilt_on_ranks(config: Config, value: float, steps: range, rank: int) -> st
             self.buckets[0].grads[0] = value
 
     Optimizer.zero_grads = zero_grads  # type: ignore[method-assign]
-    try:
-        pretrain_on_ranks(config)
-    except MegascratchError as error:
-        return str(error)
-    return "ended"
+    return how_ranks_end(config)
 
 
 def flipped_weight(config: Config, rank: int) -> str:
@@ -67,11 +72,7 @@ def flipped_weight(config: Config, rank: int) -> str:
         return report
 
     Engine.train_step = train_step  # type: ignore[method-assign]
-    try:
-        pretrain_on_ranks(config)
-    except MegascratchError as error:
-        return str(error)
-    return "ended"
+    return how_ranks_end(config)
 
 
 def slow_rank(config: Config, rank: int) -> str:

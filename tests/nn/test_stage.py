@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from layouts import GEMMA
 from logical import fill, logical_gradients, to_logical
 from torch import Tensor
 
@@ -39,20 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "olmo-2": {"norm_position": "post", "qk_norm": True, "tie_embeddings": True},
     "olmo-2, one norm over all heads": {"norm_position": "post", "qk_norm": True, "qk_norm_across_heads": True},
-    "gemma": {
-        "norm_position": "both",
-        "norm_zero_centered": True,
-        "activation": "geglu_tanh",
-        "tie_embeddings": True,
-        "scale_embeddings": True,
-        "qk_norm": True,
-        "query_pre_attn_scalar": 5.0,
-        "attn_softcap": 2.0,
-        "logit_softcap": 3.0,
-        "sliding_window": 3,
-        "window_attn_skip_freq": 2,
-        "rope_local_theta": 100.0,
-    },
+    "gemma": {**GEMMA, "sliding_window": 3},
     "qwen-2, yarn": {
         "qkv_bias": True,
         "activation": "geglu",
