@@ -4,28 +4,28 @@
     python tools/kill_and_resume.py --kills 500 --seed 1
 
 A small model trains in float64 and saves after every step, asynchronously in half of the trials. Each trial is killed
-(SIGKILL) at a random moment of its own length and started again: on the same layout its losses and its last
+by the kernel at a random moment of its own length and started again: on the same layout its losses and its last
 checkpoint's pieces must be the same bits; every tenth trial resumes on dp 2, where losses must agree to 1e-9.
 """
 
 import argparse
-import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from rich.console import Console
+from rich.progress import track
 from tiny_run import losses, pretrain_on_ranks, run_config, write_corpus
 
 from megascratch.config import Config
-from megascratch.dist.testing import RankPool
-from megascratch.engine import pretrain
+from megascratch.dist.testing import RankDied, RankPool
 
 STEPS = 6
 
@@ -43,22 +43,11 @@ def config_in(corpus: Path, folder: Path, asynchronous: bool, dp: int = 1) -> Co
     )
 
 
-def train_in_child(config: Config, kill_after_s: float | None) -> float:
-    """Train in a forked process, and kill it after a while; returns how long it took."""
-    start = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            os._exit(pretrain(config, None))
-        finally:
-            os._exit(1)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert kill_after_s is not None or status == 0, f"training failed: {status}"
-    return time.monotonic() - start
+def train_until(config: Config, moment_s: float) -> None:
+    """Train on the ranks of a pool, unless the kernel ends the process first (SIGALRM, which nobody handles)."""
+    signal.setitimer(signal.ITIMER_REAL, moment_s)
+    pretrain_on_ranks(config)
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def pieces(config: Config) -> list[bytes]:
@@ -67,34 +56,44 @@ def pieces(config: Config) -> list[bytes]:
     return [file.read_bytes() for file in sorted(folder.glob("*.safetensors"))]
 
 
-def trial(corpus: Path, folder: Path, straight: Config, moment_s: float, number: int, pool: RankPool) -> str:
-    """Kill a run, resume it, and return what differs from the straight one: nothing, if all is well."""
-    config = config_in(corpus, folder, asynchronous=number % 2 == 1)
-    train_in_child(config, moment_s)
-    if number % 10 == 9:
-        pool.run(2, pretrain_on_ranks, config_in(corpus, folder, asynchronous=False, dp=2))
-        got, want = losses(config), losses(straight)
-        same = got.keys() == want.keys() and all(abs(got[s] - want[s]) <= 1e-9 * abs(want[s]) for s in want)
-        return "" if same else f"losses on dp 2: {got}"
-    train_in_child(config, None)
-    if losses(config) != losses(straight):
-        return f"losses: {losses(config)}"
-    return "" if pieces(config) == pieces(straight) else "the last checkpoint's bits"
+def dies(config: Config, moment_s: float, pool: RankPool) -> bool:
+    """Train until the process is killed; returns whether that was before the end."""
+    try:
+        pool.run(1, train_until, config, moment_s)
+    except RankDied:
+        return True
+    return False
+
+
+def difference(again: Config, straight: Config, pool: RankPool) -> str:
+    """Resume a killed run, and return what differs from the straight one: nothing, if all is well."""
+    ranks = again.parallel.dp
+    pool.run(ranks, pretrain_on_ranks, again)
+    got, want = losses(again), losses(straight)
+    tolerance = 0 if ranks == 1 else 1e-9
+    if got.keys() != want.keys() or any(abs(got[s] - want[s]) > tolerance * abs(want[s]) for s in want):
+        return f"losses on dp {ranks}: {got}"
+    return "" if ranks > 1 or pieces(again) == pieces(straight) else "the last checkpoint's bits"
 
 
 def run(kills: int, seed: int) -> list[str]:
-    """Return what went wrong in so many trials."""
-    torch.set_num_threads(1)
+    """Return what went wrong in so many trials. A run that ends before its moment comes is not one."""
     draw, wrong = random.Random(seed), []
     with tempfile.TemporaryDirectory() as name, RankPool() as pool:
         root = Path(name)
         corpus = write_corpus(root)
         straight = config_in(corpus, root / "straight", asynchronous=False)
-        whole_s = train_in_child(straight, None)
-        for number in range(kills):
-            moment_s = draw.uniform(0, whole_s)
-            if difference := trial(corpus, root / f"{number}", straight, moment_s, number, pool):
-                wrong.append(f"trial {number}, killed after {moment_s:.3f} s: {difference}")
+        pool.run(1, pretrain_on_ranks, straight)  # what is imported on the way costs the first run alone
+        start = time.monotonic()
+        pool.run(1, pretrain_on_ranks, config_in(corpus, root / "timed", asynchronous=False))
+        whole_s = time.monotonic() - start
+        for number in track(range(kills), console=Console(stderr=True)):
+            config = partial(config_in, corpus, root / "killed", number % 2 == 1)
+            while not dies(config(), moment_s := draw.uniform(0, whole_s), pool):
+                shutil.rmtree(root / "killed")
+            if differs := difference(config(dp=2 if number % 10 == 9 else 1), straight, pool):
+                wrong.append(f"trial {number}, killed after {moment_s:.3f} s: {differs}")
+            shutil.rmtree(root / "killed")
     return wrong
 
 

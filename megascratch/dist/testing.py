@@ -63,6 +63,10 @@ def run_ranks(
         return pool.run(world, function, *args, timeout_s=timeout_s, **kwargs)
 
 
+class RankDied(AssertionError):
+    """A rank's process ended before its job did, as tests that kill ranks expect."""
+
+
 @dataclass
 class _Worker:
     process: Any
@@ -83,7 +87,7 @@ class RankPool:
     def run(
         self, world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0, **kwargs: Any
     ) -> list[Any]:
-        """Run a job, as `run_ranks` does."""
+        """Run a job, as `run_ranks` does. Raises: RankDied: if a rank's process ends before its job does."""
         source = inspect.getsourcefile(function)
         assert source is not None
         where = (source, function.__module__, function.__qualname__)
@@ -140,7 +144,7 @@ def _collect(workers: list[_Worker], timeout_s: float) -> list[Any]:
             except (EOFError, ConnectionResetError):
                 process = workers[rank].process
                 process.join(timeout=1)
-                raise AssertionError(f"rank {rank} died with exit code {process.exitcode}") from None
+                raise RankDied(f"rank {rank} died with exit code {process.exitcode}") from None
             if error is not None:
                 raise AssertionError(f"rank {rank} failed:\n{error}")
             results[rank] = value

@@ -3,7 +3,10 @@
 import importlib
 import math
 import os
+import pkgutil
 import signal
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,9 @@ from hypothesis import strategies as st
 from ranks_and_models import WORLD, cut, cut_run, logical_tensors, rank_shards, tiny_config
 from safetensors import safe_open
 
-from megascratch.checkpoint import Shard, find, load, places, read_state, save
+from megascratch.checkpoint import Shard, find, load, read_state, save
 from megascratch.dist.layout import Extent, ParamSpec, Split, extents
+from megascratch.dist.testing import RankDied, RankPool
 from megascratch.errors import CheckpointError
 
 save_module = importlib.import_module("megascratch.checkpoint.save")  # the package's `save` is the function
@@ -179,9 +183,10 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000010"]
 
 
-def _dies_at(root: Path, step: int, owner: object, name: str, call: int) -> None:
-    """Save in a child process that is killed instead of making the given call (1 is the first) of a function."""
-    original, calls = getattr(owner, name), 0
+def _save_and_die(root: Path, step: int, owner: str, name: str, call: int) -> None:
+    """Save, and be killed instead of making the given call (1 is the first) of a function."""
+    place = pkgutil.resolve_name(owner)
+    original, calls = getattr(place, name), 0
 
     def counted(*args: object, **options: object) -> object:
         nonlocal calls
@@ -190,33 +195,34 @@ def _dies_at(root: Path, step: int, owner: object, name: str, call: int) -> None
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **options)
 
-    child = os.fork()
-    if child == 0:
-        try:
-            setattr(owner, name, counted)
-            save(root, step, [whole("w", torch.full((2,), 2.0))], {}, WORLD)
-            os._exit(0)
-        finally:
-            os._exit(1)  # an error must not come out into a second run of pytest
-    _, status = os.waitpid(child, 0)
-    assert status in (0, signal.SIGKILL)  # 0 where there is no such call
+    setattr(place, name, counted)
+    save(root, step, [whole("w", torch.full((2,), 2.0))], {}, WORLD)
+    setattr(place, name, original)
 
 
-POINTS = [(save_module, name, 1) for name in ("write_contents", "_swap_in", "replace_text", "prune")]
-POINTS += [(pieces_module, name, 1) for name in ("digest", "flush_directory")]
-POINTS += [(module, "flush_directory", 1) for module in (save_module, places)]
-POINTS += [(Path, name, call) for name in ("rename", "replace", "mkdir") for call in (1, 2)]
-POINTS += [(os, "fsync", call) for call in range(1, 8)]
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool() as ranks:
+        yield ranks
+
+
+SAVE, PIECES, PLACES = (f"megascratch.checkpoint.{name}:" for name in ("save", "pieces", "places"))
+POINTS = [(SAVE, name, 1) for name in ("write_contents", "_swap_in", "replace_text", "prune")]
+POINTS += [(PIECES, name, 1) for name in ("digest", "flush_directory")]
+POINTS += [(module, "flush_directory", 1) for module in (SAVE, PLACES)]
+POINTS += [("pathlib:Path", name, call) for name in ("rename", "replace", "mkdir") for call in (1, 2)]
+POINTS += [("os", "fsync", call) for call in range(1, 8)]
 
 
 @pytest.mark.parametrize("step", [10, 20])
 @pytest.mark.parametrize(("owner", "name", "call"), POINTS)
 def test_a_kill_at_any_point_leaves_a_good_checkpoint(
-    tmp_path: Path, step: int, owner: object, name: str, call: int
+    tmp_path: Path, pool: RankPool, step: int, owner: str, name: str, call: int
 ) -> None:
     """Also between the two renames that replace a checkpoint of the same step."""
     save(tmp_path, 10, [whole("w", torch.ones(2))], {}, WORLD)
-    _dies_at(tmp_path, step, owner, name, call)
+    with suppress(RankDied):  # or to its end, where there is no such call
+        pool.run(1, _save_and_die, tmp_path, step, owner, name, call)
     assert read_whole(tmp_path, "w", torch.zeros(2)).tolist() in ([1, 1], [2, 2])
     save(tmp_path, step, [whole("w", torch.full((2,), 3.0))], {}, WORLD)  # and the next save is not in its way
     assert read_whole(tmp_path, "w", torch.zeros(2)).tolist() == [3, 3]
