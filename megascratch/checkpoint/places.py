@@ -103,7 +103,24 @@ def create(path: Path, *, over: bool = False) -> BinaryIO:
     """
     if not is_local(path):
         return path.open("wb")
-    return path.open("r+b" if over and path.exists() else "xb")
+    if over and os.path.lexists(path):
+        if (descriptor := _opened_over(path)) is not None:
+            return os.fdopen(descriptor, "r+b")
+        path.unlink()
+    return path.open("xb")
+
+
+def _opened_over(path: Path) -> int | None:
+    """Open a file to write over it, if nobody else can be meant to have it: no link, no second name, no other owner."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid():
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def start_flush(file: BinaryIO, path: Path, offset: int, n_bytes: int) -> None:

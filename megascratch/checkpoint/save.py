@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from megascratch.checkpoint.format import CHUNK_BYTES, LATEST, MANIFEST, STATE, Manifest, Shard, Table
+from megascratch.checkpoint.format import CHUNK_BYTES, LATEST, MANIFEST, Manifest, Shard, Table
 from megascratch.checkpoint.pieces import NewPiece, write_contents, write_pieces
 from megascratch.checkpoint.places import (
     flush_directory,
@@ -35,7 +35,7 @@ from megascratch.checkpoint.places import (
     remove_tree,
     replace_text,
 )
-from megascratch.checkpoint.retention import aside, prune, spare
+from megascratch.checkpoint.retention import aside, prune, take_spare
 from megascratch.checkpoint.staging import Staging
 from megascratch.dist.comm import gather_bytes
 from megascratch.dist.layout import Extent, lengths
@@ -65,8 +65,9 @@ def save(
         world: all ranks.
         keep: how many of the newest complete checkpoints stay; 0 keeps all. The one just saved always stays.
         device: where the backend wants the tensors that it gathers; CPU when left out.
-        recycle: write over the files of a checkpoint that `keep` no longer wants. On a RAM disk that is twice as fast
-            as taking new pages; whoever still reads the old one reads nonsense.
+        recycle: write over the files of a checkpoint that `keep` no longer wants, which therefore stay until the next
+            save; only for paths. On a RAM disk that is twice as fast as taking new pages; whoever still reads the old
+            one reads nonsense. A file with a second name (a hard link) is left as it is.
 
     Returns: the directory.
 
@@ -170,11 +171,7 @@ class Saving:
             names = (self._final.name + (f".{n}" if n else "") for n in range(10_000))
             folder = next(self.root / name for name in names if not (self.root / name / MANIFEST).exists())
         remove_tree(folder)  # of a save that was killed
-        if self._recycle and spare(self.root).exists():
-            spare(self.root).rename(folder)
-            for name in (MANIFEST, STATE):
-                (folder / name).unlink(missing_ok=True)
-        else:
+        if not (self._recycle and take_spare(self.root, folder)):
             folder.mkdir(parents=True)
         return folder.name
 

@@ -347,6 +347,14 @@ def _local_copies(config: Config, _: int | None) -> Iterator[Problem]:
         yield Problem(f"checkpoint.local_dir = {checkpoint.local_dir}", rule, "set it, or leave local_dir out")
 
 
+def _recycling(config: Config, _: int | None) -> Iterator[Problem]:
+    checkpoint = config.checkpoint
+    if checkpoint.recycle and not checkpoint.keep:
+        yield Problem("checkpoint.recycle = true", "needs checkpoint.keep, or no file is ever free", "set keep = 2")
+    if checkpoint.recycle and "://" in (checkpoint.dir or ""):
+        yield Problem("checkpoint.recycle = true", "needs a path: nothing is renamed behind a URL", "leave it out")
+
+
 RULES: tuple[Rule, ...] = (
     _heads,
     model_features,
@@ -370,5 +378,6 @@ RULES: tuple[Rule, ...] = (
     _master_weights,
     _steps,
     _local_copies,
+    _recycling,
     rollouts,
 )

@@ -134,7 +134,10 @@ class Checkpoints:
             state[companion_name(name)] = engine_state(engine, consumed_samples) | {"step": engine.step}
         mesh, staging = self.engine.mesh, None if ending else self._staging
         self._last_s = time.monotonic()
-        saving = Saving(self.root, self.engine.step, self._shards(), state, mesh.world, mesh.device, staging)
+        recycle = self.config.recycle
+        saving = Saving(
+            self.root, self.engine.step, self._shards(), state, mesh.world, mesh.device, staging, recycle=recycle
+        )
         self._pending = saving
         if staging is not None:
             saving.start()
@@ -178,7 +181,8 @@ class Checkpoints:
         """Delete what `keep` no longer wants, beside the training where saving is too: it takes long on some disks."""
         if self._cleaner is not None:
             self._cleaner.join()
-        clean = partial(prune, self.root, self.config.keep, saved, keep_every=self.config.keep_every)
+        config = self.config
+        clean = partial(prune, self.root, config.keep, saved, keep_every=config.keep_every, recycle=config.recycle)
         self._cleaner = threading.Thread(target=clean)
         self._cleaner.start()
         if self._staging is None:
