@@ -50,6 +50,14 @@ def losses(config: Config) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records(config)}
 
 
+def files_of(config: Config, step: int) -> dict[str, bytes]:
+    """Return the pieces of a checkpoint: what was trained, without what the recipe says about saving."""
+    assert config.checkpoint.dir is not None
+    return {
+        file.name: file.read_bytes() for file in Path(config.checkpoint.dir, f"step_{step:08d}").glob("*.safetensors")
+    }
+
+
 def pretrain_on_ranks(config: Config) -> int:
     """Train on the ranks of a test's process group."""
     return train_on(config, Mesh.of(config, torch.device("cpu")), pretraining)

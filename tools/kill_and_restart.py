@@ -3,11 +3,11 @@
 
     python tools/kill_and_restart.py --kills 100 --seed 1
 
-A small model trains in float64 on two ranks and saves after every step, asynchronously in every second launch. As often
-as `megascratch pretrain --max-restarts 4` starts the ranks again, one of them, drawn at random, is killed (SIGKILL) at
-a random moment of starting or of training. Nobody helps: each launch must end with 0, with the losses of all steps and
-the last checkpoint's pieces bit for bit those of the run that was left alone. What counts is restarts: a kill that
-comes when the ranks are done is none.
+A small model trains in float64 on two ranks and saves after every step. As often as `megascratch pretrain
+--max-restarts 4` starts the ranks again, one of them, drawn at random, is killed (SIGKILL) at a random moment of
+starting or of training. Nobody helps: each launch must end with 0, with the losses of all steps and the last
+checkpoint's pieces bit for bit those of the run that was left alone. What counts is restarts: a kill that comes when
+the ranks are done is none.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from tiny_run import losses, run_config, write_corpus
+from tiny_run import files_of, losses, run_config, write_corpus
 
 from megascratch.config import Config, to_toml
 
@@ -90,14 +90,14 @@ def _ranks_of(launcher: int) -> list[int]:
     return []
 
 
-def config_in(corpus: Path, folder: Path, asynchronous: bool) -> Config:
-    """Return the recipe of one launch."""
+def config_in(corpus: Path, folder: Path, number: int) -> Config:
+    """Return the recipe of one launch: saving in turn and asynchronously, into new files and into old ones."""
     return run_config(
         corpus,
         folder,
         parallel={"dp": RANKS},
         train={"dtype": "fp64", "steps": STEPS},
-        checkpoint={"every": 1, "keep": 2, "asynchronous": asynchronous},
+        checkpoint={"every": 1, "keep": 2, "asynchronous": number % 2 == 1, "recycle": number % 4 > 1},
         data={"split": "100,0,0"},
     )
 
@@ -126,30 +126,24 @@ def kill_at_random(launch: Launch, pace: Pace, kills: int, draw: random.Random) 
             os.kill(draw.choice(ranks), signal.SIGKILL)
 
 
-def pieces(config: Config) -> list[bytes]:
-    """Return the pieces of the last checkpoint."""
-    folder = Path(str(config.checkpoint.dir)) / f"step_{STEPS:08d}"
-    return [file.read_bytes() for file in sorted(folder.glob("*.safetensors"))]
-
-
 def run(kills: int, seed: int) -> tuple[int, list[str]]:
     """Return how many restarts there were, and what went wrong after them."""
     draw, wrong, done = random.Random(seed), [], 0
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         corpus = write_corpus(root)
-        straight = config_in(corpus, root / "straight", asynchronous=False)
+        straight = config_in(corpus, root / "straight", 0)
         pace = undisturbed(straight, root / "straight")
         number = 0
         while done < kills:
             folder = root / f"{number}"
-            config = config_in(corpus, folder, asynchronous=number % 2 == 1)
+            config = config_in(corpus, folder, number)
             launch = Launch(config, folder)
             kill_at_random(launch, pace, min(RESTARTS, kills - done), draw)
             difference = launch.end()
             if not difference and losses(config) != losses(straight):
                 difference = f"losses: {losses(config)}"
-            if not difference and pieces(config) != pieces(straight):
+            if not difference and files_of(config, STEPS) != files_of(straight, STEPS):
                 difference = "the last checkpoint's bits"
             if difference:
                 wrong.append(f"launch {number}, {launch.restarts()} restarts: {difference}")

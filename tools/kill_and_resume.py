@@ -3,9 +3,10 @@
 
     python tools/kill_and_resume.py --kills 500 --seed 1
 
-A small model trains in float64 and saves after every step, asynchronously in half of the trials. Each trial is killed
-by the kernel at a random moment of its own length and started again: on the same layout its losses and its last
-checkpoint's pieces must be the same bits; every tenth trial resumes on dp 2, where losses must agree to 1e-9.
+A small model trains in float64 and saves after every step, asynchronously in half of the trials, and in half of both
+over the files of checkpoints that are no longer kept. Each trial is killed by the kernel at a random moment of its own
+length and started again: on the same layout its losses and its last checkpoint's pieces must be the same bits; every
+tenth trial resumes on dp 2, where losses must agree to 1e-9.
 """
 
 import argparse
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from rich.console import Console
 from rich.progress import track
-from tiny_run import losses, pretrain_on_ranks, run_config, write_corpus
+from tiny_run import files_of, losses, pretrain_on_ranks, run_config, write_corpus
 
 from megascratch.config import Config
 from megascratch.dist.testing import RankDied, RankPool
@@ -30,14 +31,14 @@ from megascratch.dist.testing import RankDied, RankPool
 STEPS = 6
 
 
-def config_in(corpus: Path, folder: Path, asynchronous: bool, dp: int = 1) -> Config:
+def config_in(corpus: Path, folder: Path, number: int, dp: int = 1) -> Config:
     """Return the recipe of one trial."""
     return run_config(
         corpus,
         folder,
         parallel={"dp": dp},
         train={"dtype": "fp64", "steps": STEPS},
-        checkpoint={"every": 1, "keep": 2, "asynchronous": asynchronous},
+        checkpoint={"every": 1, "keep": 2, "asynchronous": number % 2 == 1, "recycle": number % 4 > 1},
         eval={"batches": 1},
         data={"split": "100,0,0"},
     )
@@ -48,12 +49,6 @@ def train_until(config: Config, moment_s: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, moment_s)
     pretrain_on_ranks(config)
     signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def pieces(config: Config) -> list[bytes]:
-    """Return the pieces of the last checkpoint."""
-    folder = Path(str(config.checkpoint.dir)) / f"step_{STEPS:08d}"
-    return [file.read_bytes() for file in sorted(folder.glob("*.safetensors"))]
 
 
 def dies(config: Config, moment_s: float, pool: RankPool) -> bool:
@@ -73,7 +68,7 @@ def difference(again: Config, straight: Config, pool: RankPool) -> str:
     tolerance = 0 if ranks == 1 else 1e-9
     if got.keys() != want.keys() or any(abs(got[s] - want[s]) > tolerance * abs(want[s]) for s in want):
         return f"losses on dp {ranks}: {got}"
-    return "" if ranks > 1 or pieces(again) == pieces(straight) else "the last checkpoint's bits"
+    return "" if ranks > 1 or files_of(again, STEPS) == files_of(straight, STEPS) else "the last checkpoint's bits"
 
 
 def run(kills: int, seed: int) -> list[str]:
@@ -82,13 +77,13 @@ def run(kills: int, seed: int) -> list[str]:
     with tempfile.TemporaryDirectory() as name, RankPool() as pool:
         root = Path(name)
         corpus = write_corpus(root)
-        straight = config_in(corpus, root / "straight", asynchronous=False)
+        straight = config_in(corpus, root / "straight", 0)
         pool.run(1, pretrain_on_ranks, straight)  # what is imported on the way costs the first run alone
         start = time.monotonic()
-        pool.run(1, pretrain_on_ranks, config_in(corpus, root / "timed", asynchronous=False))
+        pool.run(1, pretrain_on_ranks, config_in(corpus, root / "timed", 0))
         whole_s = time.monotonic() - start
         for number in track(range(kills), console=Console(stderr=True)):
-            config = partial(config_in, corpus, root / "killed", number % 2 == 1)
+            config = partial(config_in, corpus, root / "killed", number)
             while not dies(config(), moment_s := draw.uniform(0, whole_s), pool):
                 shutil.rmtree(root / "killed")
             if differs := difference(config(dp=2 if number % 10 == 9 else 1), straight, pool):

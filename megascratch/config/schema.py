@@ -296,8 +296,8 @@ class CheckpointConfig(Section):
     every: Whole | Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?min$")] = 0
     keep: Whole = 0  # newest n; 0 keeps all
     keep_every: Whole = 0  # checkpoints of steps that it divides stay too
-    # Write over the files of a checkpoint that `keep` no longer wants: twice as fast on a RAM disk. It costs the space of
-    # one checkpoint more, and whoever still has the old files open sees them change.
+    # Write over the files of a checkpoint that `keep` no longer wants: twice as fast on a RAM disk. It takes the space
+    # of one checkpoint more, and whoever still has the old files open sees them change.
     recycle: bool = False
     asynchronous: bool = False  # write from a copy, while training goes on
     on_failure: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written

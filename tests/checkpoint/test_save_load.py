@@ -183,7 +183,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000010"]
 
 
-def _save_and_die(root: Path, step: int, owner: str, name: str, call: int) -> None:
+def _save_and_die(root: Path, step: int, owner: str, name: str, call: int, recycle: bool) -> None:
     """Save, and be killed instead of making the given call (1 is the first) of a function."""
     place = pkgutil.resolve_name(owner)
     original, calls = getattr(place, name), 0
@@ -196,7 +196,7 @@ def _save_and_die(root: Path, step: int, owner: str, name: str, call: int) -> No
         return original(*args, **options)
 
     setattr(place, name, counted)
-    save(root, step, [whole("w", torch.full((2,), 2.0))], {}, WORLD)
+    save(root, step, [whole("w", torch.full((2,), 2.0))], {}, WORLD, keep=1, recycle=recycle)
     setattr(place, name, original)
 
 
@@ -207,22 +207,24 @@ def pool() -> Iterator[RankPool]:
 
 
 SAVE, PIECES, PLACES = (f"megascratch.checkpoint.{name}:" for name in ("save", "pieces", "places"))
-POINTS = [(SAVE, name, 1) for name in ("write_contents", "_swap_in", "replace_text", "prune")]
-POINTS += [(PIECES, name, 1) for name in ("digest", "flush_directory")]
+POINTS = [(SAVE, name, 1) for name in ("take_spare", "write_contents", "_swap_in", "replace_text", "prune")]
+POINTS += [(PIECES, name, 1) for name in ("digest", "start_flush", "flush_directory")]
 POINTS += [(module, "flush_directory", 1) for module in (SAVE, PLACES)]
-POINTS += [("pathlib:Path", name, call) for name in ("rename", "replace", "mkdir") for call in (1, 2)]
-POINTS += [("os", "fsync", call) for call in range(1, 8)]
+POINTS += [("pathlib:Path", name, call) for name in ("rename", "replace", "mkdir", "unlink") for call in (1, 2, 3)]
+POINTS += [("os", "fsync", call) for call in range(1, 10)]
 
 
-@pytest.mark.parametrize("step", [10, 20])
+@pytest.mark.parametrize(("step", "recycle"), [(10, False), (20, False), (10, True), (20, True)])
 @pytest.mark.parametrize(("owner", "name", "call"), POINTS)
 def test_a_kill_at_any_point_leaves_a_good_checkpoint(
-    tmp_path: Path, pool: RankPool, step: int, owner: str, name: str, call: int
+    tmp_path: Path, pool: RankPool, step: int, recycle: bool, owner: str, name: str, call: int
 ) -> None:
-    """Also between the two renames that replace a checkpoint of the same step."""
-    save(tmp_path, 10, [whole("w", torch.ones(2))], {}, WORLD)
+    """Also between the two renames that replace a checkpoint of the same step, and while step 5 is written over."""
+    for before in (5, 10):
+        save(tmp_path, before, [whole("w", torch.ones(2))], {}, WORLD, keep=1, recycle=recycle)
+    assert (tmp_path / "spare.tmp").exists() == recycle
     with suppress(RankDied):  # or to its end, where there is no such call
-        pool.run(1, _save_and_die, tmp_path, step, owner, name, call)
+        pool.run(1, _save_and_die, tmp_path, step, owner, name, call, recycle)
     assert read_whole(tmp_path, "w", torch.zeros(2)).tolist() in ([1, 1], [2, 2])
     save(tmp_path, step, [whole("w", torch.full((2,), 3.0))], {}, WORLD)  # and the next save is not in its way
     assert read_whole(tmp_path, "w", torch.zeros(2)).tolist() == [3, 3]

@@ -175,3 +175,29 @@ def test_a_recycled_file_holds_nothing_of_the_old_checkpoint(tmp_path: Path) -> 
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "rank_00000.safetensors", "state.json"]
     assert torch.equal(loaded(tmp_path, torch.zeros(100)), torch.arange(100.0))
     assert len((path / "rank_00000.safetensors").read_bytes()) < 600
+
+
+@pytest.mark.parametrize("shared", ["hard link", "symbolic link", "directory link", "folder inside"])
+def test_what_may_be_someone_elses_is_not_written_over(tmp_path: Path, shared: str) -> None:
+    """A copy made by hard links, and a checkpoint that was moved away and linked to, keep their contents."""
+    root = tmp_path / "root"
+    path = save(root, 10, [one(torch.ones(4))], {}, WORLD)
+    file, theirs = path / "rank_00000.safetensors", tmp_path / "theirs"
+    if shared == "hard link":
+        theirs.hardlink_to(file)
+    elif shared == "symbolic link":
+        file.rename(theirs)
+        file.symlink_to(theirs)
+    elif shared == "directory link":
+        path.rename(tmp_path / "moved")
+        path.symlink_to(tmp_path / "moved")
+        theirs = tmp_path / "moved/rank_00000.safetensors"
+    else:
+        theirs = tmp_path / "theirs"
+        theirs.write_bytes(file.read_bytes())
+        (path / "mine").mkdir()
+    content = theirs.read_bytes()
+    for step in (20, 30):
+        save(root, step, [one(torch.full((4,), float(step)))], {}, WORLD, keep=1, recycle=True)
+    assert theirs.read_bytes() == content
+    assert loaded(root, torch.zeros(4)).tolist() == [30] * 4

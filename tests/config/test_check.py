@@ -380,6 +380,13 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
             r"local_every = 5 +needs checkpoint\.local_dir, on the node +for example /dev/shm/",
         ),
         ("_local_copies", "checkpoint.local_dir=/x", None, r"local_dir = /x +needs checkpoint\.local_every +set it"),
+        ("_recycling", "checkpoint.recycle=true", None, r"recycle = true +needs checkpoint\.keep, .* set keep = 2"),
+        (
+            "_recycling",
+            "checkpoint.recycle=true checkpoint.keep=2 checkpoint.dir=s3://bucket/run",
+            None,
+            r"recycle = true +needs a path: nothing is renamed behind a URL",
+        ),
         ("rollouts", f"{ROLLOUT} train.global_batch=5", None, r"prompts × samples = 8 +must divide by .* = 5: a step"),
         ("rollouts", f"{ROLLOUT} rollout.epochs=3", None, r"steps = 1000 +must divide by 3, the steps of a rollout"),
         ("rollouts", f"{ROLLOUT} rollout.max_tokens=2000", None, r"max_tokens = 2000 +must leave room for a prompt"),

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_run import losses, pretrain_on_ranks, records, run_config, write_corpus
+from tiny_run import files_of, losses, pretrain_on_ranks, records, run_config, write_corpus
 
 from megascratch.checkpoint import complete_steps, place
 from megascratch.config import Config
@@ -33,14 +33,6 @@ def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int
     return losses(config)
 
 
-def files_of(config: Config, step: int) -> dict[str, bytes]:
-    """Return the pieces of a checkpoint: what was trained, without what the recipe says about saving."""
-    assert config.checkpoint.dir is not None
-    return {
-        file.name: file.read_bytes() for file in Path(config.checkpoint.dir, f"step_{step:08d}").glob("*.safetensors")
-    }
-
-
 def names(config: Config) -> list[str]:
     assert config.checkpoint.dir is not None
     return sorted(path.name for path in complete_steps(place(config.checkpoint.dir)))
@@ -58,6 +50,22 @@ def test_asynchronous_checkpoints_hold_the_step_that_they_name(corpus: Path, tmp
     assert len(saved) >= 3, "a step that comes while one is written waits for it"
     for name in saved:
         assert files_of(runs[0], int(name[5:])) == files_of(runs[1], int(name[5:])), name
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_recycled_files_hold_what_new_ones_would(corpus: Path, tmp_path: Path, asynchronous: bool) -> None:
+    """One checkpoint more than `keep` stays, for its space; pieces are those of a run that takes new files."""
+    checkpoint = {"every": 1, "keep": 2, "asynchronous": asynchronous}
+    runs = [
+        run_config(corpus, tmp_path / f"{how}", checkpoint={**checkpoint, "recycle": how}, eval={"batches": 1})
+        for how in (False, True)
+    ]
+    for config in runs:
+        assert pretrain(config, None) == 0
+    assert files_of(runs[0], 6) == files_of(runs[1], 6)
+    assert losses(runs[0]) == losses(runs[1])
+    assert len(names(runs[1])) == 2
+    assert [Path(str(config.checkpoint.dir), "spare.tmp").exists() for config in runs] == [False, True]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(

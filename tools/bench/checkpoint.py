@@ -4,8 +4,9 @@
 
 Every rank holds half the rows of 16 float32 matrices. Loading is on the same layout, resharding into half the columns.
 Checksums are on, as always; DCP has none. Each figure is the best of the rounds, in GB/s of the whole state. A save
-takes new pages; saved over, it takes the files of an older checkpoint, as local copies on a RAM disk do, and DCP is
-given its own last checkpoint to write over.
+takes new pages. In the steady state it takes the files of the checkpoint that `keep` has just given up, as a run with
+`checkpoint.recycle` does after its first few, and as local copies always do; DCP, which keeps none, is given its own
+last checkpoint to write over.
 """
 
 import argparse
@@ -106,8 +107,8 @@ def on_rank(rank: int, store: str, arguments: argparse.Namespace) -> None:
     work: dict[str, Callable[[], object]] = {
         "save": lambda: save(folder / "ours", next(steps), state.ours(), {}, world),
         "save dcp": partial(dcp.save, state.dcps(), checkpoint_id=folder / "dcp"),
-        "saved over": lambda: save(folder / "ours", next(steps), state.ours(), {}, world, keep=1, recycle=True),
-        "saved over dcp": partial(dcp.save, state.dcps(), checkpoint_id=folder / "dcp"),
+        "steady save": lambda: save(folder / "ours", next(steps), state.ours(), {}, world, keep=1, recycle=True),
+        "steady save dcp": partial(dcp.save, state.dcps(), checkpoint_id=folder / "dcp"),
         "load": partial(load, folder / "ours", state.ours()),
         "load dcp": partial(dcp.load, state.dcps(), checkpoint_id=folder / "dcp"),
         "reshard": partial(load, folder / "ours", other.ours()),
@@ -118,7 +119,7 @@ def on_rank(rank: int, store: str, arguments: argparse.Namespace) -> None:
         for name, run in work.items():
             if name in ("save", "save dcp") and rank == 0:
                 shutil.rmtree(folder / ("dcp" if "dcp" in name else "ours"), ignore_errors=True)
-            if name == "saved over":
+            if name == "steady save":
                 run()  # makes the first one spare
             best[name] = min(best.get(name, 1e9), timed(run, world))
     if rank == 0:
@@ -145,7 +146,7 @@ def on_rank(rank: int, store: str, arguments: argparse.Namespace) -> None:
 def report(state: State, best: dict[str, float], blocks: list[tuple[float, float]], staging: Staging) -> None:
     gb = state.bytes / 1e9
     print(f"{gb:.2f} GB on {RANKS} ranks, GB/s         ours    dcp   ratio")
-    for name in ("save", "saved over", "load", "reshard"):
+    for name in ("save", "steady save", "load", "reshard"):
         ours, theirs = gb / best[name], gb / best[f"{name} dcp"]
         print(f"{name:30} {ours:6.2f} {theirs:6.2f} {ours / theirs:6.2f}×")
     for which, (beginning, publishing) in zip(("first", "next"), blocks):
