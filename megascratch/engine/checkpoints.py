@@ -144,6 +144,8 @@ class Checkpoints:
         else:
             saving.write()
             self._publish()
+        if ending and self._cleaner is not None:
+            self._cleaner.join()  # before the directory is another job's
 
     def _shards(self) -> list[Shard]:
         shards = [*engine_shards(self.engine), *optimizer_shards(self.engine)]
