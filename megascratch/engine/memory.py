@@ -27,7 +27,7 @@ from megascratch.nn import NOTHING, Placement, Recompute, layer_range
 from megascratch.nn.layer_costs import META, LayerShape
 from megascratch.nn.loss import CHUNK_TOKENS
 from megascratch.optim import BUCKETS_UNDER_WAY, leaf_length
-from megascratch.pipeline import check, configured_routes, configured_schedule
+from megascratch.pipeline import configured_routes, configured_schedule, peak_in_flight
 
 GIB = 1 << 30
 
@@ -95,7 +95,7 @@ class MemoryModel:
         n_microbatches = train.global_batch // (train.micro_batch * (parallel.dp or 1))
         leaves = n_microbatches // leaf_length(n_microbatches)
         self.n_sums = leaves.bit_length() if parallel.deterministic_dp else 1  # subtrees of a rank, held at once
-        self.in_flight = check(configured_schedule(parallel, n_microbatches)).peak_in_flight[mesh.pp.rank]
+        self.in_flight = peak_in_flight(configured_schedule(parallel, n_microbatches).actions[mesh.pp.rank])
 
     def with_plans(self, plans: Mapping[int, Recompute]) -> RankMemory:
         """Return the memory when each layer, by its number, does without what its plan says."""

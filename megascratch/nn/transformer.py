@@ -9,7 +9,7 @@ calls them `layers.8` … `layers.15`, so a parameter has the same name on every
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -326,7 +326,8 @@ def scores(x: Tensor, weight: Tensor) -> Tensor:
     return x.to(dtype) @ weight.to(dtype).t()
 
 
-def parameter_specs(model: ModelConfig, tp: int = 1, sequence_parallel: bool = False) -> list[ParamSpec]:
+@cache  # what balances and counts a model asks for it again and again
+def parameter_specs(model: ModelConfig, tp: int = 1, sequence_parallel: bool = False) -> tuple[ParamSpec, ...]:
     """Return the spec of every logical parameter of a model, in the order of its layers, without allocating any.
 
     Args:
@@ -335,4 +336,4 @@ def parameter_specs(model: ModelConfig, tp: int = 1, sequence_parallel: bool = F
         sequence_parallel: decides `grad_axes` alone.
     """
     placement = Placement(Axis("tp", tp), sequence_parallel, torch.float32, torch.device("meta"))
-    return [spec_of(param) for param in Stage(model, placement).parameters()]
+    return tuple(spec_of(param) for param in Stage(model, placement).parameters())

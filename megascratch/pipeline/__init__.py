@@ -1,7 +1,7 @@
 """Pipeline schedules as data: lists of actions that are generated, completed, checked, simulated and run."""
 
 from megascratch.pipeline.action import Action, Kind, ScheduleError
-from megascratch.pipeline.check import Report, check
+from megascratch.pipeline.check import Report, check, peak_in_flight
 from megascratch.pipeline.configured import configured_routes, configured_schedule
 from megascratch.pipeline.costs import UNIT, Costs
 from megascratch.pipeline.passes import add_communication
@@ -38,6 +38,7 @@ __all__ = [
     "make_schedule",
     "mirrored",
     "parse_schedule",
+    "peak_in_flight",
     "run",
     "simulate",
     "split_backward",
