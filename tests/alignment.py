@@ -64,7 +64,7 @@ def write_way(way: str, folder: Path) -> Path:
     """Write records that a way of training reads, of answers as unequal as may be."""
     words = ["one", "two words", "the number seven", "eight", "a word or two of it"]
     records: list[Any] = []
-    for i in range(30):
+    for i in range(20):
         prompt, first, second = f"what {'is ' * (i % 3)}{i}? ", words[i % 5], words[(i + 2) % 5]
         if way == "sft":
             records.append({"prompt": prompt, "completion": first})
@@ -86,7 +86,7 @@ def way_config(way: str, tokenizer: Path, records: Path, folder: Path, packing: 
         folder,
         model=model,
         data={"seq_length": 48},
-        train={"global_batch": 8, "micro_batch": 2},
+        train={"global_batch": 8, "micro_batch": 2, **sections.pop("train", {})},
         optim=optim,
         chat={"template": "plain", "packing": packing},
         **given,

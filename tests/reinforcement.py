@@ -28,8 +28,13 @@ def low_ids(answered: Any) -> float:
 
 
 def reinforced(config: Config, sections: dict[str, Any]) -> Config:
-    """Return a configuration of `layouts.make_config` that learns from rollouts of 8 completions, twice each."""
+    """Return a configuration of `layouts.make_config` that learns from rollouts of 8 completions, twice each.
+
+    Completions have at most 12 tokens, so that rows have room for some where they are packed.
+    """
     raw = config.model_dump(mode="json")
+    if config.data.reset_attention_mask:
+        raw["data"]["seq_length"] = 32
     rollout = {
         "prompts": 2,
         "samples": 4,

@@ -11,7 +11,8 @@ from torch import Tensor
 from megascratch.align.advantages import BASELINES, group_advantages
 from megascratch.align.policy import KLPenalty, PolicyObjective, logprobs_at
 from megascratch.align.policy_losses import Clip
-from megascratch.align.rollout import Rollout, of_each_token
+from megascratch.align.rollout import Rollout
+from megascratch.align.rollout_rows import of_each_token
 from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
 from megascratch.engine import Engine, StepReport

@@ -18,9 +18,15 @@ import torch
 from torch import Tensor
 
 from megascratch.align.kl import Clamp, Estimator, kl_estimate
-from megascratch.align.policy_losses import Clip, importance_weights, policy_loss, sequence_log_ratio, value_loss
+from megascratch.align.policy_losses import (
+    Clip,
+    Sequences,
+    importance_weights,
+    policy_loss,
+    sequence_log_ratio,
+    value_loss,
+)
 from megascratch.data.microbatch import Microbatch
-from megascratch.dist import comm
 from megascratch.engine import Loss, Outputs
 from megascratch.ops import acc_dtype
 
@@ -30,7 +36,8 @@ _CLIP = Clip()
 def logprobs_at(outputs: Outputs, labels: Tensor, temperature: float) -> Tensor:
     """Return the log-probability of each label [b, s] where logits are divided by a temperature."""
     if temperature != 1.0:
-        outputs = replace(outputs, hidden=outputs.hidden / temperature)
+        softcap = None if outputs.softcap is None else outputs.softcap / temperature
+        outputs = replace(outputs, hidden=outputs.hidden / temperature, softcap=softcap)
     return outputs.logprobs(labels)
 
 
@@ -77,12 +84,13 @@ class PolicyObjective:
         old = of.get("old", logprobs.detach())
         log_ratio = (logprobs - old) * mask
         per_token = log_ratio
+        sequences = Sequences(microbatch.documents, microbatch.of_samples["present"].shape[1], outputs.cp)
         if self.ratio == "sequence":
-            log_ratio = sequence_log_ratio(log_ratio, mask, outputs.cp)
+            log_ratio = sequence_log_ratio(log_ratio, mask, sequences)
         policy = policy_loss(log_ratio, of["advantages"], self.clip)
         losses, sums = policy.losses, self._metrics(policy.clipped_low, policy.clipped_high, per_token, mask)
         if "sampled" in of:
-            losses = losses * self._importance(old, of["sampled"], mask, outputs, sums)
+            losses = losses * self._importance(old, of["sampled"], mask, sequences, sums)
         sums["loss/policy_avg"] = (losses.detach() * of["weights"]).sum()
         if self.penalty is not None:
             p = self.penalty
@@ -104,16 +112,14 @@ class PolicyObjective:
         }
 
     def _importance(
-        self, old: Tensor, sampled: Tensor, mask: Tensor, outputs: Outputs, sums: dict[str, Tensor]
+        self, old: Tensor, sampled: Tensor, mask: Tensor, sequences: Sequences, sums: dict[str, Tensor]
     ) -> Tensor:
         """Return the weights between sampler and trainer, [b, s], and note how far the two are apart."""
-        difference = ((old - sampled) * mask).detach()
-        sums["sampling/sampling_logp_difference/mean"] = difference.abs().sum()
+        sums["sampling/sampling_logp_difference/mean"] = ((old - sampled) * mask).detach().abs().sum()
         if self.importance_cap is None:
             return torch.ones_like(mask)
-        if self.importance_level == "sequence":
-            difference = comm.sum_over(difference.sum(1), outputs.cp).unsqueeze(1) * mask
-        weights = importance_weights(difference, torch.zeros_like(mask), mask, self.importance_cap)
+        together = sequences if self.importance_level == "sequence" else None
+        weights = importance_weights(old, sampled, mask, self.importance_cap, together)
         sums["sampling/importance_sampling_ratio/mean"] = (weights * mask).sum()
         return weights
 

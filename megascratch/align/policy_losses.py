@@ -21,7 +21,7 @@ Sources: Schulman et al. 2017, arXiv:1707.06347 (PPO); Ye et al. 2020, arXiv:191
 arXiv:2503.14476 (DAPO); Liu et al. 2025, arXiv:2503.20783 (Dr. GRPO); Zheng et al. 2025, arXiv:2507.18071 (GSPO).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -59,7 +59,27 @@ class PolicyLoss:
     clipped_dual: Tensor
 
 
-def sequence_log_ratio(log_ratio: Tensor, mask: Tensor, cp: Axis | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Sequences:
+    """Which sequence each token of a micro-batch belongs to.
+
+    Attributes:
+        documents: number of the sequence within its row, [b, s] int64.
+        n_documents: of a row, at most.
+        cp: over which the rows are divided.
+    """
+
+    documents: Tensor
+    n_documents: int = 1
+    cp: Axis = field(default_factory=lambda: Axis("cp"))
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Give every token the sum of [b, s] over its sequence, without gradient."""
+        own = values.new_zeros(len(values), self.n_documents).scatter_add(1, self.documents, values.detach())
+        return comm.sum_over(own, self.cp).gather(1, self.documents)
+
+
+def sequence_log_ratio(log_ratio: Tensor, mask: Tensor, sequences: Sequences) -> Tensor:
     """Give every token the mean log-ratio of its sequence, with a gradient of its own (GSPO).
 
     The value is that of the sequence; the gradient flows through each token's own log-probability alone, so that
@@ -68,14 +88,13 @@ def sequence_log_ratio(log_ratio: Tensor, mask: Tensor, cp: Axis | None = None) 
     Args:
         log_ratio: log ρ of each token, [b, s].
         mask: 1 where a token counts, [b, s].
-        cp: over which the sequences are divided.
+        sequences: of the tokens.
 
     Returns: [b, s].
     """
-    cp = cp or Axis("cp")
-    sums = torch.stack(((log_ratio.detach() * mask).sum(1), mask.sum(1).to(log_ratio.dtype)))
-    total, count = comm.sum_over(sums, cp)
-    return log_ratio - log_ratio.detach() + (total / count.clamp(min=1)).unsqueeze(1)
+    mask = mask.to(log_ratio.dtype)
+    mean = sequences.sums(log_ratio * mask) / sequences.sums(mask).clamp(min=1)
+    return log_ratio - log_ratio.detach() + mean
 
 
 def policy_loss(log_ratio: Tensor, advantages: Tensor, clip: Clip = Clip()) -> PolicyLoss:
@@ -145,21 +164,19 @@ def token_weights(mask: Tensor, how: Aggregation, *, max_tokens: int, micro_batc
             return (together / counts.clamp(min=1)).view_as(mask) * tokens / len(together)
 
 
-def importance_weights(
-    old: Tensor, sampled: Tensor, mask: Tensor, cap: float, level: Literal["token", "sequence"] = "token"
-) -> Tensor:
+def importance_weights(old: Tensor, sampled: Tensor, mask: Tensor, cap: float, sequences: Sequences | None) -> Tensor:
     """Weigh tokens by how likely the trainer's policy was to sample them, over the sampler's; at most `cap`.
 
     Args:
-        old: log-probabilities that the trainer gives the tokens, [n, s].
-        sampled: those that the sampler chose them by, [n, s].
-        mask: 1 where a token counts, [n, s].
+        old: log-probabilities that the trainer gives the tokens, [b, s].
+        sampled: those that the sampler chose them by, [b, s].
+        mask: 1 where a token counts, [b, s].
         cap: truncation (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
-        level: of each token, or of whole sequences: the product over their tokens.
+        sequences: whose products over their tokens are the weights; None: each token has its own.
 
-    Returns: [n, s], no gradient.
+    Returns: [b, s], no gradient.
     """
     difference = ((old - sampled) * mask).detach()
-    if level == "sequence":
-        difference = difference.sum(1, keepdim=True).expand_as(difference)
+    if sequences is not None:
+        difference = sequences.sums(difference)
     return difference.exp().clamp(max=cap)

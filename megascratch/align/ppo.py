@@ -18,7 +18,8 @@ from megascratch.align.advantages import gae, whiten
 from megascratch.align.kl import KLControl, kl_estimate
 from megascratch.align.policy import PolicyObjective, ValueObjective, logprobs_at
 from megascratch.align.policy_losses import Clip
-from megascratch.align.rollout import Rollout, of_each_token
+from megascratch.align.rollout import Rollout
+from megascratch.align.rollout_rows import of_each_token
 from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
 from megascratch.engine import Engine, StepReport

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from megascratch.align.rewards import Score
-from megascratch.align.rollout import Rollout, of_each_token
+from megascratch.align.rollout import Rollout
+from megascratch.align.rollout_rows import of_each_token
 from megascratch.config import Config
 from megascratch.config.check import check
 from megascratch.dist.mesh import Mesh

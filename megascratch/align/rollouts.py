@@ -28,7 +28,8 @@ from megascratch.align.completions_log import CompletionsLog
 from megascratch.align.generator import Generator
 from megascratch.align.policy_losses import Aggregation, token_weights
 from megascratch.align.rewards import Answered
-from megascratch.align.rollout import Question, Rollout, microbatches_of
+from megascratch.align.rollout import Question, Rollout
+from megascratch.align.rollout_rows import microbatches_of
 from megascratch.align.scores import Scorer
 from megascratch.data.microbatch import Microbatch
 from megascratch.engine import Engine, StepReport

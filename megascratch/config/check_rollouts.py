@@ -41,6 +41,12 @@ def rollouts(config: Config, _: int | None) -> Iterator[Problem]:
             "must be 0 with rollouts: a ratio between two policies would measure the dropout",
             "set model.dropout = 0; weights do not depend on it",
         )
+    if config.chat.packing if config.chat is not None else config.data.reset_attention_mask:
+        of_one_size = {"parallel.schedule_file": config.parallel.schedule_file, "train.cuda_graph": train.cuda_graph}
+        for key, value in of_one_size.items():
+            if value:
+                rule = "is made for batches of one size, and packed rollouts have as many rows as they need"
+                yield Problem(f"{key} = {str(value).lower()}", rule, "set chat.packing = false")
     if not rollout.scores:
         yield Problem("rollout.scores", "names no reward", "for example scores = [{kind = 'number'}]")
     for index, score in enumerate(rollout.scores):

@@ -1,6 +1,8 @@
 """Layout is not physics in alignment either: loss, gradient norm, metrics and weights, to 1e-9 in float64."""
 
 import functools
+import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2-cp2": {"pp": 2, "cp": 2},
     "tp2-dp2-zero3": {"tp": 2, "dp": 2, "zero": 3},
 }
-PACKED = {name: n % 2 == 0 for n, name in enumerate(LAYOUTS)}
 WITH_ADAPTERS = ("tp2", "tp2-no-sp", "pp2-zb-h1-zero1", "pp2-dualpipe", "tp2-dp2-zero3")
 N_STEPS = 2
 
@@ -50,7 +51,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def _config(data: Path, way: str, packing: bool, run: str, parallel: dict[str, Any], n_layers: int) -> Config:
     folder = data / f"{way}-{packing}-{run}"
-    sections = {"parallel": parallel, "model": {"n_layers": n_layers}}
+    # Micro-batches as large as fill the pipeline: every one costs a round of collectives.
+    micro_batch = 2 if parallel.get("pp") or parallel.get("dp") or not parallel else 4
+    sections = {"parallel": parallel, "model": {"n_layers": n_layers}, "train": {"micro_batch": micro_batch}}
     return way_config(way, data / "tokenizer.json", data / f"{way}.jsonl", folder, packing, **sections)
 
 
@@ -68,8 +71,8 @@ def _train(config: Config, verb: str, n_steps: int = N_STEPS, saved: Path | None
     return Trained(reports, [], local_weights(engine))
 
 
-def _train_all(configs: dict[str, Config]) -> dict[str, Trained]:
-    return {way: _train(config, WAYS[way][0]) for way, config in configs.items()}
+def _train_all(configs: dict[tuple[str, bool], Config]) -> dict[tuple[str, bool], Trained]:
+    return {(way, packing): _train(config, WAYS[way][0]) for (way, packing), config in configs.items()}
 
 
 @functools.cache
@@ -92,14 +95,16 @@ def _assert_equal(ranks: list[Trained], reference: Trained, what: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_way_computes_what_one_rank_computes(layout: str, data: Path, pool: RankPool) -> None:
-    parallel, packing = LAYOUTS[layout], PACKED[layout]
+    """Packed, and with a row for each answer."""
+    parallel = LAYOUTS[layout]
     n_layers = 4 if parallel.get("vp") else 2
     ways = [way for way in WAYS if way != "lora" or layout in WITH_ADAPTERS]
-    configs = {way: _config(data, way, packing, layout, parallel, n_layers) for way in ways}
-    world = configs["sft"].parallel
-    ranks = pool.run(world.tp * world.pp * world.cp * (world.dp or 1), _train_all, configs)
-    for way in ways:
-        _assert_equal([rank[way] for rank in ranks], _one_rank(data, way, packing, n_layers), way)
+    runs = list(itertools.product(ways, (True, False)))
+    configs = {(way, packing): _config(data, way, packing, layout, parallel, n_layers) for way, packing in runs}
+    ranks = pool.run(_world(parallel), _train_all, configs)
+    for way, packing in runs:
+        reference = _one_rank(data, way, packing, n_layers)
+        _assert_equal([rank[way, packing] for rank in ranks], reference, f"{way}, {packing=}")
 
 
 def test_what_is_compared_moves(data: Path) -> None:
@@ -110,11 +115,26 @@ def test_what_is_compared_moves(data: Path) -> None:
         assert reports[0].grad_norm > 1e-3, way
 
 
+# Each way stops on one layout and goes on on another: all of both together, and no two ways on the same.
+RESUMED = {
+    "sft": ("pp2-zb-h1-zero1", "tp2-cp2-all-gather"),
+    "reward": ("tp2-dp2-zero3", "pp2-vp2-zb-v"),
+    "dpo": ("cp2-ulysses-dp2-zero2", "tp2-pp2"),
+    "kto": ("pp2-cp2", "dp4-zero1"),
+    "lora": ("tp2-no-sp", "pp2-dualpipe"),
+}
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_goes_on_on_another_layout(way: str, data: Path, pool: RankPool) -> None:
-    first, second = LAYOUTS["pp2-zb-h1-zero1"], LAYOUTS["tp2-cp2-all-gather"]
-    before = _config(data, way, True, "resumed", first, 2)
-    pool.run(4, _train, before, WAYS[way][0], 1)
-    after = _config(data, way, True, "resumed", second, 2)
-    ranks = pool.run(4, _train, after, WAYS[way][0], 1, Path(before.log.dir))
-    _assert_equal(ranks, _one_rank(data, way, True, 2), way)
+    first, second = (LAYOUTS[name] for name in RESUMED[way])
+    n_layers = 4 if second.get("vp") else 2
+    before = _config(data, way, True, "resumed", first, n_layers)
+    pool.run(_world(first), _train, before, WAYS[way][0], 1)
+    after = _config(data, way, True, "resumed", second, n_layers)
+    ranks = pool.run(_world(second), _train, after, WAYS[way][0], 1, Path(before.log.dir))
+    _assert_equal(ranks, _one_rank(data, way, True, n_layers), way)
+
+
+def _world(parallel: dict[str, Any]) -> int:
+    return math.prod(parallel.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))

@@ -1,6 +1,7 @@
 """GRPO and PPO on the engine: the same on every layout, the first ratio exactly 1, and what is left out is told."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,18 +21,18 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "ppo": {"ppo": {"kl_target": 1.0, "kl_horizon": 100}, "rollout": {"samples": 1, "prompts": 8}},
 }
 LAYOUTS = [
-    Layout("tp2-sp", {"tp": 2}),
-    Layout("tp2-no-sp", {"tp": 2, "sequence_parallel": False}, "tied", 2),
-    Layout("tp4", {"tp": 4}, "qwen"),
-    Layout("pp2", {"pp": 2}, "tied"),
+    Layout("tp2-sp", {"tp": 2}, "llama", 4),
+    Layout("tp2-no-sp", {"tp": 2, "sequence_parallel": False}, "tied", 4),
+    Layout("tp4", {"tp": 4}, "qwen", 8),
+    Layout("pp2", {"pp": 2}, "tied", 2),
     Layout("pp2-vp2", {"pp": 2, "vp": 2}, "llama", 2),
-    Layout("zb-v-tp2", {"pp": 2, "vp": 2, "tp": 2, "schedule": "zb-v"}),
-    Layout("cp2-ring", {"cp": 2}, "gpt2"),
-    Layout("cp2-ulysses-tp2", {"cp": 2, "tp": 2, "cp_algorithm": "ulysses"}),
+    Layout("zb-v-tp2", {"pp": 2, "vp": 2, "tp": 2, "schedule": "zb-v"}, "llama", 4),
+    Layout("cp2-ring", {"cp": 2}, "gpt2", 4),
+    Layout("cp2-ulysses-tp2", {"cp": 2, "tp": 2, "cp_algorithm": "ulysses"}, "gemma", 8),
     Layout("dp2", {"dp": 2}, "llama", 2),
     Layout("dp4-zero1", {"dp": 4, "zero": 1}, "olmo"),
-    Layout("dp2-tp2-zero2", {"dp": 2, "tp": 2, "zero": 2}, "tied"),
-    Layout("dp2-cp2-zero3", {"dp": 2, "cp": 2, "zero": 3}),
+    Layout("dp2-tp2-zero2", {"dp": 2, "tp": 2, "zero": 2}, "tied", 2),
+    Layout("dp2-cp2-zero3", {"dp": 2, "cp": 2, "zero": 3}, "llama", 4),
     Layout("dp2-pp2-zero3", {"dp": 2, "pp": 2, "zero": 3}, "tied", 2),
 ]
 Run = tuple[list[StepReport], list[dict[str, Any]], list[Trained]]
@@ -65,10 +66,14 @@ def one_rank(model: str, n_layers: int) -> dict[str, Run]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_a_layout_learns_what_one_rank_learns(layout: Layout, pool: RankPool) -> None:
-    """Rollouts too: the second one is sampled from weights that the first one has changed."""
+    """Rollouts too: the second one is sampled from weights that the first one has changed.
+
+    Packed, completions share rows, and the policy learns what it learns from rows of one each.
+    """
     expected = one_rank(layout.model, layout.n_layers)
-    ranks = pool.run(layout.world, learn, layout.config(), METHODS)
-    for method in METHODS:
+    unpacked = pool.run(layout.world, learn, layout.config(), ("grpo", "ppo"))
+    packed = pool.run(layout.world, learn, replace(layout, packed=True).config(), METHODS)
+    for ranks, method in ((runs, method) for runs in (unpacked, packed) for method in runs[0]):
         reports, observed, engines = expected[method]
         for rank in ranks:
             for got, want in zip(rank[method][0], reports, strict=True):
@@ -86,10 +91,12 @@ def test_a_layout_learns_what_one_rank_learns(layout: Layout, pool: RankPool) ->
                 assert error < 1e-9, f"{method}: {name} is off by {error:.1e}"
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_first_ratio_is_exactly_one(method: str) -> None:
+def test_the_first_ratio_is_exactly_one(method: str, packed: bool) -> None:
     """Before the first update of a rollout, the policy is the one that sampled; afterwards no more."""
-    reports, observed, _ = learn(make_config("llama", n_layers=2), (method,), n_steps=6)[method]
+    config = make_config("gemma" if packed else "llama", n_layers=2, packed=packed)
+    reports, observed, _ = learn(config, (method,), n_steps=6)[method]
     per_rollout = 2
     for step, (report, values) in enumerate(zip(reports, observed)):
         metrics = report.metrics

@@ -15,6 +15,7 @@ from megascratch.align.advantages import BASELINES, gae, group_advantages, white
 from megascratch.align.kl import KLControl, kl_estimate
 from megascratch.align.policy_losses import (
     Clip,
+    Sequences,
     importance_weights,
     policy_loss,
     sequence_log_ratio,
@@ -23,6 +24,7 @@ from megascratch.align.policy_losses import (
 )
 
 N, S, G = 8, 11, 4
+ONE_A_ROW = Sequences(torch.zeros(N, S, dtype=torch.int64))
 
 
 class Batch:
@@ -157,7 +159,7 @@ def test_sequence_ratios_are_verls() -> None:
     theirs, _ = verl_core_algos().compute_policy_loss_gspo(
         batch.old, batch.logprobs, batch.advantages, batch.mask, "seq-mean-token-mean", config
     )
-    ours = policy_loss(sequence_log_ratio(batch.log_ratio, batch.mask), batch.advantages, Clip(0.03, 0.04))
+    ours = policy_loss(sequence_log_ratio(batch.log_ratio, batch.mask, ONE_A_ROW), batch.advantages, Clip(0.03, 0.04))
     same(mean(ours.losses, batch.mask, "grpo"), theirs, batch.logprobs)
 
 
@@ -268,7 +270,7 @@ def mock_trainer(options: dict[str, Any], logprobs: Callable[..., Any]) -> Any:
 
 
 def _our_grpo_loss(batch: Batch, how: Any, clip: Clip = Clip(), beta: float = 0.0, sequences: bool = False) -> Tensor:
-    log_ratio = sequence_log_ratio(batch.log_ratio, batch.mask) if sequences else batch.log_ratio
+    log_ratio = sequence_log_ratio(batch.log_ratio, batch.mask, ONE_A_ROW) if sequences else batch.log_ratio
     losses = policy_loss(log_ratio, batch.advantages[:, :1].expand(N, S), clip).losses
     return mean(losses + beta * kl_estimate(batch.logprobs, batch.reference, "k3"), batch.mask, how)
 
@@ -299,9 +301,10 @@ def test_sequence_ratios_are_trls(how: str) -> None:
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_truncated_importance_weights(level: Any) -> None:
+def test_truncated_importance_weights(level: str) -> None:
     batch, cap = Batch(), 1.3
-    weights = importance_weights(batch.old, batch.reference, batch.mask, cap, level)
+    together = ONE_A_ROW if level == "sequence" else None
+    weights = importance_weights(batch.old, batch.reference, batch.mask, cap, together)
     difference = (batch.old - batch.reference) * batch.mask
     expected = difference.exp() if level == "token" else difference.sum(1, keepdim=True).exp().expand(N, S)
     torch.testing.assert_close(weights, expected.clamp(max=cap))

@@ -391,6 +391,12 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
         ("rollouts", f"{ROLLOUT} rollout.epochs=3", None, r"steps = 1000 +must divide by 3, the steps of a rollout"),
         ("rollouts", f"{ROLLOUT} rollout.max_tokens=2000", None, r"max_tokens = 2000 +must leave room for a prompt"),
         ("rollouts", f"{ROLLOUT} model.dropout=0.1", None, r"dropout = 0\.1 +must be 0 with rollouts"),
+        (
+            "rollouts",
+            f"{ROLLOUT} chat.packing=true train.cuda_graph=true",
+            None,
+            r"cuda_graph = true +is made for .*one",
+        ),
         ("rollouts", "rollout.prompts=8", None, r"rollout\.scores +names no reward +for example"),
         (
             "rollouts",

@@ -1,0 +1,127 @@
+"""The completions of a rollout laid into rows: the micro-batches that they make, and what engines say of their tokens.
+
+Unpacked, each completion has a row, behind its prompt. Packed, several share one as conversations do (`rows.packed`):
+positions restart, and none attends to another. By hand, completions of 3, 4 and 5 tokens, prompts included, rows of at
+most 8 places, `.` padding:
+
+    unpacked   a a a . .              packed   c c c c c a a a
+               b b b b .                       0 1 2 3 4 0 1 2     positions
+               c c c c c                       b b b b . . . .
+
+Rows are as short as so many of them can be. Packed, there are as many as the layout shares out evenly, the last of
+which may be empty. Which completions are together matters to nothing: each token's weight in the loss is known before.
+
+Legend: `r` rows of a step, `n` completions of a rollout, `s` tokens; `b` rows of a micro-batch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megascratch.align.rollout import Rollout
+from megascratch.align.rows import Bin, packed
+from megascratch.data.microbatch import Microbatch
+from megascratch.data.sampler import microbatch_ids
+from megascratch.dist import comm
+from megascratch.engine import Engine, Outputs
+
+# Rows are as long as their longest needs, to a multiple that keeps products of matrices whole.
+_LENGTH_STEP = 32
+
+
+def microbatches_of(
+    engine: Engine, rollout: Rollout, members: Tensor, first_sample: int, of_tokens: Mapping[str, Tensor]
+) -> list[Microbatch]:
+    """Return this data-parallel rank's micro-batches of the given completions.
+
+    Args:
+        engine: whose layout divides them.
+        rollout: theirs.
+        members: which ones, [global_batch] int64.
+        first_sample: number of completion 0 in the run.
+        of_tokens: of these completions, [global_batch, s] each.
+
+    `of_samples` has, [b, documents] each: `present`, 1 where there is a completion, and `answer`, its number.
+    """
+    bins, s = _rows(engine, rollout.lengths[members].tolist())
+    r, n_documents = len(bins), max(map(len, bins))
+    source, positions, documents = (torch.zeros(r, s, dtype=torch.int64) for _ in range(3))
+    filled, present = torch.zeros(r, s, dtype=torch.bool), torch.zeros(r, n_documents)
+    answer = torch.zeros(r, n_documents, dtype=torch.int64)
+    positions[:] = torch.arange(s)
+    for row, inside in enumerate(bins):
+        start = 0
+        for document, member in enumerate(inside):
+            end = start + int(rollout.lengths[members[member]])
+            source[row, start:end], filled[row, start:end] = member, True
+            positions[row, start:], documents[row, start:] = torch.arange(s - start), document
+            answer[row, document], present[row, document] = members[member], 1.0
+            start = end
+
+    def laid(x: Tensor) -> Tensor:
+        return x[source, positions].masked_fill(~filled, 0)
+
+    tokens = rollout.tokens[members]
+    labels = torch.cat((tokens[:, 1:], torch.zeros_like(tokens[:, :1])), dim=1)
+    whole = Microbatch(
+        tokens=laid(tokens),
+        labels=laid(labels),
+        loss_mask=laid(rollout.mask[members]),
+        position_ids=positions,
+        documents=documents,
+        sample_ids=answer[:, 0] + first_sample,
+        of_tokens={name: laid(x) for name, x in of_tokens.items()},
+        of_samples={"present": present, "answer": answer},
+    )
+    dp, size = engine.mesh.dp, engine.config.train.micro_batch
+    parts = [slice(ids.start, ids.stop) for ids in microbatch_ids(0, r, size, dp.rank, dp.size)]
+    return [whole.apply(lambda x, part=part: x[part]) for part in parts]  # type: ignore[misc]
+
+
+def of_each_token(engine: Engine, rollout: Rollout, function: Callable[[Outputs, Tensor], Tensor]) -> Tensor:
+    """Return what a function makes of an engine's outputs and the labels, for every completion, [n, s] float64.
+
+    Args:
+        engine: the policy, or a model beside it on the same layout.
+        rollout: its completions.
+        function: gives [b, s] of this rank's tokens.
+
+    Returns: on the CPU, 0 behind the completions.
+    """
+    train, dp, n = engine.config.train, engine.mesh.dp, len(rollout.tokens)
+    results = torch.zeros(rollout.tokens.shape, dtype=torch.float64)
+    for members in torch.arange(n).split(train.global_batch):
+        microbatches = microbatches_of(engine, rollout, members, 0, {})
+        found = engine.compute(microbatches, lambda o, m: o.whole_sequences(function(o, m.labels)))
+        for microbatch, values in zip(microbatches, found):
+            completion = microbatch.of_samples["answer"].gather(1, microbatch.documents)
+            there = microbatch.of_samples["present"].gather(1, microbatch.documents) > 0
+            there &= microbatch.position_ids < rollout.lengths[completion]
+            results[completion[there], microbatch.position_ids[there]] = values.double().cpu()[there]
+    return comm.sum_over(results.to(engine.mesh.device), dp).cpu()
+
+
+def _rows(engine: Engine, lengths: Sequence[int]) -> tuple[list[Bin], int]:
+    """Return which completions of these lengths each row holds, and how long the rows are."""
+    config, longest = engine.config, max(lengths)
+    most, shortest = config.data.seq_length, _row_length(engine, longest)
+    if not config.data.reset_attention_mask:
+        return [[member] for member in range(len(lengths))], shortest
+    # Whole rounds of the pipeline; two of the dualpipes, into which micro-batches go from both ends.
+    rounds = 2 if config.parallel.schedule in ("dualpipe", "dualpipe-v") else 1
+    unit = config.train.micro_batch * engine.mesh.dp.size * engine.mesh.pp.size * rounds
+    n_rows = -(-len(packed(lengths, most)) // unit) * unit
+    lengths_tried = (*range(shortest, most, _LENGTH_STEP), most)
+    s, bins = next((s, bins) for s in lengths_tried if len(bins := packed(lengths, s)) <= n_rows)
+    return bins + [[] for _ in range(n_rows - len(bins))], s
+
+
+def _row_length(engine: Engine, longest: int) -> int:
+    """Return how long rows are that hold so many tokens: as little as serves the layout, and any layout alike."""
+    parallel, most = engine.config.parallel, engine.config.data.seq_length
+    sequence_parallel = parallel.tp if parallel.sequence_parallel else 1
+    divides = _LENGTH_STEP % (2 * parallel.cp * sequence_parallel) == 0
+    if not divides or engine.config.train.cuda_graph or engine.config.model.moe is not None:
+        return most  # experts' capacity is a share of the row
+    return min(most, -(-longest // _LENGTH_STEP) * _LENGTH_STEP)
