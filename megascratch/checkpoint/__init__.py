@@ -4,10 +4,11 @@ from megascratch.checkpoint.convert import convert
 from megascratch.checkpoint.format import OPTIMIZER, Shard
 from megascratch.checkpoint.inspect import Description, describe, verify
 from megascratch.checkpoint.load import Reader, find, load, read_state
-from megascratch.checkpoint.places import place
+from megascratch.checkpoint.places import place, remove_tree
 from megascratch.checkpoint.retention import complete_steps, prune, step_of
 from megascratch.checkpoint.save import Saving, save, shared_pieces
 from megascratch.checkpoint.staging import Staging, aligned
+from megascratch.checkpoint.transfer import receive_directory, send_directory
 from megascratch.checkpoint.weights import weight_shards
 
 __all__ = [
@@ -26,7 +27,10 @@ __all__ = [
     "place",
     "prune",
     "read_state",
+    "receive_directory",
+    "remove_tree",
     "save",
+    "send_directory",
     "shared_pieces",
     "step_of",
     "verify",

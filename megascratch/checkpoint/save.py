@@ -104,7 +104,8 @@ class Saving:
         self.root, self.step, self.world, self._device = root, step, world, device
         self._state = json.dumps({**state, "step": step}, indent=1, allow_nan=False).encode()
         self._final = root / f"step_{step:08d}"
-        names = self._together(self._attempt(self._prepare if world.is_first else None))
+        begin = partial(begin_directory, self._final, recycle=recycle)
+        names = self._together(self._attempt((lambda: begin().name) if world.is_first else None))
         self._folder = root / names[0]
         self._pieces = shared_pieces(shards)
         if staging is not None:
@@ -162,19 +163,6 @@ class Saving:
         """Delete what was written: a full disk should not stay full of half a checkpoint."""
         remove_tree(self._folder)
 
-    def _prepare(self) -> str:
-        """Make the directory that pieces are written into, and return its name."""
-        folder = self._final
-        if is_local(self.root):
-            folder = folder.with_name(folder.name + ".tmp")
-        else:
-            names = (self._final.name + (f".{n}" if n else "") for n in range(10_000))
-            folder = next(self.root / name for name in names if not (self.root / name / MANIFEST).exists())
-        remove_tree(folder)  # of a save that was killed
-        if not (self._recycle and take_spare(self.root, folder)):
-            folder.mkdir(parents=True)
-        return folder.name
-
     def _publish(self, tables: Sequence[str], clean: Callable[[Path], None]) -> str:
         parsed = map(Table.model_validate_json, tables)
         manifest = Manifest.build(self.step, parsed, CHUNK_BYTES, self._state, self._final)
@@ -182,11 +170,7 @@ class Saving:
             if file.name not in manifest.files:  # of a layout with more ranks
                 file.unlink()
         write_contents(self._folder, manifest, self._state)
-        final = self._folder
-        if is_local(self.root):
-            final = self._final
-            _swap_in(self._folder, final)
-        replace_text(self.root / LATEST, f"{final.name}\n")
+        final = end_directory(self._folder, self._final)
         clean(final)
         return final.name
 
@@ -248,6 +232,33 @@ def _piece_of(shard: Shard, extent: Extent, start: int, stop: int) -> NewPiece:
 
 def _with_value(piece: NewPiece, value: Callable[[], Tensor]) -> NewPiece:
     return NewPiece(piece.name, piece.shape, piece.dtype, piece.box, value)
+
+
+def begin_directory(final: Path, *, recycle: bool = False) -> Path:
+    """Make the directory that a checkpoint is written into before it is one.
+
+    Args:
+        final: where it is to be.
+        recycle: as for `save`.
+    """
+    if is_local(final):
+        folder = final.with_name(final.name + ".tmp")
+    else:
+        names = (final.name + (f".{n}" if n else "") for n in range(10_000))
+        folder = next(final.parent / name for name in names if not (final.parent / name / MANIFEST).exists())
+    remove_tree(folder)  # of a save that was killed
+    if not (recycle and take_spare(final.parent, folder)):
+        folder.mkdir(parents=True)
+    return folder
+
+
+def end_directory(folder: Path, final: Path) -> Path:
+    """Make a directory with all that belongs to a checkpoint the newest one. Returns where it is."""
+    if is_local(folder):
+        _swap_in(folder, final)
+        folder = final
+    replace_text(folder.parent / LATEST, f"{folder.name}\n")
+    return folder
 
 
 def _swap_in(unfinished: Path, final: Path) -> None:

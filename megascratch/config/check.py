@@ -345,6 +345,9 @@ def _local_copies(config: Config, _: int | None) -> Iterator[Problem]:
     if checkpoint.local_dir is not None and not checkpoint.local_every:
         rule = "needs checkpoint.local_every"
         yield Problem(f"checkpoint.local_dir = {checkpoint.local_dir}", rule, "set it, or leave local_dir out")
+    if checkpoint.local_replicate and not checkpoint.local_every:
+        rule = "needs checkpoint.local_every: there is nothing to replicate"
+        yield Problem("checkpoint.local_replicate = true", rule, "set it, or leave local_replicate out")
 
 
 def _recycling(config: Config, _: int | None) -> Iterator[Problem]:

@@ -305,6 +305,7 @@ class CheckpointConfig(Section):
     deadline_s: Count = 300
     local_every: Whole = 0  # steps; each rank copies its own state into local_dir, for a quick restart
     local_dir: str | None = None  # on the node: /dev/shm/…, or a local disk
+    local_replicate: bool = False  # send each copy to the next node too, for when a node is lost
 
     @property
     def every_steps(self) -> int:

@@ -63,7 +63,7 @@ class Checkpoints:
     Args:
         engine: what is saved.
         console: rank-aware.
-        run_id: names the run, so that no other's local copies are taken for its own.
+        local: copies, besides.
         resumable_every: steps between the points where a run can be resumed; saving waits for one.
         companions: further engines by name, which a checkpoint holds too. Local copies do not, so there are none.
 
@@ -75,16 +75,17 @@ class Checkpoints:
         self,
         engine: Engine,
         console: Console,
-        run_id: str = "",
+        local: LocalCopies | None = None,
         resumable_every: int = 1,
         companions: Mapping[str, Engine] | None = None,
     ) -> None:
         self.resumable_every, self.companions = resumable_every, companions or {}
-        self.engine, self.console, self.saved_step = engine, console, None
+        self.engine, self.console = engine, console
+        self.saved_step: int | None = None
         self.config = engine.config.checkpoint
         assert self.config.dir is not None
         self.root = place(self.config.dir)
-        self.local = None if self.companions else LocalCopies.of(engine, run_id)
+        self.local = None if self.companions else local
         self._staging = None
         if self.config.asynchronous:
             n_bytes = sum(aligned(piece.bytes) for piece in shared_pieces(self._shards()))
@@ -121,10 +122,18 @@ class Checkpoints:
         except CheckpointError as error:
             self._last_s = time.monotonic()
             if ending or self.config.on_failure == "stop":
+                self._finish_copies()
                 raise
             self.console.print(f"after step {step}: no checkpoint, training goes on: {error}")
         if self.local is not None and resumable and step % self.config.local_every < self.resumable_every:
             self.local.save(engine_state(self.engine, consumed_samples) | dict(extra), self.console)
+        if ending:
+            self._finish_copies()
+
+    def _finish_copies(self) -> None:
+        """See that copies have arrived on other nodes before the ranks part."""
+        if self.local is not None:
+            self.local.finish(self.console)
 
     def _save(self, consumed_samples: int, extra: Mapping[str, Any], ending: bool) -> None:
         if self._pending is not None:
@@ -191,11 +200,11 @@ class Checkpoints:
             self._cleaner.join()
 
 
-def resume(engine: Engine, config: Config, console: Console, run_id: str = "") -> dict[str, Any] | None:
+def resume(engine: Engine, config: Config, console: Console, local: LocalCopies | None = None) -> dict[str, Any] | None:
     """Load what the run goes on from: `checkpoint.load`, or else the newest state of its own that is good.
 
-    A local copy wins where it is newer and every rank has one. A damaged checkpoint is named, and the one before it
-    taken: what was trained since is trained again, on the same samples.
+    The local copies win where they are newer and there is one of every rank. A damaged checkpoint is named, and the one
+    before it taken: what was trained since is trained again, on the same samples.
 
     Returns: the state of the run (`consumed_samples` and what the trainer added), or None where there is nothing.
 
@@ -209,7 +218,6 @@ def resume(engine: Engine, config: Config, console: Console, run_id: str = "") -
     assert config.checkpoint.dir is not None
     root = place(config.checkpoint.dir)
     candidates = _candidates(root)
-    local = LocalCopies.of(engine, run_id)
     newest = candidates[0][0] if candidates else -1
     if local is not None and (state := local.load(newer_than=newest, console=console)) is not None:
         return state

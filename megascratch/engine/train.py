@@ -14,6 +14,7 @@ from megascratch.dist.watch import Watch
 from megascratch.engine.checkpoints import Checkpoints, resume, resume_companions
 from megascratch.engine.engine import Engine
 from megascratch.engine.guard import Guard
+from megascratch.engine.local_copies import LocalCopies
 from megascratch.engine.metrics import RunDirectory
 from megascratch.engine.state import require_equal_replicas
 from megascratch.engine.task import Method
@@ -55,12 +56,13 @@ def _train(config: Config, mesh: Mesh, method: Method) -> int:
     with closing(RunDirectory(config, writes=mesh.rank == 0)) as run:
         run_id = comm.gather_bytes(run.id.encode(), mesh.world, mesh.device)[0].decode()
         engine = Engine(config, mesh)
-        state = resume(engine, config, console, run_id) or {}
+        local = LocalCopies.of(engine, run_id)
+        state = resume(engine, config, console, local) or {}
         require_equal_replicas(engine)
         task = begin(engine)
         resume_companions(task.companions, state)
         task.restore(state)
-        checkpoints = Checkpoints(engine, console, run_id, task.resumable_every, task.companions)
+        checkpoints = Checkpoints(engine, console, local, task.resumable_every, task.companions)
         guard = Guard(engine, run.path / "faults", console, state)
         consumed_samples = int(state.get("consumed_samples", 0))
         return Trainer(engine, task, run, console, checkpoints, guard, consumed_samples).run()

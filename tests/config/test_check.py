@@ -380,6 +380,7 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
             r"local_every = 5 +needs checkpoint\.local_dir, on the node +for example /dev/shm/",
         ),
         ("_local_copies", "checkpoint.local_dir=/x", None, r"local_dir = /x +needs checkpoint\.local_every +set it"),
+        ("_local_copies", "checkpoint.local_replicate=true", None, r"replicate = true +needs checkpoint\.local_every:"),
         ("_recycling", "checkpoint.recycle=true", None, r"recycle = true +needs checkpoint\.keep, .* set keep = 2"),
         (
             "_recycling",

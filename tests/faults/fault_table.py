@@ -55,6 +55,8 @@ DECLARED += [
     Fault("Lost ranks", "a bug on one rank", "rank 1 failed"),
     Fault("Lost ranks", "a kill in save, and the same command again", EXACT),
     Fault("Lost ranks", "a kill under --max-restarts", EXACT),
+    Fault("Lost nodes", "a node lost with its memory, checkpoint.local_replicate", EXACT),
+    Fault("Lost nodes", "copies to be replicated on one node", "needs another node: all 4 ranks see the same …"),
 ]
 _provoked: list[Fault] = []
 
