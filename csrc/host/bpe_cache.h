@@ -103,7 +103,7 @@ class PieceCache {
 
   private:
     static constexpr unsigned kLogLines = 19;        // 32 MiB a thread,
-    static constexpr unsigned kLogLongEntries = 16;  // and 8 MiB
+    static constexpr unsigned kLogLongEntries = 18;  // and 32 MiB
     static_assert(sizeof(Entry) == 32 && sizeof(LongEntry) == 128);
     struct alignas(64) Line {
         Entry entries[2];
