@@ -59,7 +59,7 @@ struct Cpu {
   // Parts of the rows whose sums over tokens are kept apart: few enough that adding them up costs little, and as many
   // whatever the number of threads, so that the sums do not depend on it.
   static int64_t norm_parts(const NormBackwardArguments& a) {
-    const int64_t rows_per_part = std::max<int64_t>(grain_rows(a.h), 32);
+    const int64_t rows_per_part = std::max<int64_t>(grain_rows(a.h), 64);
     return std::min<int64_t>((a.rows + rows_per_part - 1) / rows_per_part, 256);
   }
 

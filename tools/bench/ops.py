@@ -2,8 +2,9 @@
 """Time every fused operator on a CPU, forward and backward: ours, eager PyTorch, and torch.compile.
 
 The three run in turn, several times, and the best time of each counts. Time is that of this thread's processor, so that
-other work on the machine takes none of it away (it still takes cache and clock). "% of copy" compares the bytes that an
-operator must at least move, forward and backward, with what copying a tensor of its input's size moves in its time.
+other work on the machine takes none of it away (it still takes cache and clock). Freed memory is kept, for all of them,
+as it is when training. "% of copy" compares the bytes that an operator must at least move, forward and backward, with
+what copying a tensor of its input's size moves in its time.
 
 torch.compile takes some seconds for each row the first time, and keeps what it made on disk: a part of the table that
 was run once before (`--repeats 1`) comes at once. Attention has a table of its own, attention.py.
@@ -24,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megascratch import ops
+from megascratch.dist.launch import keep_freed_memory
 from megascratch.dist.mesh import Mesh
 from megascratch.log import make_console
 from megascratch.nn import DTYPES, token_logprobs
@@ -208,6 +210,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     console = make_console()
     table = Table(title="forward + backward, milliseconds of one thread; peers' times over ours")
     for column in (
