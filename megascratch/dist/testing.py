@@ -158,6 +158,7 @@ def _worker_main(pipe: Connection) -> None:
             job = pickle.loads(pipe.recv_bytes())
         except EOFError:  # the test runner is gone
             return
+        gc.freeze()  # what is here before a job is not looked through after it: that took as long as a small job
         # Plain pickle copies tensors; the pipe's own pickler would share memory that ends with this process.
         pipe.send_bytes(pickle.dumps(_run_job(*job)))
 
