@@ -11,6 +11,8 @@ fails, or takes longer than the time-out, asks for everyone's word; whose does n
     rank 2 on node7 (process 4242) does not answer: it was killed or stopped, or its node is gone; last seen in step 12
 
 A rank that was stopped (SIGSTOP) is ended by those on its host, for its launcher would wait until it is let go on.
+Where the store itself does not answer for as long as the time-out, as on a node whose link is down, a second thread
+says so and ends the rank.
 """
 
 import json
@@ -30,6 +32,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megascratch.dist.clock import StepClock
+from megascratch.dist.launch import environment
 from megascratch.errors import EXIT_FAILED, MegascratchError
 
 _LOOK_S = 0.1  # between looks at whether someone asks
@@ -56,6 +59,26 @@ class Word:
         return f"step {self.step}, {self.doing} at {self.site}"
 
 
+class _Listener:
+    """A store that counts for how many looks it has not answered.
+
+    Looks and not seconds: a process that was stopped and let go on has missed nothing.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store, self.silent_looks = store, 0
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+
+        def call(*arguments: Any) -> Any:
+            answer = method(*arguments)
+            self.silent_looks = 0
+            return answer
+
+        return call
+
+
 class Watch:
     """Watches one rank for as long as the body runs; without effect on one rank alone.
 
@@ -64,11 +87,21 @@ class Watch:
         clock: of this rank, whose regions say where it is.
         timeout_s: a collective that waits longer ends the run.
         store: that all ranks share; None without.
+        speaks: whether this rank tells, for its node, that the store is gone.
     """
 
-    def __init__(self, rank: int, world_size: int, clock: StepClock, timeout_s: float, store: Any = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        clock: StepClock,
+        timeout_s: float,
+        store: Any = None,
+        speaks: bool = True,
+    ) -> None:
         self.rank, self.world_size, self.clock, self.timeout_s = rank, world_size, clock, timeout_s
-        self._store = store
+        self._store: Any = None if store is None else _Listener(store)
+        self._speaks = speaks
         self._host, self._main = socket.gethostname(), threading.get_ident()
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -82,12 +115,15 @@ class Watch:
         # A connection of its own: the main thread's may be in use when the ranks are asked.
         store = store.clone() if hasattr(store, "clone") else store
         own = dist.PrefixStore("watch", store)  # type: ignore[attr-defined]
-        return cls(dist.get_rank(), dist.get_world_size(), clock, timeout_s, own)
+        rank, env = dist.get_rank(), environment()
+        speaks = env is None or env.local_rank == 0 or rank == 1  # rank 0 may be what is gone
+        return cls(rank, dist.get_world_size(), clock, timeout_s, own, speaks)
 
     def __enter__(self) -> "Watch":
         if self._store is not None:
             self._publish()
             self._thread.start()
+            threading.Thread(target=self._look_after_store, name="watch store", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -118,9 +154,20 @@ class Watch:
             except RuntimeError:  # of the store
                 if self._ends.wait(_LOOK_S):  # the others are through, and the store with them
                     return
-                if self.rank == 1:
-                    self._say(f"the store of the ranks' meeting does not answer: rank 0's node is gone, {self._word()}")
-                self._end()
+                self._end_without_store()
+
+    def _look_after_store(self) -> None:
+        """End the process when the store no longer answers: no error comes through a link that is down."""
+        while not self._ends.wait(_LOOK_S):
+            self._store.silent_looks += 1
+            if self._store.silent_looks * _LOOK_S > self.timeout_s:
+                self._end_without_store()
+
+    def _end_without_store(self) -> NoReturn:
+        if self._speaks:
+            gone = "the store of the ranks' meeting does not answer: rank 0's node is gone, or the link to it"
+            self._say(f"{gone}; rank {self.rank} on {self._host} (process {os.getpid()}) was in {self._word()}")
+        self._end()
 
     def _ask(self, why: str) -> None:
         """Ask every rank where it is. The one that asks first is to say what came of it."""

@@ -56,6 +56,12 @@ DECLARED += [
     Fault("Lost ranks", "a kill in save, and the same command again", EXACT),
     Fault("Lost ranks", "a kill under --max-restarts", EXACT),
     Fault("Lost nodes", "a node lost with its memory, checkpoint.local_replicate", EXACT),
+    Fault("Lost nodes", "the link between two nodes goes down, as node a sees it", f"{_GONE}"),
+    Fault(
+        "Lost nodes",
+        "the link between two nodes goes down, as node b sees it",
+        "the store of the ranks' meeting does not answer: rank 0's node is gone, or the link to it; rank 1 on …",
+    ),
     Fault("Lost nodes", "copies to be replicated on one node", "needs another node: all 4 ranks see the same …"),
 ]
 _provoked: list[Fault] = []

@@ -1,6 +1,10 @@
 """A node that is lost with all in its memory, or that cannot be reached any more."""
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +12,14 @@ import pytest
 import torch
 from fault_table import EXACT, fault_of
 from tiny_run import losses, pretrain_on_ranks, records, run_config, write_corpus
+from two_nodes import NAMES, two_nodes
 
-from megascratch.config import Config
+from megascratch.config import Config, to_toml
 from megascratch.dist.testing import RankPool
 from megascratch.engine.local_copies import LocalCopies
+
+TIMEOUT_S = 2  # of a collective
+_TO_END_S = 4.0  # to be told and to leave, for interpreters on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +80,40 @@ def test_replication_without_another_node_is_refused(corpus: Path, tmp_path: Pat
     with RankPool() as pool, pytest.raises(AssertionError) as caught:
         pool.run(4, on_nodes_of_two, replicated(corpus, tmp_path), ["a", "a"])
     fault_of("copies to be replicated on one node").matches(str(caught.value))
+
+
+def test_a_link_that_goes_down_is_named_on_both_sides(corpus: Path, tmp_path: Path) -> None:
+    """A rank on each of two nodes, started as srun does it; the store of their meeting is on the first."""
+    config = run_config(
+        corpus,
+        tmp_path,
+        parallel={"dp": 2},
+        train={"steps": 100_000, "timeout_s": TIMEOUT_S},
+        data={"split": "100,0,0"},
+    )
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(to_toml(config))
+    where = {"MASTER_ADDR": NAMES[0], "MASTER_PORT": "29500", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    said = [tmp_path / f"stderr_{rank}" for rank in range(2)]
+    with two_nodes(tmp_path) as nodes:
+        ranks = []
+        for rank in range(2):
+            command = nodes.on(rank, sys.executable, "-m", "megascratch", "pretrain", str(recipe))
+            env = {**os.environ, **where, "RANK": f"{rank}"}
+            with said[rank].open("w") as file:
+                ranks.append(subprocess.Popen(command, env=env, stderr=file))
+        metrics = Path(config.log.dir) / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count("\n") < 5:
+            assert all(rank.poll() is None for rank in ranks), [file.read_text() for file in said]
+            time.sleep(0.05)
+        nodes.cut()
+        start, ends = time.monotonic(), []
+        for rank in ranks:
+            assert rank.wait(timeout=60) == 1
+            ends.append(time.monotonic() - start)
+    for node, file in zip("ab", said):
+        lines = [line for line in file.read_text().splitlines() if " does not answer" in line]
+        assert len(lines) == 1, lines
+        fault_of(f"the link between two nodes goes down, as node {node} sees it").matches(lines[0])
+    assert "on node-b" in said[0].read_text()
+    assert max(ends) < TIMEOUT_S + 1 + _TO_END_S
