@@ -2,9 +2,11 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from command_line import exit_code
+from tiny_run import losses, pretrain_on_ranks, run_config, write_corpus
+from two_nodes import two_nodes
 
-from megascratch.config import config_from_dict
+from megascratch.config import config_from_dict, to_toml
+from megascratch.dist.testing import RankPool
 from megascratch.plan.jobs import world_table
 
 RECIPE = """
@@ -97,13 +102,15 @@ FAILS_TWICE = f"{PREFLIGHT}[[ $(grep -c pretrain calls) -ge 3 ]]\n"
 FAILS = f"{PREFLIGHT}exit 1\n"
 
 
-def job(folder: Path, torchrun: str, interrupt: bool = False, **variables: str) -> tuple[int, list[str]]:
+def job(
+    folder: Path, torchrun: str, interrupt: bool = False, srun: str = SRUN, scontrol: str = SCONTROL, **variables: str
+) -> tuple[int, list[str]]:
     """Run the script; return its exit code and the calls of the stand-ins."""
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/activate").touch()
     tools = folder / "tools"
     tools.mkdir()
-    for name, body in {"srun": SRUN, "scontrol": SCONTROL, "torchrun": torchrun}.items():
+    for name, body in {"srun": srun, "scontrol": scontrol, "torchrun": torchrun}.items():
         (tools / name).write_text(f"#!/usr/bin/env bash\n{body}")
         (tools / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]", "PATH": f"{tools}:{os.environ['PATH']}"}
@@ -114,7 +121,7 @@ def job(folder: Path, torchrun: str, interrupt: bool = False, **variables: str) 
         while not (calls.exists() and "pretrain" in calls.read_text()) and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGUSR1)  # to the script alone, as --signal=B: does
-    return process.wait(timeout=20), calls.read_text().splitlines()
+    return process.wait(timeout=100), calls.read_text().splitlines()
 
 
 def test_slurm_script_starts_ranks_after_preflight(recipe: Path, tmp_path: Path) -> None:
@@ -164,6 +171,27 @@ def test_slurm_does_not_train_on_a_sick_node(recipe: Path, tmp_path: Path) -> No
     code, calls = job(tmp_path, PREFLIGHT, PREFLIGHT="1")
     assert code == 1
     assert not any("pretrain" in call for call in calls)
+
+
+def test_slurm_script_trains_on_two_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: RankPool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two machines made of namespaces, torchrun on each, and the losses of a run on one machine."""
+    monkeypatch.chdir(tmp_path)
+    corpus = write_corpus(tmp_path)
+    straight, config = (run_config(corpus, tmp_path / name, parallel={"dp": 2}) for name in ("one", "two"))
+    Path("two.toml").write_text(to_toml(config))
+    written("two.toml", "--slurm", "--gpus-per-node", 1)
+    with two_nodes(tmp_path) as nodes:
+        on_both = [f'{shlex.join(nodes.on(node))} "$@" &' for node in range(2)]
+        srun = "\n".join(["shift", *on_both, "wait %1 && wait %2\n"])
+        torchrun = f'{PREFLIGHT}exec {sys.executable} -m torch.distributed.run "$@"\n'
+        names = 'if [[ $1 == show ]]; then printf "node-a\\nnode-b\\n"; fi\n'
+        code, calls = job(tmp_path, torchrun, srun=srun, scontrol=names, OMP_NUM_THREADS="1")
+    assert code == 0, capfd.readouterr().err
+    assert sum("pretrain two.toml" in call for call in calls) == 2
+    pool.run(2, pretrain_on_ranks, straight)
+    assert losses(config) == losses(straight)
 
 
 # Manifests: the rules of their schemas that bear on them.
