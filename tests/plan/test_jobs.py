@@ -196,6 +196,13 @@ def test_slurm_script_trains_on_two_nodes(
 
 # Manifests: the rules of their schemas that bear on them.
 
+# Keys and types of a SkyPilot task, as far as we use them: sky/utils/schemas.py of skypilot-org/skypilot at 00052dfe,
+# get_task_schema and _get_single_resources_schema, both of which allow no other key.
+TASK = {"name": str, "num_nodes": int, "workdir": str, "resources": dict, "setup": str, "run": str}
+RESOURCES = {"accelerators": str, "job_recovery": dict}
+JOB_RECOVERY = {"strategy": str, "max_restarts_on_errors": int}
+STRATEGIES = ("EAGER_NEXT_REGION", "FAILOVER")  # sky/jobs/recovery_strategy.py
+
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
@@ -226,6 +233,15 @@ def test_kubernetes_manifest_is_one_the_api_takes(recipe: Path) -> None:
         assert subprocess.run(["bash", "-nc", script]).returncode == 0
 
 
+@pytest.mark.parametrize("version", ["1.28", "1.37"])
+def test_kubernetes_manifest_keeps_to_the_published_schema(recipe: Path, version: str) -> None:
+    kubernetes = pytest.importorskip("kubernetes_validate")
+    for document in yaml.safe_load_all(written(recipe, "--kubernetes", "--image", "i", "--claim", "c")):
+        kubernetes.validate(document, version, strict=True)
+        with pytest.raises(kubernetes.ValidationError):
+            kubernetes.validate(document | {"spec": document["spec"] | {"unheard_of": 1}}, version, strict=True)
+
+
 def test_kubernetes_probe_tells_a_run_that_stands_still(recipe: Path) -> None:
     text = written(recipe, "--kubernetes", "--image", "i", "--claim", "c")
     probe = list(yaml.safe_load_all(text))[1]["spec"]["template"]["spec"]["containers"][0]["livenessProbe"]["exec"]
@@ -238,11 +254,14 @@ def test_kubernetes_probe_tells_a_run_that_stands_still(recipe: Path) -> None:
     assert subprocess.run(probe["command"]).returncode == 1
 
 
-def test_skypilot_task_has_what_its_schema_asks_for(recipe: Path) -> None:
+def test_skypilot_task_keeps_to_the_schema(recipe: Path) -> None:
     task = yaml.safe_load(written(recipe, "--skypilot", "--accelerator", "H200", "--max-restarts", 5))
-    assert task.keys() <= {"name", "num_nodes", "workdir", "resources", "setup", "run", "envs", "file_mounts"}
+    resources = task["resources"]
+    recovery = resources["job_recovery"]
+    for table, schema in ((task, TASK), (resources, RESOURCES), (recovery, JOB_RECOVERY)):
+        assert {key: type(value) for key, value in table.items()} == schema
     assert task["num_nodes"] == 2
-    assert task["resources"]["accelerators"] == "H200:8"
-    recovery = task["resources"]["job_recovery"]
+    assert resources["accelerators"] == "H200:8"
     assert recovery == {"strategy": "EAGER_NEXT_REGION", "max_restarts_on_errors": 5}
+    assert recovery["strategy"] in STRATEGIES
     assert subprocess.run(["bash", "-nc", task["run"]]).returncode == 0
