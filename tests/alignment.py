@@ -54,7 +54,7 @@ def recipe(tokenizer: Path, records: Path, folder: Path, **sections: dict[str, A
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {}),
     "reward": ("reward", {"reward": {"center_coeff": 0.1}, "model": {"head": "scalar"}}),
-    "dpo": ("dpo", {"dpo": {"loss": "sigmoid", "sft_coeff": 0.2}}),
+    "dpo": ("dpo", {"dpo": {"loss": "sigmoid", "sft_coeff": 0.2, "cross_entropy": "token"}}),
     "kto": ("dpo", {"dpo": {"loss": "kto", "reference": "live"}}),
     "lora": ("dpo", {"dpo": {"loss": "ipo", "reference": "base"}, "lora": {"rank": 4, "alpha": 64.0}}),
 }

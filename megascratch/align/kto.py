@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megascratch.align.conversations import labelled
 from megascratch.align.examples import Example, TokenSequence, read_examples
-from megascratch.align.pairs import answer_logprobs, answers
+from megascratch.align.pairs import answer_logprobs, answers, document_values, over_tokens
 from megascratch.align.preference_losses import LABEL_LOSSES
 from megascratch.align.reference import reference_of
 from megascratch.align.rows import Rows, collate_rows
@@ -101,18 +101,23 @@ def label_objective(dpo: DpoConfig) -> Objective:
     loss_of = LABEL_LOSSES[dpo.loss]
 
     def objective(outputs: Outputs, microbatch: Microbatch) -> Loss:
-        summed = answers(outputs, microbatch, outputs.logprobs(microbatch.labels))
+        of_tokens, notes = outputs.described_logprobs(microbatch.labels)
+        summed = answers(outputs, microbatch, of_tokens)
         of_samples = {name: summed.like(value).singles for name, value in microbatch.of_samples.items()}
         logprobs, desirable = summed.singles, of_samples["desirable"] > 0
         ratios = logprobs - of_samples["reference"]
         weights = torch.where(desirable, dpo.desirable_weight, dpo.undesirable_weight).to(ratios)
         losses = weights * loss_of(ratios, of_samples["drift"], desirable, dpo.beta)
         share = outputs.share
+        mask = microbatch.loss_mask.to(of_tokens.dtype)
+        of_each = document_values(microbatch, microbatch.of_samples["desirable"]) > 0
         metrics: dict[str, Tensor | Ratio] = {"kl": of_samples["drift"].sum() * share}
+        metrics["entropy"] = over_tokens(notes.entropy, mask)
         for name, part in (("chosen", desirable), ("rejected", ~desirable)):
             kept = part.to(ratios)
             metrics[f"rewards/{name}"] = Ratio((dpo.beta * ratios * kept).sum() * share, kept.sum() * share)
             metrics[f"logps/{name}"] = Ratio((logprobs * kept).sum() * share, kept.sum() * share)
+            metrics[f"logits/{name}"] = over_tokens(notes.mean_logit, mask * (of_each == (name == "chosen")))
         return Loss(losses.sum() * share, torch.ones_like(losses).sum() * share, metrics)
 
     return objective

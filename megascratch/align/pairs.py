@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megascratch.align.preference_losses import Ratios
 from megascratch.data.microbatch import Microbatch
-from megascratch.engine import Outputs
+from megascratch.engine import Outputs, Ratio
 
 
 @dataclass(frozen=True)
@@ -63,3 +63,18 @@ def is_chosen(microbatch: Microbatch) -> Tensor:
     b, n = microbatch.of_samples["present"].shape
     row = torch.arange(b, device=microbatch.documents.device).unsqueeze(1)
     return (row * n + microbatch.documents) % 2 == 0
+
+
+def is_text(microbatch: Microbatch) -> Tensor:
+    """Return whether a place has a token to predict, a prompt's or an answer's, [b, s] bool: the rest is padding."""
+    return microbatch.documents < microbatch.of_samples["present"].sum(1, keepdim=True)
+
+
+def document_values(microbatch: Microbatch, values: Tensor) -> Tensor:
+    """Give every place its document's value of [b, n]: [b, s]; padding has one of no meaning."""
+    return values.gather(1, microbatch.documents.clamp(max=values.shape[1] - 1))
+
+
+def over_tokens(values: Tensor, mask: Tensor) -> Ratio:
+    """Return the mean of [b, s] over the tokens that a mask keeps."""
+    return Ratio((values * mask).sum(), mask.sum())

@@ -33,12 +33,17 @@ from megascratch.ops import acc_dtype
 _CLIP = Clip()
 
 
+def at_temperature(outputs: Outputs, temperature: float) -> Outputs:
+    """Return outputs whose logits are divided by a temperature."""
+    if temperature == 1.0:
+        return outputs
+    softcap = None if outputs.softcap is None else outputs.softcap / temperature
+    return replace(outputs, hidden=outputs.hidden / temperature, softcap=softcap)
+
+
 def logprobs_at(outputs: Outputs, labels: Tensor, temperature: float) -> Tensor:
     """Return the log-probability of each label [b, s] where logits are divided by a temperature."""
-    if temperature != 1.0:
-        softcap = None if outputs.softcap is None else outputs.softcap / temperature
-        outputs = replace(outputs, hidden=outputs.hidden / temperature, softcap=softcap)
-    return outputs.logprobs(labels)
+    return at_temperature(outputs, temperature).logprobs(labels)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class PolicyObjective:
         dtype = acc_dtype(outputs.hidden)
         of = {name: x.to(dtype) for name, x in microbatch.of_tokens.items()}
         mask = microbatch.loss_mask.to(dtype)
-        logprobs = logprobs_at(outputs, microbatch.labels, self.temperature)
+        logprobs, notes = at_temperature(outputs, self.temperature).described_logprobs(microbatch.labels)
         old = of.get("old", logprobs.detach())
         log_ratio = (logprobs - old) * mask
         per_token = log_ratio
@@ -89,6 +94,7 @@ class PolicyObjective:
             log_ratio = sequence_log_ratio(log_ratio, mask, sequences)
         policy = policy_loss(log_ratio, of["advantages"], self.clip)
         losses, sums = policy.losses, self._metrics(policy.clipped_low, policy.clipped_high, per_token, mask)
+        sums["entropy"] = sums["policy/entropy_avg"] = (notes.entropy * mask).sum()
         if "sampled" in of:
             losses = losses * self._importance(old, of["sampled"], mask, sequences, sums)
         sums["loss/policy_avg"] = (losses.detach() * of["weights"]).sum()

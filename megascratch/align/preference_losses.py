@@ -19,7 +19,9 @@ that d = c − r is how much more than the reference the model prefers the chose
 Without a reference, on log-probabilities averaged over tokens:
 
     simpo         −log σ(β(d − γ/β)), smoothed as cdpo                     Meng et al. 2024, arXiv:2405.14734
-    orpo          −c − β log σ(log-odds(c) − log-odds(r))                  Hong et al. 2024, arXiv:2403.07691
+    orpo          −β log σ(log-odds(c) − log-odds(r))                      Hong et al. 2024, arXiv:2403.07691
+
+ORPO's loss has the chosen answer's cross-entropy besides, which any of them may have (`dpo.py`).
 
 For answers one by one, c being an answer's, z how far the model has drifted (`kto.py`):
 
@@ -95,8 +97,9 @@ def _log_odds(logprob: Tensor) -> Tensor:
     return logprob - torch.where(near, close, far)
 
 
-def _orpo(x: Ratios, dpo: DpoConfig) -> Tensor:
-    return -x.chosen - dpo.beta * F.logsigmoid(_log_odds(x.chosen) - _log_odds(x.rejected))
+def log_odds_ratio(x: Ratios) -> Tensor:
+    """Return the logarithm of how much better the odds of chosen answers are, from log-probabilities below 0."""
+    return _log_odds(x.chosen) - _log_odds(x.rejected)
 
 
 PAIR_LOSSES: Mapping[str, PairLoss] = MappingProxyType(
@@ -114,7 +117,7 @@ PAIR_LOSSES: Mapping[str, PairLoss] = MappingProxyType(
         "apo_down": lambda x, dpo: torch.sigmoid(dpo.beta * x.chosen) + torch.sigmoid(-dpo.beta * x.margin),
         "discopop": _discopop,
         "simpo": lambda x, dpo: _smoothed(dpo.beta * x.margin - dpo.simpo_margin, dpo.label_smoothing),
-        "orpo": _orpo,
+        "orpo": lambda x, dpo: -dpo.beta * F.logsigmoid(log_odds_ratio(x)),
     }
 )
 REFERENCE_FREE = ("simpo", "orpo")

@@ -198,8 +198,8 @@ def _lengths(completions: Sequence[Completion]) -> dict[str, float]:
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float((~stopped).double().mean()),
         "completions/mean_terminated_length": float(lengths[stopped].mean()) if stopped.any() else 0.0,
-        # An estimate from the tokens themselves: −log p of a sampled token has the entropy as its mean.
-        "entropy": float(-torch.cat([c.logprobs for c in completions]).mean()),
+        # −log p of a sampled token has the distribution's entropy as its mean: an estimate of it, from the sampler.
+        "sampling/entropy": float(-torch.cat([c.logprobs for c in completions]).mean()),
     }
 
 

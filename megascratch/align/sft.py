@@ -26,7 +26,8 @@ def supervised(config: Config, mesh: Mesh) -> Begin:
 
 
 def completion_tokens(outputs: Outputs, microbatch: Microbatch) -> Loss:
-    """Cross-entropy in nats a learned token, over the whole global batch, and how often the model has it right."""
+    """Cross-entropy in nats a learned token, over the whole global batch; how often the model is right, its entropy."""
     mask = microbatch.loss_mask.to(acc_dtype(outputs.hidden))
-    total, hits = outputs.cross_entropy_and_hits(microbatch.labels, mask)
-    return with_ahead(Loss(total, mask.sum(), {"mean_token_accuracy": (hits * mask).sum()}), outputs)
+    total, notes = outputs.described_cross_entropy(microbatch.labels, mask)
+    metrics = {"mean_token_accuracy": (notes.hits * mask).sum(), "entropy": (notes.entropy * mask).sum()}
+    return with_ahead(Loss(total, mask.sum(), metrics), outputs)

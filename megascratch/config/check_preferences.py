@@ -23,6 +23,9 @@ def preferences(config: Config, _: int | None) -> Iterator[Problem]:
     if dpo.label_smoothing and dpo.loss not in _SMOOTHED:
         rule = f"has no effect on dpo.loss = {dpo.loss}"
         yield Problem(f"dpo.label_smoothing = {dpo.label_smoothing}", rule, f"use {', '.join(_SMOOTHED)}")
+    if dpo.cross_entropy != "answer" and not (dpo.sft_coeff or dpo.loss == "orpo"):
+        rule = f"says how a cross-entropy is averaged, and dpo.loss = {dpo.loss} has none"
+        yield Problem(f"dpo.cross_entropy = {dpo.cross_entropy}", rule, "set dpo.sft_coeff, or leave it out")
     if dpo.loss == "exo" and not dpo.label_smoothing:
         yield Problem("dpo.loss = exo", "needs dpo.label_smoothing above 0", "set it to 0.001")
     if dpo.reference == "base" and config.lora is None:

@@ -56,7 +56,9 @@ class DpoConfig(Section):
     # Log-probabilities a token instead of sums, as TRL's ipo has it and OpenRLHF's has not; simpo and orpo need it.
     length_average: bool = False
     simpo_margin: Annotated[float, Field(ge=0)] = 0.5
-    sft_coeff: Annotated[float, Field(ge=0)] = 0.0  # of the chosen answer's loss a token, added (RPO)
+    sft_coeff: Annotated[float, Field(ge=0)] = 0.0  # of the chosen answers' cross-entropy, added (RPO)
+    # Whose mean that and ORPO's is: of answers, of all tokens of answers, or of prompts too (TRL's ORPO).
+    cross_entropy: Literal["answer", "token", "text"] = "answer"
     desirable_weight: Positive = 1.0  # kto
     undesirable_weight: Positive = 1.0  # kto
     # precomputed: once, into the run directory; live: by a second model; base: this model without its adapters.

@@ -22,7 +22,7 @@ from megascratch.dist.mesh import Axis
 from megascratch.nn import linear_cross_entropy, linear_logprobs, scores
 from megascratch.nn.context import natural_order
 from megascratch.nn.linear import column_linear
-from megascratch.nn.loss import capped
+from megascratch.nn.loss import Notes, capped
 from megascratch.ops import acc_dtype
 
 
@@ -60,23 +60,32 @@ class Outputs:
 
     def logprobs(self, labels: Tensor) -> Tensor:
         """Return the log-probability of each label [b, s], as [b, s] in `acc_dtype`."""
-        return self.logprobs_and_hits(labels)[0]
+        return self._logprobs(labels, describe=False)[0]
 
-    def logprobs_and_hits(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `logprobs`, and whether no word is more likely than the label, [b, s] bool."""
+    def described_logprobs(self, labels: Tensor) -> tuple[Tensor, Notes]:
+        """Return `logprobs`, and what else the logits say of each token, [b, s] each."""
+        logprobs, notes = self._logprobs(labels, describe=True)
+        assert notes is not None
+        return logprobs, notes.apply(torch.t)
+
+    def _logprobs(self, labels: Tensor, describe: bool) -> tuple[Tensor, Notes | None]:
         whole = self._whole()
-        logprobs, hits = linear_logprobs(whole, self.head, labels.t(), self.vocab_size, self.tp, self.softcap)
-        return logprobs.t(), hits.t()
+        found = linear_logprobs(whole, self.head, labels.t(), self.vocab_size, self.tp, self.softcap, describe)
+        return found[0].t(), found[1]
 
     def cross_entropy(self, labels: Tensor, weights: Tensor) -> Tensor:
         """Return Σ −weights · log p(label), a scalar: `logprobs` for a loss whose weights [b, s] are known; cheaper."""
-        return self.cross_entropy_and_hits(labels, weights)[0]
+        return self._cross_entropy(labels, weights, describe=False)[0]
 
-    def cross_entropy_and_hits(self, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `cross_entropy`, and whether no word is more likely than the label, [b, s] bool."""
+    def described_cross_entropy(self, labels: Tensor, weights: Tensor) -> tuple[Tensor, Notes]:
+        """Return `cross_entropy`, and what else the logits say of each token, [b, s] each."""
+        total, notes = self._cross_entropy(labels, weights, describe=True)
+        assert notes is not None
+        return total, notes.apply(torch.t)
+
+    def _cross_entropy(self, labels: Tensor, weights: Tensor, describe: bool) -> tuple[Tensor, Notes | None]:
         whole, labels, weights = self._whole(), labels.t(), weights.t()
-        total, hits = linear_cross_entropy(whole, self.head, labels, weights, self.vocab_size, self.tp, self.softcap)
-        return total, hits.t()
+        return linear_cross_entropy(whole, self.head, labels, weights, self.vocab_size, self.tp, self.softcap, describe)
 
     @cached_property
     def scores(self) -> Tensor:

@@ -16,6 +16,7 @@ only from the incoming gradient (`linear_logprobs`), backward multiplies by the 
 Source: Hsu et al. 2024, arXiv:2410.10989, section 3.3.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from megascratch.nn.weight_gradients import main_grad
 
 # Enough rows for a product at full speed, few enough that 128k words take half a gigabyte in float32.
 CHUNK_TOKENS = 1024
+_DESCRIBED_TOKENS = 64  # of which the probabilities exist at once
 
 
 def _own_words(n_columns: int, vocab_size: int, tp: Axis) -> tuple[int, int]:
@@ -70,11 +72,29 @@ class _TokenLogprobs(torch.autograd.Function):
         return ops.logit_gradient(grad, logits, labels, log_total, *ctx.words), None, None, None
 
 
+class Notes(NamedTuple):
+    """What else the logits say of each token, [...] each and without gradient.
+
+    Attributes:
+        hits: whether no word is more likely than the label, bool.
+        entropy: of the distribution over the next word, in nats.
+        mean_logit: over the vocabulary.
+    """
+
+    hits: Tensor
+    entropy: Tensor
+    mean_logit: Tensor
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "Notes":
+        """Return them with a function applied to each."""
+        return Notes(*map(function, self))
+
+
 class _Chunks(NamedTuple):
-    """What going through the tokens gave: log-probabilities, hits [t]; gradients of x [t, h] and weight [v/tp, h]."""
+    """What going through the tokens gave: log-probabilities [t], notes; gradients of x [t, h] and weight [v/tp, h]."""
 
     logprobs: Tensor
-    hits: Tensor
+    notes: Notes | None
     grad_x: Tensor | None
     grad_weight: Tensor | None
 
@@ -84,12 +104,32 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else (logits / softcap).tanh() * softcap
 
 
+def _describe(logits: Tensor, log_total: Tensor, n_words: int, vocab_size: int, tp: Axis) -> tuple[Tensor, Tensor]:
+    """Return the entropy −Σ p log p of each token's distribution, and its mean logit; logits [c, v/tp] → [c] each."""
+    sums = log_total.new_empty(2, len(logits))
+    for start in range(0, len(logits), _DESCRIBED_TOKENS):
+        rows = slice(start, start + _DESCRIBED_TOKENS)
+        own = logits[rows, :n_words].to(log_total.dtype)
+        logprobs = own - log_total[rows].unsqueeze(-1)
+        sums[0, rows] = -logprobs.exp().mul_(logprobs).sum(-1)
+        sums[1, rows] = own.sum(-1)
+    entropy, total = comm.sum_over(sums, tp)
+    return entropy, total / vocab_size
+
+
 def _go_through(
-    x: Tensor, weight: Tensor, labels: Tensor, grad: Tensor | None, vocab_size: int, tp: Axis, softcap: float | None
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    grad: Tensor | None,
+    vocab_size: int,
+    tp: Axis,
+    softcap: float | None,
+    describe: bool = False,
 ) -> _Chunks:
     """Multiply x [t, h] by the head [v/tp, h] in chunks, and, given the log-probabilities' gradient [t], go back."""
     dtype = ops.acc_dtype(x)
-    logprobs = x.new_empty(labels.shape, dtype=dtype)
+    logprobs, entropy, mean_logit = (x.new_empty(labels.shape, dtype=dtype) for _ in range(3))
     hits = x.new_empty(labels.shape, dtype=torch.bool)
     grad_x = None if grad is None else torch.empty_like(x)
     # Chunks of half precision would lose their sum's last bits with every addition.
@@ -100,6 +140,8 @@ def _go_through(
         logits = capped(ops.matmul(x[chunk], weight.t()), softcap)
         slope = None if softcap is None or grad is None else 1 - (logits / softcap).square()
         logprobs[chunk], log_total, hits[chunk] = _label_logprobs(logits, labels[chunk], vocab_size, tp)
+        if describe:
+            entropy[chunk], mean_logit[chunk] = _describe(logits, log_total, words[1], vocab_size, tp)
         if grad is None or grad_x is None or grad_weight is None:
             continue
         grad_logits = ops.logit_gradient(grad[chunk], logits, labels[chunk], log_total, *words, in_place=True)
@@ -107,7 +149,15 @@ def _go_through(
             grad_logits *= slope
         ops.matmul_into(grad_x[chunk], grad_logits, weight, add=False)
         ops.matmul_into(grad_weight, grad_logits.t(), x[chunk], add=start > 0)
-    return _Chunks(logprobs, hits, grad_x, grad_weight)
+    return _Chunks(logprobs, Notes(hits, entropy, mean_logit) if describe else None, grad_x, grad_weight)
+
+
+def _returned(ctx: Any, value: Tensor, notes: Notes | None) -> tuple[Tensor | None, ...]:
+    """Return a function's value, and behind it the notes, if there are any, which have no gradient."""
+    if notes is None:
+        return value, None, None, None
+    ctx.mark_non_differentiable(*notes)
+    return value, *notes
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -123,45 +173,51 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocab_size: int,
         tp: Axis,
         softcap: float | None,
-    ) -> tuple[Tensor, Tensor]:
+        describe: bool,
+    ) -> tuple[Tensor | None, ...]:
         weights = weights.to(ops.acc_dtype(x))
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        done = _go_through(x, weight, labels, -weights if needed else None, vocab_size, tp, softcap)
+        done = _go_through(x, weight, labels, -weights if needed else None, vocab_size, tp, softcap, describe)
         ctx.save_for_backward(done.grad_x, done.grad_weight)
         ctx.weight = weight
-        ctx.mark_non_differentiable(done.hits)
-        return -(done.logprobs * weights).sum(), done.hits
+        return _returned(ctx, -(done.logprobs * weights).sum(), done.notes)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad_x, grad_weight), total = ctx.saved_tensors, main_grad(ctx.weight)
         if total is not None:  # the largest tensor here has no third copy
             total.addcmul_(grad_weight, grad)
-            return grad_x * grad, None, None, None, None, None, None
+            return grad_x * grad, None, None, None, None, None, None, None
         # Rounded as it is scaled, for the same reason.
         scaled = torch.mul(grad_weight, grad, out=torch.empty_like(ctx.weight))
-        return grad_x * grad, scaled, None, None, None, None, None
+        return grad_x * grad, scaled, None, None, None, None, None, None
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        tp: Axis,
+        softcap: float | None,
+        describe: bool,
+    ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(x, weight, labels)
         ctx.others = vocab_size, tp, softcap
-        done = _go_through(x, weight, labels, None, vocab_size, tp, softcap)
-        ctx.mark_non_differentiable(done.hits)
-        return done.logprobs, done.hits
+        done = _go_through(x, weight, labels, None, vocab_size, tp, softcap, describe)
+        return _returned(ctx, done.logprobs, done.notes)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, labels = ctx.saved_tensors
         done = _go_through(x, weight, labels, grad, *ctx.others)
         assert done.grad_weight is not None
-        return done.grad_x, done.grad_weight.to(weight.dtype), None, None, None, None
+        return done.grad_x, done.grad_weight.to(weight.dtype), None, None, None, None, None
 
 
 def token_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:
@@ -179,8 +235,14 @@ def token_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) ->
 
 
 def linear_logprobs(
-    x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis, softcap: float | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    tp: Axis,
+    softcap: float | None = None,
+    describe: bool = False,
+) -> tuple[Tensor, Notes | None]:
     """Return the log-probability of each label under the head's logits x · weightᵀ, without holding them.
 
     Args:
@@ -188,11 +250,13 @@ def linear_logprobs(
         weight: this rank's rows of the head, [v/tp, h].
         labels, vocab_size, tp: as in `token_logprobs`.
         softcap: of the logits, or None.
+        describe: whether to note what else the logits say.
 
-    Returns: [s, b] in `acc_dtype`, the same on every rank of tp; and [s, b] bool, whether no word is more likely.
+    Returns: [s, b] in `acc_dtype`, the same on every rank of tp; and the notes, [s, b] each.
     """
-    logprobs, hits = _LinearLogprobs.apply(x.flatten(0, 1), weight, labels.flatten(), vocab_size, tp, softcap)
-    return logprobs.view(labels.shape), hits.view(labels.shape)
+    flat = x.flatten(0, 1), weight, labels.flatten()
+    logprobs, *noted = _LinearLogprobs.apply(*flat, vocab_size, tp, softcap, describe)
+    return logprobs.view(labels.shape), Notes(*noted).apply(lambda n: n.view(labels.shape)) if describe else None
 
 
 def linear_cross_entropy(
@@ -203,18 +267,19 @@ def linear_cross_entropy(
     vocab_size: int,
     tp: Axis,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    describe: bool = False,
+) -> tuple[Tensor, Notes | None]:
     """Return Σ −weights · log p(label), a scalar in `acc_dtype`: one product with the head less than `linear_logprobs`.
 
     Args:
-        x, weight, labels, vocab_size, tp, softcap: as in `linear_logprobs`.
+        x, weight, labels, vocab_size, tp, softcap, describe: as in `linear_logprobs`.
         weights: of each label in the sum, [s, b]; they get no gradient.
 
-    Returns: with it, [s, b] bool, whether no word is more likely than the label.
+    Returns: with it the notes, [s, b] each.
     """
     if not torch.is_grad_enabled():  # a Function cannot tell from within: it would compute the gradients
-        logprobs, hits = linear_logprobs(x, weight, labels, vocab_size, tp, softcap)
-        return -(logprobs * weights).sum(), hits
+        logprobs, notes = linear_logprobs(x, weight, labels, vocab_size, tp, softcap, describe)
+        return -(logprobs * weights).sum(), notes
     flat = x.flatten(0, 1), weight, labels.flatten(), weights.flatten()
-    total, hits = _LinearCrossEntropy.apply(*flat, vocab_size, tp, softcap)
-    return total, hits.view(labels.shape)
+    total, *noted = _LinearCrossEntropy.apply(*flat, vocab_size, tp, softcap, describe)
+    return total, Notes(*noted).apply(lambda n: n.view(labels.shape)) if describe else None

@@ -4,12 +4,14 @@ Our side packs all answers into rows; theirs pads them. So this also holds packi
 """
 
 from collections import defaultdict
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hf_twin import assert_same_gradients, make_stage, outputs_of, padded, random_examples, twin_of
 from torch import Tensor
 from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
@@ -17,7 +19,7 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from megascratch.align.dpo import pair_objective
+from megascratch.align.dpo import pair_objective, with_pairs_per_token
 from megascratch.align.examples import _scored
 from megascratch.align.kto import _drift, _with_drift, label_objective, mismatched
 from megascratch.align.pairs import answer_logprobs
@@ -90,7 +92,7 @@ def test_sft() -> None:
     _mean(loss).backward()
     torch.testing.assert_close(_mean(loss), expected, rtol=1e-5, atol=1e-5)
     assert_same_gradients(stage, theirs)
-    _assert_same_metrics(loss, trainer._metrics["train"], ("mean_token_accuracy",))
+    _assert_same_metrics(loss, trainer._metrics["train"], ("mean_token_accuracy", "entropy"))
 
 
 @pytest.mark.parametrize("center_coeff", [0.0, 0.1])
@@ -126,6 +128,7 @@ PAIRS = [
     (DpoConfig(loss="apo_zero"), "apo_zero"),
     (DpoConfig(loss="apo_down"), "apo_down"),
     (DpoConfig(loss="discopop"), "discopop"),
+    (DpoConfig(sft_coeff=0.3, cross_entropy="token"), "sigmoid + sft"),
 ]
 
 
@@ -143,23 +146,22 @@ def test_pairs(dpo: DpoConfig, name: str) -> None:
         ld_alpha=None,
         precompute_ref_logps=True,
         f_divergence_type="reverse_kl",
-        loss_types=[name],
-        loss_weights=[1.0],
+        loss_types=name.split(" + "),
+        loss_weights=[1.0, dpo.sft_coeff][: 1 + (dpo.sft_coeff > 0)],
         beta=dpo.beta,
         label_smoothing=dpo.label_smoothing,
         use_weighting=False,
     )
     expected = DPOTrainer._compute_loss(trainer, theirs, inputs, return_outputs=False)
     expected.backward()
-    batch = _with_reference(_batch(examples), reference)
+    (batch,) = with_pairs_per_token([_with_reference(_batch(examples), reference)], Mesh.serial(), dpo)
     loss = pair_objective(dpo)(outputs_of(stage, batch), batch)
     _mean(loss).backward()
     torch.testing.assert_close(_mean(loss), expected, rtol=1e-5, atol=1e-5)
     assert_same_gradients(stage, theirs)
-    names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
-    _assert_same_metrics(
-        loss, trainer._metrics["train"], (*names, "logps/chosen", "logps/rejected", "mean_token_accuracy")
-    )
+    names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logits/chosen")
+    names += ("logits/rejected", "logps/chosen", "logps/rejected", "mean_token_accuracy", "entropy")
+    _assert_same_metrics(loss, trainer._metrics["train"], names)
 
 
 @pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
@@ -205,7 +207,8 @@ def test_labels(name: str) -> None:
     _mean(loss).backward()
     torch.testing.assert_close(_mean(loss), expected, rtol=1e-5, atol=1e-5)
     assert_same_gradients(stage, theirs)
-    names = ("kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+    names = ("kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "entropy")
+    names += ("logits/chosen", "logits/rejected")
     _assert_same_metrics(loss, trainer._metrics["train"], names)
 
 
@@ -226,10 +229,51 @@ def test_simpo(smoothing: float) -> None:
 
 
 def test_orpo() -> None:
-    dpo = DpoConfig(loss="orpo", beta=0.3)
-    ours, theirs = _logprobs(), _logprobs()
-    expected = -theirs[0].mean() - ORPOTrainer.odds_ratio_loss(_trainer(None, beta=0.3), *theirs)[0].mean()
-    _assert_same(PAIR_LOSSES["orpo"](Ratios(*ours), dpo).mean(), expected, ours, theirs)
+    """Its cross-entropy over all tokens of the chosen texts, as TRL has it."""
+    stage, examples = make_stage(), random_examples(7, 2, {"margin": [0.0] * 7})
+    theirs, dpo = twin_of(stage), DpoConfig(loss="orpo", beta=0.3, cross_entropy="text")
+    inputs = {}
+    for i, part in enumerate(("chosen", "rejected")):
+        own = padded([example.sequences[i] for example in examples])
+        labels = own["input_ids"].masked_fill(own.pop("completion_mask") == 0, -100)
+        inputs |= {f"{part}_{key}": value for key, value in {**own, "labels": labels}.items()}
+    trainer = _trainer(theirs, beta=0.3, is_encoder_decoder=False, padding_value=0)
+    for name in ("concatenated_inputs", "get_batch_logps"):
+        setattr(trainer, name, getattr(ORPOTrainer, name))
+    trainer.odds_ratio_loss = partial(ORPOTrainer.odds_ratio_loss, trainer)
+    trainer.concatenated_forward = partial(ORPOTrainer.concatenated_forward, trainer)
+    expected, metrics = ORPOTrainer.get_batch_loss_metrics(trainer, theirs, inputs)
+    expected.backward()
+    (batch,) = with_pairs_per_token([_batch(examples)], Mesh.serial(), dpo)
+    loss = pair_objective(dpo)(outputs_of(stage, batch), batch)
+    _mean(loss).backward()
+    torch.testing.assert_close(_mean(loss), expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(stage, theirs)
+    names = ("nll_loss", "log_odds_chosen", "log_odds_ratio", "rewards/chosen", "rewards/rejected", "rewards/margins")
+    _assert_same_metrics(loss, {name: [value] for name, value in metrics.items()}, names)
+
+
+@pytest.mark.parametrize("how", ["answer", "token", "text"])
+def test_means_of_cross_entropy(how: Any) -> None:
+    """By hand: of answers, of tokens, of prompts too."""
+    stage, examples = make_stage(), random_examples(7, 2, {"margin": [0.0] * 7})
+    dpo = DpoConfig(loss="orpo", cross_entropy=how)
+    (batch,) = with_pairs_per_token([_batch(examples)], Mesh.serial(), dpo)
+    with torch.no_grad():
+        loss = pair_objective(dpo)(outputs_of(stage, batch), batch)
+        plain = pair_objective(dpo.model_copy(update={"loss": "simpo", "sft_coeff": 1.0}))(
+            outputs_of(stage, batch), batch
+        )
+        theirs = twin_of(stage)
+        means, sums, n_tokens = [], 0.0, 0
+        for example in examples:
+            ids = torch.as_tensor(example.sequences[0].ids).long()
+            losses = F.cross_entropy(theirs(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+            kept = losses if how == "text" else losses[torch.as_tensor(example.sequences[0].learned)[1:]]
+            means, sums, n_tokens = [*means, kept.mean()], sums + kept.sum(), n_tokens + len(kept)
+    expected = torch.stack(means).mean() if how == "answer" else sums / n_tokens
+    for one in (loss, plain):
+        assert _metric(one, "nll_loss") == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_openrlhfs_conventions() -> None:

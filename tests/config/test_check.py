@@ -353,6 +353,7 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
             r"label_smoothing = 0\.1 +has no effect on dpo\.loss = hinge +use cdpo, robust, exo, simpo",
         ),
         ("preferences", "dpo.loss=exo", None, r"dpo\.loss = exo +needs dpo\.label_smoothing above 0"),
+        ("preferences", "dpo.cross_entropy=token", None, r"cross_entropy = token +says how .*= sigmoid has none"),
         ("preferences", "dpo.reference=base", None, r"dpo\.reference = base +is this model without its adapters"),
         (
             "_master_weights",

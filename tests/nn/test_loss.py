@@ -170,6 +170,32 @@ def test_chunks_on_four_ranks_equal_whole_logits() -> None:
         for function in FUSED.values():
             ours = _fused(function, mesh, vocab_size, torch.float64)
             torch.testing.assert_close(ours, _whole_logits(vocab_size, torch.float64), rtol=1e-12, atol=1e-12)
+        _assert_described(mesh, vocab_size)
+
+
+def test_what_logits_say_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(loss, "_DESCRIBED_TOKENS", 2)
+    _assert_described(Mesh.serial(), 70)
+
+
+def _assert_described(mesh: Mesh, vocab_size: int) -> None:
+    """Compare entropies, mean logits and hits with those of whole logits."""
+    x, weight = _head_inputs(vocab_size, torch.float64)
+    _, labels, weights = _inputs(vocab_size, torch.float64)
+    logits = x @ weight.t()
+    own = to_local(weight, vocabulary_split(vocab_size, mesh.tp.size), mesh)
+    own[min(max(vocab_size - mesh.tp.rank * len(own), 0), len(own)) :] = 1e4  # padding rows
+    expected = torch.distributions.Categorical(logits=logits).entropy(), logits.mean(-1)
+    arguments = (x, own.requires_grad_(), labels)
+    both = (
+        linear_logprobs(*arguments, vocab_size, mesh.tp, describe=True),
+        linear_cross_entropy(*arguments, weights, vocab_size, mesh.tp, describe=True),
+    )
+    for _, notes in both:
+        assert notes is not None and not notes.entropy.requires_grad
+        torch.testing.assert_close((notes.entropy, notes.mean_logit), expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(notes.hits, logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) == logits.amax(-1))
 
 
 def test_without_gradients_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
