@@ -121,9 +121,11 @@ def kill_at_random(launch: Launch, pace: Pace, kills: int, draw: random.Random) 
         else:
             launch.wait_for_step()
             moment_s = draw.uniform(0, pace.trains_s / RESTARTS)
-        time.sleep(moment_s)
-        with suppress(ProcessLookupError):
-            os.kill(draw.choice(ranks), signal.SIGKILL)
+        try:
+            launch.process.wait(moment_s)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.kill(draw.choice(ranks), signal.SIGKILL)
 
 
 def run(kills: int, seed: int) -> tuple[int, list[str]]:
