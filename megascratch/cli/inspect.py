@@ -11,24 +11,32 @@ _EXAMPLE = "def read_lines(path):\n    return open(path).read().splitlines()  # 
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A dataset's prefix (or its .bin or .idx), a tokenizer, a checkpoint.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH", help="A dataset's prefix (or its .bin or .idx), a tokenizer, a checkpoint or its URL."
+        ),
+    ],
     tokenizer: Annotated[Path | None, typer.Option(help="Shows a dataset's first documents as text.")] = None,
     documents: Annotated[int, typer.Option(min=0, help="How many documents of a dataset to show.")] = 3,
     verify: Annotated[bool, typer.Option("--verify", help="Read all of a checkpoint against its checksums.")] = False,
 ) -> None:
     """Describe a dataset, a tokenizer or a checkpoint."""
+    from megascratch.checkpoint.places import is_local, place
     from megascratch.tokenizer import formats
 
+    path = place(source)
+    local = is_local(path)
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
-    if any(Path(f"{prefix}{suffix}").is_file() for suffix in (".bin", ".idx")):
+    if local and any(Path(f"{prefix}{suffix}").is_file() for suffix in (".bin", ".idx")):
         _inspect_dataset(prefix, tokenizer, documents)
     elif any((path / name).is_file() for name in ("manifest.json", "latest")):
         _inspect_checkpoint(path, verify)
-    elif formats.is_tokenizer(path):
+    elif local and formats.is_tokenizer(path):
         _inspect_tokenizer(path)
     else:
         rule = "is no dataset (.bin and .idx), tokenizer (such as tokenizer.json) or checkpoint (manifest.json, latest)"
-        raise ConfigError(Problem(str(path), rule if path.exists() else "no such file", "check the path"))
+        raise ConfigError(Problem(source, rule if path.exists() else "no such file", "check the path"))
 
 
 def _inspect_dataset(prefix: Path, tokenizer_file: Path | None, documents: int) -> None:

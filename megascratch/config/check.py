@@ -55,6 +55,13 @@ def _heads(config: Config, _: int | None) -> Iterator[Problem]:
             f"needs model.position = rope, not {model.position}",
             "remove [model.rope_scaling]",
         )
+    elif model.rope_scaling is not None:
+        rotated = head_dim if model.mla is None else model.mla.qk_pos_emb_head_dim
+        n_pairs = rotated // 2 if model.rope_scaling.type == "longrope" else 0
+        for name in ("short_factor", "long_factor"):
+            if len(factors := getattr(model.rope_scaling, name)) != n_pairs:
+                value = f"model.rope_scaling.{name} = {len(factors)} numbers"
+                yield Problem(value, f"must be {n_pairs} with type = {model.rope_scaling.type}", "one a pair, or none")
 
 
 def _tensor_parallel(config: Config, _: int | None) -> Iterator[Problem]:

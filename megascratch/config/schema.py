@@ -36,16 +36,20 @@ class RopeScaling(Section):
 
     `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595); `llama3` divides the low ones
     and blends between `low_freq_factor` and `high_freq_factor` (Llama 3.1); `yarn` ramps between `beta_slow` and
-    `beta_fast` rotations and scales attention (Peng et al. 2023, arXiv:2309.00071).
+    `beta_fast` rotations and scales attention (Peng et al. 2023, arXiv:2309.00071); `longrope` divides each by a factor
+    of its own, of the long ones where `max_seq_length` exceeds `original_seq_length`, and scales attention (Ding et al.
+    2024, arXiv:2402.13753).
     """
 
-    type: Literal["linear", "llama3", "yarn"]
+    type: Literal["linear", "llama3", "yarn", "longrope"]
     factor: Annotated[float, Field(ge=1)]
     original_seq_length: Count = 8192
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0
     beta_fast: Positive = 32.0
     beta_slow: Positive = 1.0
+    short_factor: tuple[Positive, ...] = ()  # one for each pair of dimensions, as searched for the model
+    long_factor: tuple[Positive, ...] = ()
 
 
 class MLAConfig(Section):

@@ -1,4 +1,4 @@
-"""Tables of rotary positions, with the three ways to stretch them to longer sequences.
+"""Tables of rotary positions, with the ways to stretch them to longer sequences.
 
 Legend: `d` head dimension; pair i of a head turns by position · θ^(−2i/d) (Su et al. 2021, arXiv:2104.09864, eq. 15).
 """
@@ -63,4 +63,15 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, model: ModelConfig) -> tupl
     return frequencies * (1 - divide + divide / scaling.factor), scale
 
 
-SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _longrope(frequencies: Tensor, scaling: RopeScaling, model: ModelConfig) -> tuple[Tensor, float]:
+    """Divide each pair by a factor of its own, from one set for all positions (Ding et al. 2024, section 3).
+
+    Which set is up to `max_seq_length`, not to what a batch holds: a sequence computes the same in any company.
+    """
+    original = scaling.original_seq_length
+    factors = scaling.long_factor if model.max_seq_length > original else scaling.short_factor
+    scale = math.sqrt(1 + math.log(scaling.factor) / math.log(original))
+    return frequencies / torch.tensor(factors, dtype=torch.float64, device=frequencies.device), scale
+
+
+SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}

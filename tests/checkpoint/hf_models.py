@@ -40,6 +40,13 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 5000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    **ROPE,
+    "short_factor": [1.0, 1.1, 1.3, 2.0],
+    "long_factor": [1.0, 1.5, 4.0, 9.0],
+}
+PHI3 = {"sliding_window": None, "pad_token_id": None}
 GPT2 = {"n_inner": 44, "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 DEEPSEEK = {
     "rms_norm_eps": 1e-6,
@@ -82,6 +89,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**GEMMA, "rope_parameters": {**GEMMA3_ROPE, "full_attention": {"rope_type": "linear", **ROPE, "factor": 8.0}}},
     ),
     "phi3": ("Phi3", {"sliding_window": 9, "pad_token_id": None}),
+    "phi3, long": (
+        "Phi3",
+        {**PHI3, "original_max_position_embeddings": 8, "rope_parameters": {**LONGROPE, "factor": 2.0}},
+    ),
+    "phi3, short": ("Phi3", {**PHI3, "original_max_position_embeddings": 64, "rope_parameters": LONGROPE}),
     "olmo2": ("Olmo2", {"pad_token_id": None}),
     "gpt2": ("GPT2", GPT2),
     "gpt2, untied and exact": ("GPT2", {**GPT2, "activation_function": "gelu", "tie_word_embeddings": False}),

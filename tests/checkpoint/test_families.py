@@ -14,7 +14,7 @@ from megascratch.infer.decoding import generate
 
 N_GENERATED = 12
 # What another family would write as well: without a window, Mistral's and Phi-3's models are Llama's.
-SHARED = {"mistral, no window": "mistral", "phi3": "phi3"}
+SHARED = {"mistral, no window": "mistral", "phi3": "phi3", "phi3, long": "phi3", "phi3, short": "phi3"}
 
 
 @pytest.mark.parametrize("name", MODELS)

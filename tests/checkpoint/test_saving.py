@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import exit_code
 from ranks_and_models import WORLD, logical_tensors, rank_shards, tiny_config, write_checkpoint
 from rich.console import Console
 
@@ -156,6 +157,20 @@ def test_damage_behind_a_url_is_named(bucket: Path) -> None:
     file.write_bytes(bytes(data))
     with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors, bytes \d+\.\.\d+ +of tensor w do not match"):
         loaded(bucket, torch.zeros(4))
+
+
+def test_inspect_reads_behind_a_url(bucket: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config()
+    path = write_checkpoint(bucket, config, logical_tensors(config))
+    assert exit_code("inspect", bucket, "--verify") == 0
+    shown = capfd.readouterr().out
+    assert shown.startswith(f"checkpoint {path}\n  step               10, 80 samples consumed\n")
+    assert shown.endswith("\nall checksums match\n")
+    (path / "rank_00000.safetensors").write_bytes(b"something else")
+    assert exit_code("inspect", bucket, "--verify") == 2
+    assert "rank_00000.safetensors" in capfd.readouterr().err
+    assert exit_code("inspect", bucket / "nothing") == 2
+    assert "no such file" in capfd.readouterr().err
 
 
 def test_a_url_of_an_unknown_scheme() -> None:

@@ -32,6 +32,12 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
             r"rope_scaling\.type = linear +needs model\.position = rope, not learned +remove \[model\.rope_scaling\]",
         ),
         (
+            "_heads",
+            "model.rope_scaling.type=linear model.rope_scaling.factor=2 model.rope_scaling.long_factor=[1.0]",
+            None,
+            r"rope_scaling\.long_factor = 1 numbers +must be 0 with type = linear",
+        ),
+        (
             "model_features",
             "model.qk_norm_across_heads=true",
             None,

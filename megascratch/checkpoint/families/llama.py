@@ -121,12 +121,14 @@ LLAMA_FAMILIES = (
         features={"sliding_window": ...},
         write=lambda model: {
             "sliding_window": model.sliding_window,
-            "original_max_position_embeddings": model.max_seq_length,
+            "original_max_position_embeddings": (
+                model.rope_scaling.original_seq_length if model.rope_scaling else model.max_seq_length
+            ),
         },
         read=read_windows,
         refuses=lambda model: (
-            [Problem("model.rope_scaling", "must be left out in phi3", "export cannot change it")]
-            if model.rope_scaling is not None
+            [Problem("model.rope_scaling.type", "must be longrope in phi3, or left out", "export cannot change it")]
+            if model.rope_scaling is not None and model.rope_scaling.type != "longrope"
             else []
         ),
     ),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from megascratch.config import ModelConfig, RopeScaling
 from megascratch.errors import CheckpointError, Problem
@@ -27,6 +27,11 @@ def write_rope(model: ModelConfig) -> dict[str, Any]:
             **({"mscale": 1.0, "mscale_all_dim": 1.0} if model.mla is not None else {}),
             **original,
         },
+        "longrope": {
+            "short_factor": list(scaling.short_factor),
+            "long_factor": list(scaling.long_factor),
+            **original,
+        },
     }
     return {"rope_type": scaling.type, "factor": scaling.factor, **keys[scaling.type]}
 
@@ -40,25 +45,31 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise CheckpointError(Problem(f"rope_parameters = {rope}", "must be a table", "correct config.json"))
     kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = "longrope" if kind == "su" else kind  # its first name
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     problems = []
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         problems.append(
             Problem("partial_rotary_factor", "must be 1: the whole head is rotated", "convert another model")
         )
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        problems.append(
-            Problem(f"rope_type = {kind}", "must be default, linear, llama3 or yarn", "convert another model")
-        )
+    if kind not in ("default", *get_args(RopeScaling.model_fields["type"].annotation)):
+        rule = "must be default, linear, llama3, yarn or longrope"
+        problems.append(Problem(f"rope_type = {kind}", rule, "convert another model"))
     if kind == "yarn" and not (_latent_yarn(rope) if config["model_type"] == "deepseek_v3" else _plain_yarn(rope)):
         rule = "attention_factor, mscale and truncate must be at their family's defaults"
         problems.append(Problem("rope_type = yarn", rule, "convert another model"))
+    original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    factor = rope.get("factor")
+    if kind == "longrope":
+        factor = _longrope_factor(rope, config["max_position_embeddings"], original)
+        if factor is None:
+            rule = "its lengths must be given, and attention_factor must be at its default"
+            problems.append(Problem("rope_type = longrope", rule, "convert another model"))
     if problems:
         raise CheckpointError(problems)
     if kind == "default":
         return {"rope_theta": theta}
-    original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    scaling = {"type": kind, "factor": rope.get("factor")}
+    scaling = {"type": kind, "factor": factor}
     if kind != "linear":
         scaling["original_seq_length"] = original or config["max_position_embeddings"]
     optional = [name for name in RopeScaling.model_fields if name not in ("type", "factor", "original_seq_length")]
@@ -69,6 +80,21 @@ def _latent_yarn(rope: Mapping[str, Any]) -> bool:
     """Return whether all of the score is multiplied by (0.1 · ln(factor) + 1)², as ours in latent attention."""
     both = rope.get("mscale") == rope.get("mscale_all_dim") == 1.0
     return both and rope.get("attention_factor") is None and rope.get("truncate", True) is True
+
+
+def _longrope_factor(rope: Mapping[str, Any], length: Any, original: Any) -> float | None:
+    """Return how many times as long sequences may be as those that the model began with.
+
+    None where that is not said, or attention is not scaled by √(1 + ln factor / ln original), as ours is.
+    """
+    factor, attention = rope.get("factor"), rope.get("attention_factor")
+    if not (isinstance(length, int) and isinstance(original, int) and min(length, original) > 1):
+        return None
+    if not isinstance(factor, int | float | None) or not isinstance(attention, int | float | None):
+        return None
+    factor = max(1.0, factor or length / original)
+    plain = math.sqrt(1 + math.log(factor) / math.log(original))
+    return factor if attention is None or math.isclose(attention, plain, rel_tol=1e-6) else None
 
 
 def _plain_yarn(rope: Mapping[str, Any]) -> bool:
