@@ -208,7 +208,7 @@ def pool() -> Iterator[RankPool]:
 
 SAVE, PIECES, PLACES = (f"megascratch.checkpoint.{name}:" for name in ("save", "pieces", "places"))
 POINTS = [(SAVE, name, 1) for name in ("take_spare", "write_contents", "_swap_in", "replace_text", "prune")]
-POINTS += [(PIECES, name, 1) for name in ("digest", "start_flush", "flush_directory")]
+POINTS += [(PIECES, name, 1) for name in ("_write_hashed", "start_flush", "digest", "flush_directory")]
 POINTS += [(module, "flush_directory", 1) for module in (SAVE, PLACES)]
 POINTS += [("pathlib:Path", name, call) for name in ("rename", "replace", "mkdir", "unlink") for call in (1, 2, 3)]
 POINTS += [("os", "fsync", call) for call in range(1, 10)]
