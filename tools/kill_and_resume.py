@@ -29,6 +29,7 @@ from megascratch.config import Config
 from megascratch.dist.testing import RankDied, RankPool
 
 STEPS = 6
+PATIENCE_S = 600.0  # on a busy machine
 
 
 def config_in(corpus: Path, folder: Path, number: int, dp: int = 1) -> Config:
@@ -54,7 +55,7 @@ def train_until(config: Config, moment_s: float) -> None:
 def dies(config: Config, moment_s: float, pool: RankPool) -> bool:
     """Train until the process is killed; returns whether that was before the end."""
     try:
-        pool.run(1, train_until, config, moment_s)
+        pool.run(1, train_until, config, moment_s, timeout_s=PATIENCE_S)
     except RankDied:
         return True
     return False
@@ -63,7 +64,7 @@ def dies(config: Config, moment_s: float, pool: RankPool) -> bool:
 def difference(again: Config, straight: Config, pool: RankPool) -> str:
     """Resume a killed run, and return what differs from the straight one: nothing, if all is well."""
     ranks = again.parallel.dp
-    pool.run(ranks, pretrain_on_ranks, again)
+    pool.run(ranks, pretrain_on_ranks, again, timeout_s=PATIENCE_S)
     got, want = losses(again), losses(straight)
     tolerance = 0 if ranks == 1 else 1e-9
     if got.keys() != want.keys() or any(abs(got[s] - want[s]) > tolerance * abs(want[s]) for s in want):
@@ -78,9 +79,10 @@ def run(kills: int, seed: int) -> list[str]:
         root = Path(name)
         corpus = write_corpus(root)
         straight = config_in(corpus, root / "straight", 0)
-        pool.run(1, pretrain_on_ranks, straight)  # what is imported on the way costs the first run alone
+        patiently = partial(pool.run, 1, pretrain_on_ranks, timeout_s=PATIENCE_S)
+        patiently(straight)  # what is imported on the way costs the first run alone
         start = time.monotonic()
-        pool.run(1, pretrain_on_ranks, config_in(corpus, root / "timed", 0))
+        patiently(config_in(corpus, root / "timed", 0))
         whole_s = time.monotonic() - start
         for number in track(range(kills), console=Console(stderr=True)):
             config = partial(config_in, corpus, root / "killed", number)
@@ -88,6 +90,7 @@ def run(kills: int, seed: int) -> list[str]:
                 shutil.rmtree(root / "killed")
             if differs := difference(config(dp=2 if number % 10 == 9 else 1), straight, pool):
                 wrong.append(f"trial {number}, killed after {moment_s:.3f} s: {differs}")
+                print(wrong[-1], file=sys.stderr)
             shutil.rmtree(root / "killed")
     return wrong
 
