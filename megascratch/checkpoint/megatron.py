@@ -10,12 +10,13 @@
 A legacy rank numbers its layers from 0 and holds its parts; torch_dist has whole tensors, those of all layers as one
 [n_layers, …]. Inside a tensor nothing differs from ours: QKV is grouped by key/value head, gate stands above up. What
 tp divides, it divides as `ParamSpec` says, but for the vocabulary's padding, which is Megatron's own. So this is a
-table of names, and one of arguments.
+table of names, and one of arguments. A layer's experts are one tensor [E, 2 f, h] in torch_dist, and one for each of
+them in a legacy rank, where ours are [E, 2, f, h].
 """
 
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from megascratch.checkpoint.pickles import StoredTensor, load_torch_file
 from megascratch.checkpoint.source import Kind, Latest, Source, check_sizes
 from megascratch.checkpoint.steps import rename
 from megascratch.config import DataConfig, ModelConfig, config_from_dict
-from megascratch.dist.layout import Box, ParamSpec, extents
+from megascratch.dist.layout import ParamSpec, extents
 from megascratch.errors import CheckpointError
 from megascratch.nn import parameter_specs
 
@@ -39,6 +40,7 @@ COMMON, SHARDED = "common.pt", "metadata.json"
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(_\d{3})?")
 _LAYER = "decoder.layers.{i}."
 _KINDS = ("weight", "bias")
+_EXPERTS = "mlp.experts.experts."  # all of a layer's together, as torch_dist has them
 
 MEGATRON_STEPS = (
     rename("embed.weight", "embedding.word_embeddings.weight"),
@@ -55,16 +57,24 @@ MEGATRON_STEPS = (
             ("mlp.gate_up.", "mlp.linear_fc1."),
             ("mlp.up.", "mlp.linear_fc1."),
             ("mlp.down.", "mlp.linear_fc2."),
+            ("mlp.shared.gate_up.", "mlp.shared_experts.linear_fc1."),
+            ("mlp.shared.up.", "mlp.shared_experts.linear_fc1."),
+            ("mlp.shared.down.", "mlp.shared_experts.linear_fc2."),
         )
         for kind in _KINDS
     ),
+    rename("layers.{i}.mlp.shared_gate", f"{_LAYER}mlp.shared_experts.gate_weight"),
+    rename("layers.{i}.mlp.router.weight", f"{_LAYER}mlp.router.weight"),
+    rename("layers.{i}.mlp.router.bias", f"{_LAYER}mlp.router.expert_bias"),
+    rename("layers.{i}.mlp.experts.up", f"{_LAYER}{_EXPERTS}linear_fc1.weight"),
+    rename("layers.{i}.mlp.experts.down", f"{_LAYER}{_EXPERTS}linear_fc2.weight"),
     *(rename(f"norm.{kind}", f"decoder.final_layernorm.{kind}") for kind in _KINDS),
     rename("head.weight", "output_layer.weight"),
 )
 EMBEDDING = "embedding.word_embeddings.weight"
 _VOCABULARY = ("embed.weight", "head.weight")  # which Megatron pads
 _DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Without Transformer Engine a norm is a module of its own.
+# Without Transformer Engine, and in front of experts, a norm is a module of its own.
 _LOCAL_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -107,6 +117,9 @@ def open_megatron(path: Path) -> Source:
         raise CheckpointError(error.problems, str(path)) from None
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise damage(path, "args", f"have a value of the wrong kind: {error}"[:200]) from None
+    if isinstance(opened, _Legacy) and (args.get("expert_model_parallel_size") or 1) > 1:
+        remedy = "convert it to torch_dist with Megatron's own tools"
+        raise damage(path, "args.expert_model_parallel_size", "must be 1 in the legacy format", remedy)
     if section["n_layers"] != opened.n_layers:
         rule = f"is not the number of layers that there are, {opened.n_layers}"
         raise damage(path, f"args.num_layers = {section['n_layers']}", rule)
@@ -137,9 +150,46 @@ def megatron_names(model: ModelConfig) -> dict[str, str]:
     """Return Megatron's name of each tensor of a model, in the model's order."""
     steps = (step.at(layer) for layer in range(model.n_layers) for step in MEGATRON_STEPS)
     theirs = {step.ours: step.theirs[0] for step in steps}
+    for layer in filter(model.has_experts, range(model.n_layers)):
+        theirs[f"layers.{layer}.mlp_norm.weight"] = f"decoder.layers.{layer}.pre_mlp_layernorm.weight"
     # Modules that look ahead serve training, and stay behind.
     specs = parameter_specs(model)
     return {spec.name: theirs[spec.name] for spec in specs if not spec.tied and not spec.name.startswith("mtp.")}
+
+
+def _aliases(name: str) -> Iterator[str]:
+    """Yield what a tensor may be called."""
+    yield name
+    for local, theirs in _LOCAL_NORMS.items():
+        if f".{local}" in name:
+            yield name.replace(f".{local}", f".{theirs}")
+
+
+def expert_names(name: str, n_experts: int) -> tuple[list[str], list[str]]:
+    """Return what each expert's part of a tensor is called in a legacy rank: as a module each, or as one of a group.
+
+    Neither, where it is not a tensor of experts.
+    """
+    if _EXPERTS not in name:
+        return [], []
+    singly = [name.replace(_EXPERTS, f"mlp.experts.local_experts.{e}.") for e in range(n_experts)]
+    return singly, [f"{name.replace(_EXPERTS, 'mlp.experts.')}{e}" for e in range(n_experts)]
+
+
+def of_one_expert(spec: ParamSpec) -> ParamSpec:
+    """Return the spec of one expert's part, [2, f, h] or [f, h], of a stack of all."""
+    splits = tuple(replace(split, dim=split.dim - 1) for split in spec.splits if split.axis == "tp")
+    return replace(spec, shape=spec.shape[1:], splits=splits)
+
+
+def matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of gate and up [2, f, h] as Megatron's one matrix [2 f, h]; of any other matrix as it is."""
+    return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape
+
+
+def all_experts(spec: ParamSpec) -> tuple[int, ...]:
+    """Return Megatron's shape of a stack of experts, [E, 2 f, h] or [E, f, h]."""
+    return (spec.shape[0], *matrix(spec.shape[1:]))
 
 
 class _Sharded:
@@ -162,30 +212,35 @@ class _Sharded:
 
     def kind(self, name: str, spec: ParamSpec) -> Kind:
         """Return a tensor's kind; raises a CheckpointError if it is not there, or not of the spec's shape."""
-        found, _ = self._place(name)
+        found, layer = self._place(name)
         kind = self._folder.kinds[found]
-        shape = kind.shape if found == name else kind.shape[1:]
-        longer = spec.name in _VOCABULARY and shape[0] >= spec.shape[0] and shape[1:] == spec.shape[1:]
-        if shape != spec.shape and not longer:
-            raise _misshaped(self.path, name, shape, spec.shape)
+        shape, expected = kind.shape if layer is None else kind.shape[1:], self._shape(name, spec)
+        longer = spec.name in _VOCABULARY and shape[0] >= expected[0] and shape[1:] == expected[1:]
+        if shape != expected and not longer:
+            raise _misshaped(self.path, name, shape, expected)
         return Kind(kind.dtype, spec.shape)
 
     def read(self, name: str, spec: ParamSpec) -> Tensor:
         """Return a tensor of the spec's shape."""
-        found, box = self._place(name)
-        if found == name:
-            return self._folder.read(name, whole(spec.shape))
-        return self._folder.read(found, box)[0]
+        found, layer = self._place(name)
+        box = whole(self._shape(name, spec))
+        if layer is not None:
+            box = (slice(layer, layer + 1), *box)
+        return self._folder.read(found, box).view(spec.shape)
 
-    def _place(self, name: str) -> tuple[str, Box]:
-        """Return the tensor that holds another: itself, or that of all layers, and which box of it."""
+    def _shape(self, name: str, spec: ParamSpec) -> tuple[int, ...]:
+        return all_experts(spec) if _EXPERTS in name else spec.shape
+
+    def _place(self, name: str) -> tuple[str, int | None]:
+        """Return the tensor that holds another: itself, or that of all layers and which of them."""
         kinds = self._folder.kinds
-        if name in kinds:
-            return name, whole(kinds[name].shape)
-        if (match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)) is not None:
-            together, layer = f"decoder.layers.{match[2]}", int(match[1])
-            if together in kinds and layer < kinds[together].shape[0]:
-                return together, (slice(layer, layer + 1), *whole(kinds[together].shape[1:]))
+        for alias in _aliases(name):
+            if alias in kinds:
+                return alias, None
+            if (match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", alias)) is not None:
+                together, layer = f"decoder.layers.{match[2]}", int(match[1])
+                if together in kinds and layer < kinds[together].shape[0]:
+                    return together, layer
         raise damage(self.path, f"tensor {name}", "is not in the checkpoint")
 
 
@@ -209,7 +264,12 @@ class _Legacy:
     def _open_rank(self, folder: Path) -> tuple[tuple[int, int], Mapping[str, Any]]:
         match = _RANK.fullmatch(folder.name)
         if match is None or match[3] is not None:
-            raise damage(self.path, folder.name[:60], "is no rank of a dense model", "convert another checkpoint")
+            raise damage(
+                self.path,
+                folder.name[:60],
+                "is a rank of divided experts",
+                "convert it to torch_dist with Megatron's own tools",
+            )
         files = [folder / name for name in ("model_optim_rng.pt", "model_rng.pt")]
         file = next((file for file in files if file.is_file()), files[0])
         state = load_torch_file(file)
@@ -248,29 +308,46 @@ class _Legacy:
 
     def kind(self, name: str, spec: ParamSpec) -> Kind:
         """Return a tensor's kind; raises a CheckpointError if it is not there, or not of the spec's shape."""
-        parts = self._parts_of(name)
-        expected = self._padded(spec, parts).local_shape({"tp": self.tp})
-        for part in parts:
-            if part.shape != expected or part.dtype != parts[0].dtype:
-                raise _misshaped(self.path, name, part.shape, expected)
+        for own, part_spec in self._stored_as(name, spec):
+            parts = self._parts_of(own)
+            expected = matrix(self._padded(part_spec, parts).local_shape({"tp": self.tp}))
+            for part in parts:
+                if part.shape != expected or part.dtype != parts[0].dtype:
+                    raise _misshaped(self.path, own, part.shape, expected)
         return Kind(parts[0].dtype, spec.shape)
 
     def read(self, name: str, spec: ParamSpec) -> Tensor:
         """Return a tensor of the spec's shape."""
+        if _EXPERTS not in name:
+            return self._joined(name, spec)
+        return torch.stack([self._joined(own, part_spec) for own, part_spec in self._stored_as(name, spec)])
+
+    def _stored_as(self, name: str, spec: ParamSpec) -> list[tuple[str, ParamSpec]]:
+        """Return the names and specs that a tensor is stored as: itself, or one for each expert."""
+        if _EXPERTS not in name:
+            return [(name, spec)]
+        if spec.shape[0] > len(self._parts):  # before anything is made for each
+            raise damage(self.path, f"args.num_experts = {spec.shape[0]}", "is more than there are tensors")
+        singly, grouped = expert_names(name, spec.shape[0])
+        names = grouped if grouped[0] in self._parts else singly
+        return [(own, of_one_expert(spec)) for own in names]
+
+    def _joined(self, name: str, spec: ParamSpec) -> Tensor:
+        """Return what the ranks of tp hold as one tensor."""
         parts = self._parts_of(name)
-        if not spec.is_split_over("tp") or parts[0].shape == spec.shape:
-            return parts[0].read()
+        if not spec.is_split_over("tp") or parts[0].shape == matrix(spec.shape):
+            return parts[0].read().view(spec.shape)
         out = torch.empty(spec.shape, dtype=parts[0].dtype)
         padded = self._padded(spec, parts)
         for rank, part in enumerate(parts):
-            values = part.read()
+            values = part.read().view(padded.local_shape({"tp": self.tp}))
             for extent in extents(padded, {"tp": self.tp}, {"tp": rank}):
                 out[extent.logical] = values[extent.local]
             del values  # before the next is read
         return out
 
     def _parts_of(self, name: str) -> list[StoredTensor]:
-        parts = self._parts.get(name, [])
+        parts = next((self._parts[alias] for alias in _aliases(name) if alias in self._parts), [])
         if len(parts) != self.tp:
             raise damage(self.path, f"tensor {name}", "is not in the checkpoint")
         return parts

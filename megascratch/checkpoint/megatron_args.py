@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megascratch.config import ModelConfig
+from megascratch.config import ModelConfig, MoEConfig
 from megascratch.errors import CheckpointError, Problem
 
 # What our models have one value of: by name, what an argument is when it is not there, and what it must be.
 _FIXED: dict[str, tuple[Any, Any]] = {
-    "num_experts": (None, None),
     "multi_latent_attention": (False, False),
     "rotary_percent": (1.0, 1.0),
     "rotary_interleaved": (False, False),
@@ -46,6 +45,8 @@ def read_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
     norm = {"RMSNorm": "rmsnorm", "LayerNorm": "layernorm"}.get(str(args.get("normalization", "LayerNorm")))
     if norm is None or (norm == "layernorm" and args.get("apply_layernorm_1p")):
         problems.append(Problem(f"args.normalization = {args.get('normalization')}", "must be RMSNorm or LayerNorm"))
+    if args.get("num_experts"):
+        problems += _foreign_experts(args)
     position = {"rope": "rope", "learned_absolute": "learned", "none": "none"}.get(
         str(args.get("position_embedding_type", "learned_absolute"))
     )
@@ -72,6 +73,78 @@ def read_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
         "qkv_bias": bool(args.get("add_qkv_bias")),
         "init_std": args.get("init_method_std") or 0.02,
         **_window(args),
+        **({"moe": _experts(args)} if args.get("num_experts") else {}),
+    }
+
+
+# Of experts, like `_FIXED`.
+_FIXED_OF_EXPERTS: dict[str, tuple[Any, Any]] = {
+    "moe_expert_capacity_factor": (None, None),  # whose limit is of a batch, where ours is of a sequence
+    "moe_apply_probs_on_input": (False, False),
+    "moe_latent_size": (None, None),
+    "add_bias_linear": (True, False),
+}
+
+
+def _foreign_experts(args: Mapping[str, Any]) -> list[Problem]:
+    """Return what is wrong with experts that ours cannot be like."""
+    problems = [
+        Problem(f"args.{name} = {args.get(name)}"[:100], f"must be {allowed} with experts")
+        for name, (default, allowed) in _FIXED_OF_EXPERTS.items()
+        if args.get(name, default) != allowed
+    ]
+    balance = args.get("moe_router_load_balancing_type", "aux_loss")
+    if balance not in _BALANCES:
+        rule = f"must be one of {', '.join(_BALANCES)}"
+        problems.append(Problem(f"args.moe_router_load_balancing_type = {balance}"[:100], rule))
+    if _pattern(args) is None:
+        rule = "must be a first layer with experts, and every n-th from there on"
+        problems.append(Problem(f"args.moe_layer_freq = {args.get('moe_layer_freq')}"[:100], rule))
+    return problems
+
+
+_BALANCES = ("none", "aux_loss", "seq_aux_loss")
+
+
+def _pattern(args: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the first layer with experts, and how many layers lie from one to the next; None if that does not say."""
+    every, n_layers = args.get("moe_layer_freq", 1), args.get("num_layers")
+    if isinstance(every, int) and every > 0:
+        return 0, every
+    if not isinstance(every, list) or len(every) != n_layers or 1 not in every:
+        return None
+    first = every.index(1)
+    step = every.index(1, first + 1) - first if every.count(1) > 1 else n_layers
+    expected = [int(i >= first and (i - first) % step == 0) for i in range(n_layers)]
+    return (first, step) if every == expected else None
+
+
+def _experts(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `[model.moe]`."""
+    pattern, softmax = _pattern(args), args.get("moe_router_score_function", "softmax") == "softmax"
+    assert pattern is not None
+    topk = args.get("moe_router_topk", 2)
+    coeff = args.get("moe_aux_loss_coeff") or 0.0
+    shared = args.get("moe_shared_expert_intermediate_size")
+    return {
+        "num_experts": args["num_experts"],
+        "router_topk": topk,
+        "ffn_hidden": args.get("moe_ffn_hidden_size") or args["ffn_hidden_size"],
+        "first_k_dense": pattern[0],
+        "layer_freq": pattern[1],
+        "router_score_function": args.get("moe_router_score_function", "softmax"),
+        # A softmax of the chosen scores is that of all, divided by its sum over the chosen.
+        "router_norm_topk": not args.get("moe_router_pre_softmax") if softmax else topk > 1,
+        "router_topk_scaling_factor": args.get("moe_router_topk_scaling_factor") or 1.0,
+        "router_num_groups": args.get("moe_router_num_groups"),
+        "router_group_topk": args.get("moe_router_group_topk"),
+        "router_load_balancing_type": args.get("moe_router_load_balancing_type", "aux_loss") if coeff else "none",
+        "aux_loss_coeff": coeff,
+        "z_loss_coeff": args.get("moe_z_loss_coeff") or 0.0,
+        "router_enable_expert_bias": bool(args.get("moe_router_enable_expert_bias")),
+        "router_bias_update_rate": args.get("moe_router_bias_update_rate", 1e-3),
+        "shared_expert_ffn_hidden": shared,
+        "shared_expert_gate": bool(shared and args.get("moe_shared_expert_gate")),
     }
 
 
@@ -147,14 +220,41 @@ def write_arguments(model: ModelConfig, tp: int, pp: int, padded_vocab_size: int
         "padded_vocab_size": padded_vocab_size,
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
-        "num_experts": None,
+        **(_write_experts(model, model.moe) if model.moe is not None else {"num_experts": None}),
+    }
+
+
+def _write_experts(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
+    has = [int(model.has_experts(layer)) for layer in range(model.n_layers)]
+    pre_softmax = moe.router_score_function == "softmax" and not moe.router_norm_topk
+    return {
+        "num_experts": moe.num_experts,
+        "expert_model_parallel_size": 1,
+        "moe_router_topk": moe.router_topk,
+        "moe_ffn_hidden_size": moe.ffn_hidden,
+        "moe_layer_freq": 1 if all(has) else has,
+        "moe_router_score_function": moe.router_score_function,
+        "moe_router_pre_softmax": pre_softmax,
+        "moe_router_topk_scaling_factor": None
+        if moe.router_topk_scaling_factor == 1.0
+        else moe.router_topk_scaling_factor,
+        "moe_router_num_groups": moe.router_num_groups,
+        "moe_router_group_topk": moe.router_group_topk,
+        "moe_router_load_balancing_type": moe.router_load_balancing_type,
+        "moe_aux_loss_coeff": moe.aux_loss_coeff,
+        "moe_z_loss_coeff": moe.z_loss_coeff or None,
+        "moe_router_enable_expert_bias": moe.router_enable_expert_bias,
+        "moe_router_bias_update_rate": moe.router_bias_update_rate,
+        "moe_shared_expert_intermediate_size": moe.shared_expert_ffn_hidden,
+        "moe_shared_expert_gate": moe.shared_expert_gate,
+        "moe_grouped_gemm": False,
     }
 
 
 def _inexpressible(model: ModelConfig) -> list[Problem]:
     default = {key: field.default for key, field in ModelConfig.model_fields.items()}
     same = (
-        *("moe", "mla", "norm_position", "scale_embeddings", "qk_norm_across_heads", "query_pre_attn_scalar"),
+        *("mla", "norm_position", "scale_embeddings", "qk_norm_across_heads", "query_pre_attn_scalar"),
         *("attn_softcap", "logit_softcap", "rope_local_theta"),
     )
     fixed = "export cannot change it"
@@ -168,9 +268,17 @@ def _inexpressible(model: ModelConfig) -> list[Problem]:
         problems.append(Problem(f"model.activation = {model.activation}", rule, fixed))
     if model.activation == "gelu_tanh" and not model.bias:
         problems.append(Problem("model.activation = gelu_tanh", "needs model.bias = true in Megatron's format", fixed))
+    moe = model.moe
+    if moe is not None and moe.expert_capacity_factor is not None:
+        rule = "must be left out in Megatron's format"
+        value = f"model.moe.expert_capacity_factor = {moe.expert_capacity_factor}"
+        problems.append(Problem(value, rule, fixed))
+    if moe is not None and moe.router_score_function == "sigmoid" and moe.router_norm_topk != (moe.router_topk > 1):
+        rule = f"must be {moe.router_topk > 1} with sigmoid scores in Megatron's format".lower()
+        problems.append(Problem(f"model.moe.router_norm_topk = {moe.router_norm_topk}".lower(), rule, fixed))
     scaling = model.rope_scaling
     if scaling is not None and (
-        scaling.type == "yarn"
+        scaling.type in ("yarn", "longrope")
         or (scaling.type == "llama3" and (scaling.low_freq_factor, scaling.high_freq_factor) != (1.0, 4.0))
         or (scaling.type == "llama3" and scaling.original_seq_length != 8192)
     ):

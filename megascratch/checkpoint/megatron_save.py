@@ -14,20 +14,30 @@ from rich.console import Console
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megascratch.checkpoint.megatron import COMMON, LATEST, SHARDED, megatron_names
+from megascratch.checkpoint.megatron import (
+    COMMON,
+    LATEST,
+    SHARDED,
+    all_experts,
+    expert_names,
+    matrix,
+    megatron_names,
+    of_one_expert,
+)
 from megascratch.checkpoint.megatron_args import write_arguments
 from megascratch.checkpoint.pickles import StoredTensor, load_torch_file
 from megascratch.checkpoint.pieces import new_directory
 from megascratch.checkpoint.source import Kind, Source, written_dtype
+from megascratch.config import ModelConfig
 from megascratch.dist.distributed_checkpoint import Chunk, write_chunks
-from megascratch.dist.layout import ParamSpec, Split, extents
+from megascratch.dist.layout import Box, ParamSpec, Split, extents, lengths
 from megascratch.errors import CheckpointError, Problem
 from megascratch.log import progress
 from megascratch.nn import layer_range, parameter_specs
 
 RELEASE = "release"  # what Megatron calls weights without a run
 _ROWS = 128  # that it pads each rank's part of the vocabulary to a multiple of
-_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_LINEARS = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2")
 Value = Callable[[], Tensor]
 
 
@@ -58,31 +68,41 @@ def write_megatron(
     total = sum(math.prod(source.kinds[name].shape) for name in names)
     with new_directory(dst) as folder, progress(console, f"exporting {source.path}", total, "elements") as advance:
         for stage in range(pp):
-            held = _held(names, model.n_layers, model.tie_embeddings, stage, pp)
+            held = _held(names, model, stage, pp)
             for rank in range(tp):
                 name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")
                 (folder / RELEASE / name).mkdir(parents=True)
-                tensors = {theirs: _local(source, ours, specs[ours], tp, rank, dtype) for theirs, ours in held.items()}
+                tensors = {
+                    theirs: _local(source, specs[ours], expert, tp, rank, dtype)
+                    for theirs, (ours, expert) in held.items()
+                }
                 rest = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 0}
                 _write_rank(folder / RELEASE / name / "model_optim_rng.pt", rest, tensors, advance)
         (folder / LATEST).write_text(RELEASE)
     return dst
 
 
-def _held(names: Mapping[str, str], n_layers: int, tied: bool, stage: int, pp: int) -> dict[str, str]:
-    """Return our names of what a stage holds, by Megatron's names for it, whose layers are numbered from 0."""
-    layers = layer_range(n_layers, stage, pp)
-    held: dict[str, str] = {}
+def _held(names: Mapping[str, str], model: ModelConfig, stage: int, pp: int) -> dict[str, tuple[str, int | None]]:
+    """Return what a stage holds, by Megatron's names for it, whose layers are numbered from 0.
+
+    Returns: our name, and which expert of it, if it is of experts.
+    """
+    layers = layer_range(model.n_layers, stage, pp)
+    held: dict[str, tuple[str, int | None]] = {}
     for ours, theirs in names.items():
         head, _, rest = ours.partition(".")
         if head == "layers":
             layer = int(rest.partition(".")[0])
             if layer in layers:
-                held[theirs.replace(f".layers.{layer}.", f".layers.{layer - layers.start}.", 1)] = ours
+                theirs = theirs.replace(f".layers.{layer}.", f".layers.{layer - layers.start}.", 1)
+                singly, _ = expert_names(theirs, model.moe.num_experts if model.moe is not None else 0)
+                held |= {name: (ours, expert) for expert, name in enumerate(singly)}
+                if not singly:
+                    held[theirs] = ours, None
         elif stage == (pp - 1 if head in ("norm", "head") else 0):
-            held[theirs] = ours
-    if tied and pp > 1 and stage == pp - 1:
-        held["output_layer.weight"] = "embed.weight"
+            held[theirs] = ours, None
+    if model.tie_embeddings and pp > 1 and stage == pp - 1:
+        held["output_layer.weight"] = "embed.weight", None
     return held
 
 
@@ -99,20 +119,25 @@ def _padded(spec: ParamSpec, tp: int) -> ParamSpec:
     return ParamSpec(spec.name, spec.shape, (Split(0, "tp", pad=pad),))
 
 
-def _local(source: Source, name: str, spec: ParamSpec, tp: int, rank: int, dtype: str | None) -> tuple[Kind, Value]:
-    """Return what a rank holds of a tensor: its kind, and what makes it."""
-    target = written_dtype(source.kinds[name].dtype, dtype)
-    shape = spec.local_shape({"tp": tp})
+def _local(
+    source: Source, spec: ParamSpec, expert: int | None, tp: int, rank: int, dtype: str | None
+) -> tuple[Kind, Value]:
+    """Return what a rank holds of a tensor, or of one expert's part of it: its kind, and what makes it."""
+    target = written_dtype(source.kinds[spec.name].dtype, dtype)
+    of_all: Box = () if expert is None else (slice(expert, expert + 1),)
+    part = spec if expert is None else of_one_expert(spec)
+    shape = part.local_shape({"tp": tp})
 
     def value() -> Tensor:
         if shape == spec.shape:
-            return source.read(name, dtype=target)
+            return source.read(spec.name, dtype=target)
         local = torch.zeros(shape, dtype=target)
-        for extent in extents(spec, {"tp": tp}, {"tp": rank}):
-            local[extent.local] = source.read(name, extent.logical, target)
-        return local
+        for extent in extents(part, {"tp": tp}, {"tp": rank}):
+            values = source.read(spec.name, (*of_all, *extent.logical), target)
+            local[extent.local] = values.view(lengths(extent.logical))
+        return local.view(matrix(shape))
 
-    return Kind(target, shape), value
+    return Kind(target, matrix(shape)), value
 
 
 def _write_rank(
@@ -157,7 +182,10 @@ def write_megatron_dist(source: Source, dst: Path, *, dtype: str | None = None, 
     with new_directory(dst) as folder, progress(console, f"exporting {source.path}", total, "elements") as advance:
         inner = folder / RELEASE
         inner.mkdir()
-        chunks = [chunk for name, theirs in names.items() for chunk in _chunks(source, name, theirs, rows, dtype)]
+        specs = {spec.name: spec for spec in parameter_specs(model)}
+        chunks = [
+            chunk for name, theirs in names.items() for chunk in _chunks(source, specs[name], theirs, rows, dtype)
+        ]
         write_chunks(inner, chunks, advance)
         torch.save(common, inner / COMMON)
         text = json.dumps({**backend, "common_backend": "torch", "common_backend_version": 1})
@@ -166,16 +194,24 @@ def write_megatron_dist(source: Source, dst: Path, *, dtype: str | None = None, 
     return dst
 
 
-def _chunks(source: Source, name: str, theirs: str, rows: int, dtype: str | None) -> Iterator[Chunk]:
-    """Yield a tensor as a layer of the stack of all layers, or by itself, the vocabulary with its padding."""
-    kind = source.kinds[name]
+def _chunks(source: Source, spec: ParamSpec, theirs: str, rows: int, dtype: str | None) -> Iterator[Chunk]:
+    """Yield a tensor as a layer of the stack of all layers, or by itself, the vocabulary with its padding.
+
+    Where some layers have experts and some not, Megatron stacks none.
+    """
+    name, kind, model = spec.name, source.kinds[spec.name], source.config.model
     target = written_dtype(kind.dtype, dtype)
     value = partial(source.read, name, dtype=target)
+    alike = len({model.has_experts(layer) for layer in range(model.n_layers)}) == 1
     if name.startswith("layers."):
-        n_layers, layer = source.config.model.n_layers, int(name.split(".")[1])
+        layer = int(name.split(".")[1])
+        shape = all_experts(spec) if ".experts." in name else kind.shape
         together = theirs.replace(f".layers.{layer}.", ".layers.", 1)
-        offsets, sizes = (layer, *[0] * len(kind.shape)), (1, *kind.shape)
-        yield Chunk(together, (n_layers, *kind.shape), target, offsets, sizes, lambda: value().unsqueeze(0))
+        if alike:
+            offsets, sizes = (layer, *[0] * len(shape)), (1, *shape)
+            yield Chunk(together, (model.n_layers, *shape), target, offsets, sizes, lambda: value().view(sizes))
+        else:
+            yield Chunk(theirs, shape, target, (0,) * len(shape), shape, lambda: value().view(shape))
     elif name in ("embed.weight", "head.weight"):
         v, h = kind.shape
         yield Chunk(theirs, (rows, h), target, (0, 0), (v, h), value)

@@ -43,11 +43,34 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
+_EXPERTS: dict[str, Any] = {
+    "moe_ffn_hidden_size": 20,
+    "moe_router_topk": 2,
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+}
+_SIGMOID: dict[str, Any] = {
+    **_EXPERTS,
+    "moe_layer_freq": [0, 1, 0, 1],
+    "moe_router_score_function": "sigmoid",
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_num_groups": 2,
+    "moe_router_group_topk": 1,
+    "moe_router_enable_expert_bias": True,
+    "moe_shared_expert_intermediate_size": 12,
+    "moe_shared_expert_gate": True,
+}
+_PRE_SOFTMAX = {**_EXPERTS, "moe_router_pre_softmax": True}
+for _name, _keys in {"mixtral": _EXPERTS, "pre-softmax": _PRE_SOFTMAX, "sigmoid": _SIGMOID}.items():
+    KINDS[_name] = ({**_keys, "num_moe_experts": 4}, {}, {**_keys, "num_experts": 4})
+
+
 @contextlib.contextmanager
 def on_a_cpu() -> Iterator[None]:
     """Let megatron-core run where there is no CUDA."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    from megatron.core.transformer.moe import moe_utils
 
     made = torch.ones
 
@@ -59,6 +82,8 @@ def on_a_cpu() -> Iterator[None]:
         patch.setattr(torch.cuda, "synchronize", lambda *_: None)
         patch.setattr(torch, "ones", ones)
         patch.setattr(filesystem_async, "_process_memory", lambda: 0)
+        # Which it looks up, but imports with Transformer Engine alone.
+        patch.setattr(moe_utils, "te_general_gemm", None, raising=False)
         patch.setattr(CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext())
         yield
 
@@ -86,7 +111,7 @@ def arguments(name: str, tp: int = 1, pp: int = 1) -> Namespace:
 def make_model(name: str, tp: int = 1, pp: int = 1) -> Any:
     """Make this rank's part of a model; `parallel_state` says which part. Weights are random, norms and biases too."""
     from megatron.core import parallel_state
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -113,10 +138,14 @@ def make_model(name: str, tp: int = 1, pp: int = 1) -> Any:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
     )
+    if config.num_moe_experts:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization),
+        spec,
         vocab_size=256,  # padded
         max_sequence_length=LENGTH,
         pre_process=stage == 0,
@@ -127,6 +156,9 @@ def make_model(name: str, tp: int = 1, pp: int = 1) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.normal_(0.0, 0.2, generator=generator)
     return model
 
 

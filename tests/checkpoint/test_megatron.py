@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+import re
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
@@ -102,7 +103,12 @@ def test_both_formats_in_and_out(tmp_path: Path, console: Console, megatron: Non
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
-    loaded = dist_checkpointing.load({"model": other.sharded_state_dict()}, str(out / "release"), strict="log_all")
+    wanted = other.sharded_state_dict()
+    for key, tensor in wanted.items():
+        # In front of experts the norm is a module of its own with Transformer Engine too.
+        if "pre_mlp_layernorm." in key and key.split(".pre_mlp")[0] + ".mlp.router.weight" in wanted:
+            tensor.key = tensor.key.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+    loaded = dist_checkpointing.load({"model": wanted}, str(out / "release"), strict="log_all")
     other.load_state_dict(loaded["model"], strict=False)
     assert torch.equal(logits(other, tokens_of()), expected)
 
@@ -120,7 +126,21 @@ def test_both_formats_in_and_out(tmp_path: Path, console: Console, megatron: Non
         assert getattr(state["args"], argument) == value, argument
 
 
-def _save_both(folder: Path, tp: int, pp: int) -> None:
+def test_experts_of_a_group_are_those_of_modules(tmp_path: Path, console: Console, megatron: None) -> None:
+    """Transformer Engine's grouped product names a layer's experts otherwise; no CPU computes it."""
+    model = make_model("mixtral")
+    singly = save_legacy(tmp_path / "singly", "mixtral", model)
+    grouped = save_legacy(tmp_path / "grouped", "mixtral", model)
+    file = grouped / "iter_0000100/mp_rank_00/model_optim_rng.pt"
+    state = torch.load(file, weights_only=False)
+    pattern = r"local_experts\.(\d)\.(linear_fc.)\.weight"
+    state["model"] = {re.sub(pattern, r"\2.weight\1", name): value for name, value in state["model"].items()}
+    assert "decoder.layers.2.mlp.experts.linear_fc1.weight3" in state["model"]
+    torch.save(state, file)
+    assert_equal_weights(singly, grouped)
+
+
+def _save_both(folder: Path, tp: int, pp: int, name: str) -> None:
     """Save this rank's part of a model in both formats of megatron-core."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, parallel_state
@@ -128,7 +148,7 @@ def _save_both(folder: Path, tp: int, pp: int) -> None:
     multiprocessing.current_process()._config["daemon"] = False  # megatron-core writes in processes of its own
     with on_a_cpu():
         parallel_state.initialize_model_parallel(tp, pp)
-        model = make_model("qwen", tp, pp)
+        model = make_model(name, tp, pp)
         place = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
         # What every rank of tp holds whole is the same on all of them.
         for parameter in model.parameters():
@@ -140,20 +160,19 @@ def _save_both(folder: Path, tp: int, pp: int) -> None:
                 )
         rank = folder / "legacy" / "mp_rank_{:02d}_{:03d}".format(*place)
         rank.mkdir(parents=True)
-        state = {"args": arguments("qwen", tp, pp), "model": model.state_dict_for_save_checkpoint()}
+        state = {"args": arguments(name, tp, pp), "model": model.state_dict_for_save_checkpoint()}
         torch.save(state, rank / "model_optim_rng.pt")
         if dist.get_rank() == 0:
             (folder / "sharded").mkdir()
         dist.barrier()
-        dist_checkpointing.save(
-            {"model": model.sharded_state_dict(), "args": arguments("qwen")}, str(folder / "sharded")
-        )
+        dist_checkpointing.save({"model": model.sharded_state_dict(), "args": arguments(name)}, str(folder / "sharded"))
         parallel_state.destroy_model_parallel()
 
 
-def test_what_tp_and_pp_divided_is_joined(tmp_path: Path, console: Console) -> None:
+@pytest.mark.parametrize("name", ["qwen", "sigmoid"])
+def test_what_tp_and_pp_divided_is_joined(tmp_path: Path, console: Console, name: str) -> None:
     """Four ranks save their own files, and one checkpoint together: both must open as the same model."""
-    run_ranks(4, _save_both, tmp_path, 2, 2, timeout_s=100)
+    run_ranks(4, _save_both, tmp_path, 2, 2, name, timeout_s=100)
     assert_equal_weights(tmp_path / "legacy", tmp_path / "sharded")
     whole_model = weights_of(tmp_path / "legacy")
     assert whole_model["embed.weight"].shape == (V, 32)
@@ -164,9 +183,9 @@ def test_what_tp_and_pp_divided_is_joined(tmp_path: Path, console: Console) -> N
     assert_equal_weights(tmp_path / "legacy", again)
     for tp_rank in range(2):
         for pp_rank in range(2):
-            name = f"mp_rank_{tp_rank:02d}_{pp_rank:03d}/model_optim_rng.pt"
-            ours = torch.load(again / "release" / name, weights_only=False)["model"]
-            theirs = torch.load(tmp_path / "legacy" / name, weights_only=False)["model"]
+            file = f"mp_rank_{tp_rank:02d}_{pp_rank:03d}/model_optim_rng.pt"
+            ours = torch.load(again / "release" / file, weights_only=False)["model"]
+            theirs = torch.load(tmp_path / "legacy" / file, weights_only=False)["model"]
             for key, tensor in ours.items():
                 for te, local in LOCAL_NAMES.items():
                     key = key.replace(te, local)
@@ -204,13 +223,21 @@ def _legacy(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def _moe(**changes: Any) -> dict[str, Any]:
+    return {"args": Namespace(**{**vars(arguments("mixtral")), **changes})}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"more": _Harmful()}, r"model_optim_rng.pt +names builtins.exec"),
         ({"model": None}, "the model of tensor rank 0 +is not in the checkpoint"),
         ({"args": None}, "args +are not in the checkpoint"),
-        ({"args": Namespace(**{**vars(arguments("llama")), "num_experts": 8})}, "args.num_experts = 8 +must be None"),
+        (_moe(moe_layer_freq=[0, 1, 1, 0]), r"args.moe_layer_freq = .* +must be a first layer with experts, and every"),
+        (_moe(moe_router_load_balancing_type="sinkhorn"), "load_balancing_type = sinkhorn +must be one of none, aux"),
+        (_moe(moe_expert_capacity_factor=1.5), "capacity_factor = 1.5 +must be None with experts"),
+        (_moe(expert_model_parallel_size=2), "args.expert_model_parallel_size +must be 1 in the legacy format"),
+        (_moe(num_experts=10**9), "num_experts = .* must not exceed"),
         ({"args": Namespace(**{**vars(arguments("llama")), "hidden_size": "x"})}, "args.hidden_size +must be given"),
         ({"args": Namespace(**{**vars(arguments("llama")), "hidden_size": 2**70})}, "hidden = .* must not exceed"),
         (
@@ -239,7 +266,7 @@ def test_damaged_files_are_refused(tmp_path: Path, console: Console) -> None:
     with pytest.raises(CheckpointError, match=r"is compressed, which torch.save never does"):
         convert(tmp_path / "theirs", tmp_path / "ours", console=console)
     file.parent.rename(tmp_path / "theirs" / "mp_rank_01_000_003")
-    with pytest.raises(CheckpointError, match=r"mp_rank_01_000_003 +is no rank of a dense model"):
+    with pytest.raises(CheckpointError, match=r"mp_rank_01_000_003 +is a rank of divided experts"):
         convert(tmp_path / "theirs", tmp_path / "ours", console=console)
     (tmp_path / "theirs" / "latest_checkpointed_iteration.txt").write_text("../../elsewhere")
     with pytest.raises(CheckpointError, match="must be the number of an iteration, or release"):
