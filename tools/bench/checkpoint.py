@@ -102,7 +102,7 @@ def on_rank(rank: int, store: str, arguments: argparse.Namespace) -> None:
     mesh = Mesh.create(MeshSpec(tp=RANKS), torch.device("cpu"))
     rows = int(arguments.gib * 2**30) // (TENSORS * COLUMNS * 4)
     state, other = State(rows, 0, mesh), State(rows, 1, mesh)
-    world, folder, staging = mesh.world, Path(arguments.folder), Staging(state.bytes // RANKS)
+    world, folder = mesh.world, Path(arguments.folder)
     steps = itertools.count(1)
     work: dict[str, Callable[[], object]] = {
         "save": lambda: save(folder / "ours", next(steps), state.ours(), {}, world),
@@ -124,6 +124,8 @@ def on_rank(rank: int, store: str, arguments: argparse.Namespace) -> None:
             best[name] = min(best.get(name, 1e9), timed(run, world))
     if rank == 0:
         shutil.rmtree(folder / "dcp")
+    staging = Staging(state.bytes // RANKS)
+    staging.copy([])  # waits until the memory is there, as it is after the first steps of a run
     blocks = [blocked(folder / "ours", state, staging) for _ in range(2)]
     if arguments.disk is not None:
         disk = Path(arguments.disk)
