@@ -69,7 +69,8 @@ def pair_objective(dpo: DpoConfig) -> Objective:
     coefficient = dpo.sft_coeff + (dpo.loss == "orpo")
 
     def objective(outputs: Outputs, microbatch: Microbatch) -> Loss:
-        logprobs, notes = outputs.described_logprobs(microbatch.labels)
+        counts = is_text(microbatch) if dpo.cross_entropy == "text" else microbatch.loss_mask
+        logprobs, notes = outputs.described_logprobs(microbatch.labels, counts)
         summed = answers(outputs, microbatch, logprobs)
         own = summed.pairs
         lengths = summed.like(microbatch.of_samples["n_learned"]).pairs

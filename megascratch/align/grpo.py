@@ -54,11 +54,9 @@ class GroupLearner:
         advantages = group_advantages(rollout.rewards, g, BASELINES[self.config.baseline])
         tensors = {"advantages": advantages.unsqueeze(1) * rollout.mask}
         if self.needs_old:
-            tensors["old"] = of_each_token(self.policy, rollout, lambda o, labels: logprobs_at(o, labels, temperature))
+            tensors["old"] = of_each_token(self.policy, rollout, lambda o, m: logprobs_at(o, m, temperature))
         if self.reference is not None:
-            tensors["reference"] = of_each_token(
-                self.reference, rollout, lambda o, labels: logprobs_at(o, labels, temperature)
-            )
+            tensors["reference"] = of_each_token(self.reference, rollout, lambda o, m: logprobs_at(o, m, temperature))
         spread = _group_std(rollout.rewards.view(-1, g))
         equal = torch.isclose(spread, torch.zeros_like(spread))
         return tensors, {"reward_std": float(spread.mean()), "frac_reward_zero_std": float(equal.double().mean())}

@@ -101,7 +101,7 @@ def label_objective(dpo: DpoConfig) -> Objective:
     loss_of = LABEL_LOSSES[dpo.loss]
 
     def objective(outputs: Outputs, microbatch: Microbatch) -> Loss:
-        of_tokens, notes = outputs.described_logprobs(microbatch.labels)
+        of_tokens, notes = outputs.described_logprobs(microbatch.labels, microbatch.loss_mask)
         summed = answers(outputs, microbatch, of_tokens)
         of_samples = {name: summed.like(value).singles for name, value in microbatch.of_samples.items()}
         logprobs, desirable = summed.singles, of_samples["desirable"] > 0

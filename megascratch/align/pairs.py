@@ -54,7 +54,7 @@ def answers(outputs: Outputs, microbatch: Microbatch, of_tokens: Tensor) -> Answ
 
 def answer_logprobs(outputs: Outputs, microbatch: Microbatch) -> Tensor:
     """Return the log-probability of each document's learned tokens, summed: [b, n]; for `Engine.compute`."""
-    found = answers(outputs, microbatch, outputs.logprobs(microbatch.labels))
+    found = answers(outputs, microbatch, outputs.logprobs(microbatch.labels, microbatch.loss_mask))
     return found.values.view_as(microbatch.of_samples["present"])
 
 

@@ -41,9 +41,9 @@ def at_temperature(outputs: Outputs, temperature: float) -> Outputs:
     return replace(outputs, hidden=outputs.hidden / temperature, softcap=softcap)
 
 
-def logprobs_at(outputs: Outputs, labels: Tensor, temperature: float) -> Tensor:
-    """Return the log-probability of each label [b, s] where logits are divided by a temperature."""
-    return at_temperature(outputs, temperature).logprobs(labels)
+def logprobs_at(outputs: Outputs, microbatch: Microbatch, temperature: float) -> Tensor:
+    """Return the log-probability of each label that counts, [b, s], where logits are divided by a temperature."""
+    return at_temperature(outputs, temperature).logprobs(microbatch.labels, microbatch.loss_mask)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class PolicyObjective:
         dtype = acc_dtype(outputs.hidden)
         of = {name: x.to(dtype) for name, x in microbatch.of_tokens.items()}
         mask = microbatch.loss_mask.to(dtype)
-        logprobs, notes = at_temperature(outputs, self.temperature).described_logprobs(microbatch.labels)
+        scaled = at_temperature(outputs, self.temperature)
+        logprobs, notes = scaled.described_logprobs(microbatch.labels, mask)
         old = of.get("old", logprobs.detach())
         log_ratio = (logprobs - old) * mask
         per_token = log_ratio

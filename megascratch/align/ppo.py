@@ -52,6 +52,8 @@ class ActorCritic:
         self.config, self.rollout = policy.config.ppo, policy.config.rollout
         self.control = KLControl(self.config.kl_coeff, self.config.kl_target, self.config.kl_horizon)
         self.value_objective = ValueObjective(self.config.value_clip)
+        # A rollout that is learned from once needs no log-probabilities of before: the policy's own are those.
+        self.needs_old = self.rollout.steps(policy.config.train.global_batch) > 1
 
     def state(self) -> dict[str, Any]:
         """Return what the next rollout depends on besides engines."""
@@ -64,8 +66,10 @@ class ActorCritic:
     def prepare(self, rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return advantages and returns, and what they were made from."""
         ppo, temperature, mask = self.config, self.rollout.temperature, rollout.mask.double()
-        old = of_each_token(self.policy, rollout, lambda o, labels: logprobs_at(o, labels, temperature))
-        reference = of_each_token(self.reference, rollout, lambda o, labels: logprobs_at(o, labels, temperature))
+        old = rollout.sampled
+        if self.needs_old:
+            old = of_each_token(self.policy, rollout, lambda o, m: logprobs_at(o, m, temperature))
+        reference = of_each_token(self.reference, rollout, lambda o, m: logprobs_at(o, m, temperature))
         values = of_each_token(self.critic, rollout, lambda o, _: o.scores) * mask
         divergence = kl_estimate(old, reference, ppo.kl_estimator, ppo.kl_clamp) * mask
         penalties = -self.control.coefficient * divergence
@@ -81,7 +85,8 @@ class ActorCritic:
         metrics["val/explained_variance"] = _explained(values, returns, mask)
         if counts.any():
             self.control.update(kl, int(counts.sum()))
-        return {"advantages": advantages, "returns": returns, "values": values, "old": old}, metrics
+        tensors = {"advantages": advantages, "returns": returns, "values": values}
+        return {**tensors, "old": old} if self.needs_old else tensors, metrics
 
     def after_step(self, microbatches: list[Microbatch], report: StepReport) -> tuple[dict[str, float], bool]:
         """Teach the critic, and say whether the policy has moved far enough."""

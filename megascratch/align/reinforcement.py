@@ -96,7 +96,7 @@ def make_reward(score: ScoreConfig, config: Config, mesh: Mesh) -> Reward | Judg
             return number_verifier(score.name or "number")
         case "model":
             assert score.checkpoint is not None
-            return RewardModel(Path(score.checkpoint), config, mesh, score.name or "model")
+            return RewardModel.open(Path(score.checkpoint), config, mesh, score.name or "model")
 
 
 class _Source:

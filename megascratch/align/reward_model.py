@@ -17,20 +17,30 @@ from megascratch.infer import read_config
 
 
 class RewardModel:
-    """Scores completions by a checkpoint. Every rank makes it, and calls it alike.
+    """Scores completions by a model. Every rank makes it, and calls it alike.
 
     Args:
-        checkpoint: of a reward model that speaks the policy's tokens.
-        config: of the run, whose layout it takes.
-        mesh: of the run.
+        engine: with a scalar head, on the policy's layout; reads the policy's tokens.
         name: of the metric.
-
-    Raises: CheckpointError: if it is no reward model, or has another vocabulary. ConfigError: if it does not divide
-        over the layout.
     """
 
-    def __init__(self, checkpoint: Path, config: Config, mesh: Mesh, name: str) -> None:
-        self.name, model = name, read_config(checkpoint).model
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine, self.name = engine, name
+
+    @classmethod
+    def open(cls, checkpoint: Path, config: Config, mesh: Mesh, name: str) -> "RewardModel":
+        """Return the reward model of a checkpoint.
+
+        Args:
+            checkpoint: of a reward model that speaks the policy's tokens.
+            config: of the run, whose layout it takes.
+            mesh: of the run.
+            name: of the metric.
+
+        Raises: CheckpointError: if it is no reward model, or has another vocabulary. ConfigError: if it does not
+            divide over the layout.
+        """
+        model = read_config(checkpoint).model
         if model.head != "scalar":
             rule = "is no reward model: it predicts tokens"
             raise CheckpointError(Problem(str(checkpoint), rule, "give one that megascratch reward has made"))
@@ -40,8 +50,9 @@ class RewardModel:
         own = config.model_copy(update={"model": model, "lora": None})
         if problems := list(check(own, mesh.world.size)):
             raise ConfigError(problems, f"the layout, with the reward model {checkpoint}")
-        self.engine = Engine(own, mesh, learns=False)
-        load_weights(self.engine, checkpoint)
+        engine = Engine(own, mesh, learns=False)
+        load_weights(engine, checkpoint)
+        return cls(engine, name)
 
     def judge(self, rollout: Rollout) -> list[Score]:
         """Return the score of each completion: of its last token, which has seen all of it."""

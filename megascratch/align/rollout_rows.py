@@ -45,19 +45,23 @@ def microbatches_of(
     `of_samples` has, [b, documents] each: `present`, 1 where there is a completion, and `answer`, its number.
     """
     bins, s = _rows(engine, rollout.lengths[members].tolist())
-    r, n_documents = len(bins), max(map(len, bins))
-    source, positions, documents = (torch.zeros(r, s, dtype=torch.int64) for _ in range(3))
-    filled, present = torch.zeros(r, s, dtype=torch.bool), torch.zeros(r, n_documents)
-    answer = torch.zeros(r, n_documents, dtype=torch.int64)
-    positions[:] = torch.arange(s)
-    for row, inside in enumerate(bins):
-        start = 0
-        for document, member in enumerate(inside):
-            end = start + int(rollout.lengths[members[member]])
-            source[row, start:end], filled[row, start:end] = member, True
-            positions[row, start:], documents[row, start:] = torch.arange(s - start), document
-            answer[row, document], present[row, document] = members[member], 1.0
-            start = end
+    r, counts = len(bins), torch.tensor([len(inside) for inside in bins])
+    inside = torch.tensor([member for one in bins for member in one])
+    row, first = torch.arange(r).repeat_interleave(counts), counts.cumsum(0) - counts
+    document, lengths = torch.arange(len(inside)) - first[row], rollout.lengths[members[inside]]
+    before = lengths.cumsum(0) - lengths
+    start = before - before[first[row]]
+    of = torch.arange(len(inside)).repeat_interleave(lengths)  # of each token, which of `inside` it belongs to
+    position = torch.arange(len(of)) - before[of]
+    place = row[of], start[of] + position
+    # Padding goes on with the last completion of its row.
+    last = torch.zeros(r, dtype=torch.int64).scatter_reduce(0, row, start, "amax")
+    positions = torch.arange(s) - last.unsqueeze(1)
+    documents = (counts - 1).clamp(min=0).unsqueeze(1).repeat(1, s)
+    source, filled = torch.zeros(r, s, dtype=torch.int64), torch.zeros(r, s, dtype=torch.bool)
+    source[place], positions[place], documents[place], filled[place] = inside[of], position, document[of], True
+    present, answer = torch.zeros(r, int(counts.max())), torch.zeros(r, int(counts.max()), dtype=torch.int64)
+    present[row, document], answer[row, document] = 1.0, members[inside]
 
     def laid(x: Tensor) -> Tensor:
         return x[source, positions].masked_fill(~filled, 0)
@@ -79,8 +83,8 @@ def microbatches_of(
     return [whole.apply(lambda x, part=part: x[part]) for part in parts]  # type: ignore[misc]
 
 
-def of_each_token(engine: Engine, rollout: Rollout, function: Callable[[Outputs, Tensor], Tensor]) -> Tensor:
-    """Return what a function makes of an engine's outputs and the labels, for every completion, [n, s] float64.
+def of_each_token(engine: Engine, rollout: Rollout, function: Callable[[Outputs, Microbatch], Tensor]) -> Tensor:
+    """Return what a function makes of an engine's outputs and a micro-batch, for every completion, [n, s] float64.
 
     Args:
         engine: the policy, or a model beside it on the same layout.
@@ -93,7 +97,7 @@ def of_each_token(engine: Engine, rollout: Rollout, function: Callable[[Outputs,
     results = torch.zeros(rollout.tokens.shape, dtype=torch.float64)
     for members in torch.arange(n).split(train.global_batch):
         microbatches = microbatches_of(engine, rollout, members, 0, {})
-        found = engine.compute(microbatches, lambda o, m: o.whole_sequences(function(o, m.labels)))
+        found = engine.compute(microbatches, lambda o, m: o.whole_sequences(function(o, m)))
         for microbatch, values in zip(microbatches, found):
             completion = microbatch.of_samples["answer"].gather(1, microbatch.documents)
             there = microbatch.of_samples["present"].gather(1, microbatch.documents) > 0

@@ -58,27 +58,33 @@ class Outputs:
         """This rank's columns, [s, b, v/tp], padding included."""
         return capped(column_linear(self.hidden, self.head, self.tp, self.sequence_parallel), self.softcap)
 
-    def logprobs(self, labels: Tensor) -> Tensor:
-        """Return the log-probability of each label [b, s], as [b, s] in `acc_dtype`."""
-        return self._logprobs(labels, describe=False)[0]
+    def logprobs(self, labels: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Return the log-probability of each label [b, s], as [b, s] in `acc_dtype`.
 
-    def described_logprobs(self, labels: Tensor) -> tuple[Tensor, Notes]:
+        Args:
+            labels: [b, s] int64.
+            counts: 0 where nobody looks at the result, [b, s], which may then be 0: it spares work. None: everywhere.
+        """
+        return self._logprobs(labels, counts, describe=False)[0]
+
+    def described_logprobs(self, labels: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Notes]:
         """Return `logprobs`, and what else the logits say of each token, [b, s] each."""
-        logprobs, notes = self._logprobs(labels, describe=True)
+        logprobs, notes = self._logprobs(labels, counts, describe=True)
         assert notes is not None
         return logprobs, notes.apply(torch.t)
 
-    def _logprobs(self, labels: Tensor, describe: bool) -> tuple[Tensor, Notes | None]:
-        whole = self._whole()
-        found = linear_logprobs(whole, self.head, labels.t(), self.vocab_size, self.tp, self.softcap, describe)
-        return found[0].t(), found[1]
+    def _logprobs(self, labels: Tensor, counts: Tensor | None, describe: bool) -> tuple[Tensor, Notes | None]:
+        whole, counts = self._whole(), None if counts is None else counts.t()
+        head = self.head, labels.t(), self.vocab_size, self.tp, self.softcap
+        logprobs, notes = linear_logprobs(whole, *head, describe, counts)
+        return logprobs.t(), notes
 
     def cross_entropy(self, labels: Tensor, weights: Tensor) -> Tensor:
         """Return Σ −weights · log p(label), a scalar: `logprobs` for a loss whose weights [b, s] are known; cheaper."""
         return self._cross_entropy(labels, weights, describe=False)[0]
 
     def described_cross_entropy(self, labels: Tensor, weights: Tensor) -> tuple[Tensor, Notes]:
-        """Return `cross_entropy`, and what else the logits say of each token, [b, s] each."""
+        """Return `cross_entropy`, and what else the logits say of each token that weighs something, [b, s] each."""
         total, notes = self._cross_entropy(labels, weights, describe=True)
         assert notes is not None
         return total, notes.apply(torch.t)

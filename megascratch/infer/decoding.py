@@ -297,8 +297,5 @@ def make_caches(stage: Stage, batch: int, length: int) -> list[LayerCache]:
         shapes = (1, mla.kv_lora_rank), (1, mla.qk_pos_emb_head_dim)
     else:
         shapes = ((model.n_kv_heads // placement.tp.size, model.head_dim),) * 2
-
-    def room(shape: tuple[int, int]) -> Tensor:
-        return torch.zeros(length, batch, *shape, dtype=placement.dtype, device=placement.device)
-
-    return [LayerCache(*map(room, shapes)) for _ in stage.layers]
+    like = torch.empty(0, dtype=placement.dtype, device=placement.device)
+    return [LayerCache.of(length, batch, shapes, like) for _ in stage.layers]

@@ -65,7 +65,9 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
 
     Returns: [b, v] float64, −∞ where a token may not be chosen.
     """
-    scores = logits.double() / sampling.temperature
+    scores = logits.double()
+    if sampling.temperature != 1:
+        scores = scores / sampling.temperature
     if 0 < sampling.top_k < scores.shape[-1]:
         weakest = scores.topk(sampling.top_k).values[:, -1:]
         scores = scores.masked_fill(scores < weakest, -torch.inf)

@@ -8,7 +8,7 @@ it by whole groups.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,11 +34,17 @@ class LayerCache:
     """Keys and values of one layer's past tokens, each [t_max, b, k, d]; the one value that generation mutates.
 
     A sequence's token lies at its own position, whatever the lengths of the others. What stands behind its last token
-    is finite and of no meaning: no query sees it, and the next token overwrites it.
+    is finite and of no meaning: no query sees it, and the next token overwrites it. In memory, the tokens of a sequence
+    and head follow each other, as a decoding step reads them.
     """
 
     keys: Tensor
     values: Tensor
+
+    @classmethod
+    def of(cls, t_max: int, b: int, shapes: Sequence[tuple[int, int]], like: Tensor) -> "LayerCache":
+        """Return room for keys and values of the given [k, d], of a tensor's dtype and on its device."""
+        return cls(*(like.new_zeros(b, k, t_max, d).permute(2, 0, 1, 3) for k, d in shapes))
 
     def extend(self, k: Tensor, v: Tensor, info: SequenceInfo) -> tuple[Tensor, Tensor]:
         """Write k, v [s, b, k, d] at their tokens' positions, and return all up to the last of them, [t, b, k, d]."""
@@ -54,12 +60,11 @@ class LayerCache:
     def select(self, rows: Tensor, n_used: int, length: int) -> "LayerCache":
         """Return a cache for `length` tokens of the given rows, [a] int64, of which `n_used` are taken over."""
 
-        def taken(x: Tensor) -> Tensor:
-            out = x.new_zeros(length, len(rows), *x.shape[2:])
-            torch.index_select(x[:n_used], 1, rows, out=out[:n_used])
-            return out
-
-        return LayerCache(taken(self.keys), taken(self.values))
+        both = self.keys, self.values
+        selected = LayerCache.of(length, len(rows), [(x.shape[2], x.shape[3]) for x in both], self.keys)
+        for new, old in zip((selected.keys, selected.values), both):
+            new[:n_used] = old[:n_used].index_select(1, rows)
+        return selected
 
 
 def softmax_core(

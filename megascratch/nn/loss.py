@@ -30,6 +30,7 @@ from megascratch.nn.weight_gradients import main_grad
 
 # Enough rows for a product at full speed, few enough that 128k words take half a gigabyte in float32.
 CHUNK_TOKENS = 1024
+_FEW = 0.9  # tokens that count are put together if they are fewer than this share: it copies their inputs
 _DESCRIBED_TOKENS = 64  # of which the probabilities exist at once
 
 
@@ -234,6 +235,24 @@ def token_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) ->
     return _TokenLogprobs.apply(logits, labels, vocab_size, tp)
 
 
+def _counting(weights: Tensor | None) -> Tensor | None:
+    """Return the places of the tokens whose weight [t] is not 0, or None where nearly all or none are such.
+
+    None on a GPU too, which would have to wait for their number.
+    """
+    if weights is None or weights.device.type != "cpu":
+        return None
+    places = weights.nonzero().flatten()
+    return places if 0 < len(places) < _FEW * len(weights) else None
+
+
+def _spread(values: Tensor, places: Tensor | None, shape: torch.Size) -> Tensor:
+    """Put values of tokens at their places among those of a shape, the others being 0."""
+    if places is not None:
+        values = values.new_zeros(shape.numel()).index_copy(0, places, values)
+    return values.view(shape)
+
+
 def linear_logprobs(
     x: Tensor,
     weight: Tensor,
@@ -242,6 +261,7 @@ def linear_logprobs(
     tp: Axis,
     softcap: float | None = None,
     describe: bool = False,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Notes | None]:
     """Return the log-probability of each label under the head's logits x · weightᵀ, without holding them.
 
@@ -251,12 +271,17 @@ def linear_logprobs(
         labels, vocab_size, tp: as in `token_logprobs`.
         softcap: of the logits, or None.
         describe: whether to note what else the logits say.
+        counts: 0 where nobody looks at the result, [s, b], the same on every rank of tp; None: everywhere.
 
-    Returns: [s, b] in `acc_dtype`, the same on every rank of tp; and the notes, [s, b] each.
+    Returns: [s, b] in `acc_dtype`, the same on every rank of tp; and the notes, [s, b] each. Where nothing counts, they
+        may be 0: where a prompt is a third of the tokens, the head has a third less to do.
     """
-    flat = x.flatten(0, 1), weight, labels.flatten()
-    logprobs, *noted = _LinearLogprobs.apply(*flat, vocab_size, tp, softcap, describe)
-    return logprobs.view(labels.shape), Notes(*noted).apply(lambda n: n.view(labels.shape)) if describe else None
+    places = _counting(None if counts is None else counts.flatten())
+    flat = x.flatten(0, 1), labels.flatten()
+    own_x, own_labels = flat if places is None else (t.index_select(0, places) for t in flat)
+    logprobs, *noted = _LinearLogprobs.apply(own_x, weight, own_labels, vocab_size, tp, softcap, describe)
+    notes = Notes(*noted).apply(lambda n: _spread(n, places, labels.shape)) if describe else None
+    return _spread(logprobs, places, labels.shape), notes
 
 
 def linear_cross_entropy(
@@ -273,13 +298,16 @@ def linear_cross_entropy(
 
     Args:
         x, weight, labels, vocab_size, tp, softcap, describe: as in `linear_logprobs`.
-        weights: of each label in the sum, [s, b]; they get no gradient.
+        weights: of each label in the sum, [s, b]; they get no gradient. Those that are 0 cost nothing.
 
-    Returns: with it the notes, [s, b] each.
+    Returns: with it the notes, [s, b] each, which may be 0 where the weight is.
     """
     if not torch.is_grad_enabled():  # a Function cannot tell from within: it would compute the gradients
-        logprobs, notes = linear_logprobs(x, weight, labels, vocab_size, tp, softcap, describe)
+        logprobs, notes = linear_logprobs(x, weight, labels, vocab_size, tp, softcap, describe, weights)
         return -(logprobs * weights).sum(), notes
-    flat = x.flatten(0, 1), weight, labels.flatten(), weights.flatten()
-    total, *noted = _LinearCrossEntropy.apply(*flat, vocab_size, tp, softcap, describe)
-    return total, Notes(*noted).apply(lambda n: n.view(labels.shape)) if describe else None
+    places = _counting(weights.flatten())
+    flat = x.flatten(0, 1), labels.flatten(), weights.flatten()
+    own_x, own_labels, own_weights = flat if places is None else (t.index_select(0, places) for t in flat)
+    whole = own_x, weight, own_labels, own_weights, vocab_size, tp, softcap, describe
+    total, *noted = _LinearCrossEntropy.apply(*whole)
+    return total, Notes(*noted).apply(lambda n: _spread(n, places, labels.shape)) if describe else None

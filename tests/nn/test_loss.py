@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from logical import to_local, to_logical
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megascratch.dist import comm
@@ -93,7 +92,7 @@ def _head_inputs(vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _weighted_logprobs(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, v: int, mesh: Mesh) -> Tensor:
-    return -(linear_logprobs(x, weight, labels, v, mesh.tp)[0] * weights).sum()
+    return -(linear_logprobs(x, weight, labels, v, mesh.tp, counts=weights)[0] * weights).sum()
 
 
 def _cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, v: int, mesh: Mesh) -> Tensor:
@@ -142,6 +141,34 @@ def test_chunks_of_the_head_and_the_loss_equal_whole_logits(
         for got, want in zip(ours, expected, strict=True):
             error = (got.double() - want).norm() / want.norm()
             assert error < tolerance, f"{dtype}: {error:.1e}"
+
+
+@pytest.mark.parametrize("function", FUSED.values(), ids=FUSED.keys())
+@pytest.mark.parametrize("counting", [0, 1, 9, 14])
+def test_tokens_without_weight_are_left_out(
+    function: Callable[..., Tensor], counting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt's tokens meet the head in no product that they add nothing to."""
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 4)
+    _, labels, weights = _inputs(100, torch.float64)
+    weights.view(-1)[torch.randperm(S * B, generator=torch.Generator().manual_seed(3))[counting:]] = 0.0
+    found, rows, multiply = [], 0, loss.ops.matmul_into
+
+    def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+        nonlocal rows
+        rows += len(a) if b.shape == (100, H) else 0
+        multiply(out, a, b, add)
+
+    for fused in (True, False):
+        x, weight = (t.requires_grad_() for t in _head_inputs(100, torch.float64))
+        if fused:
+            monkeypatch.setattr(loss.ops, "matmul_into", product)
+            total = function(x, weight, labels, weights, 100, Mesh.serial())
+        else:
+            total = -(token_logprobs(x @ weight.t(), labels, 100, Mesh.serial().tp) * weights).sum()
+        found.append((total.detach(), *torch.autograd.grad(total, (x, weight))))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    assert rows == (counting if 0 < counting < 14 else S * B), "few enough are put together"
 
 
 @pytest.mark.parametrize("function", [linear_logprobs, linear_cross_entropy])
@@ -251,10 +278,10 @@ def test_peak_memory_is_a_quarter_of_logits_then_loss(function: Callable[..., Te
 
 @pytest.mark.parametrize("function", FUSED.values(), ids=FUSED.keys())
 def test_peak_memory_at_32k_tokens_and_128k_words(function: Callable[..., Tensor]) -> None:
-    """Counted on fake tensors, which have sizes and no memory: under a quarter of logits-then-loss."""
+    """Counted on tensors that have sizes and no memory: under a quarter of logits-then-loss."""
     tokens, v, h = 32768, 131072, 2048
     tp = Mesh.serial().tp
-    with FakeTensorMode():
+    with torch.device("meta"):
         x = torch.empty(tokens, 1, h, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(v, h, dtype=torch.bfloat16, requires_grad=True)
         labels, weights = torch.empty(tokens, 1, dtype=torch.int64), torch.empty(tokens, 1)
