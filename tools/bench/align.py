@@ -6,7 +6,8 @@
 Each contestant runs in a process of its own, in turn, round after round; the best round of each is what counts, as
 everything else on the machine only adds. TRL's trainers are used as they are: fp32, fused AdamW, no gradient
 checkpointing, padding to the longest of a batch, and for DPO the reference's log-probabilities precomputed, as ours
-are. Ours packs the same conversations into rows. Tokens are those of the conversations, padding not counted.
+are. Every step learns from the very same conversations on both sides; ours packs them into rows. Tokens are those of
+the conversations, padding not counted.
 """
 
 import argparse
@@ -30,53 +31,51 @@ TARGETS = {"sft": 1.4, "dpo": 1.6}
 Ids = list[int]
 
 
-def conversations(method: str, lengths: str) -> list[list[tuple[Ids, int]]]:
-    """Return examples of one sequence, or of two with the same prompt: ids, and how many of them are the prompt."""
+def conversations(method: str, lengths: str) -> list[list[list[tuple[Ids, int]]]]:
+    """Return the examples of each step, of one sequence, or of two with the same prompt: ids, how many are prompt."""
     random = np.random.default_rng(7)
-    examples = []
-    for _ in range(BATCH * (N_STEPS + WARM_UP) // (1 if method == "sft" else 2)):
+    n_answers = 1 if method == "sft" else 2
+
+    def example() -> list[tuple[Ids, int]]:
         longest = S if lengths == "equal" else int(random.integers(S // 4, S + 1))
         n_prompt = longest // 3
         prompt = random.integers(1, VOCAB, n_prompt).tolist()
-        answers = [random.integers(1, VOCAB, longest - n_prompt).tolist() for _ in range(1 if method == "sft" else 2)]
-        examples.append([(prompt + answer, n_prompt) for answer in answers])
-    return examples
+        return [(prompt + random.integers(1, VOCAB, longest - n_prompt).tolist(), n_prompt) for _ in range(n_answers)]
+
+    return [[example() for _ in range(BATCH // n_answers)] for _ in range(N_STEPS + WARM_UP)]
 
 
-def run_ours(method: str, examples: list[list[tuple[Ids, int]]], folder: Path) -> list[float]:
+def run_ours(method: str, steps: list[list[list[tuple[Ids, int]]]], folder: Path) -> list[float]:
     """Return the CPU seconds of each step."""
     import torch
 
     from megascratch.align.dpo import pair_objective
     from megascratch.align.examples import Example, TokenSequence
     from megascratch.align.reference import reference_of
+    from megascratch.align.rows import Rows, collate_rows
     from megascratch.align.sft import completion_tokens
-    from megascratch.align.sources import Completed, batches_of, open_sets
     from megascratch.config import DpoConfig, config_from_dict
     from megascratch.dist.launch import keep_freed_memory
     from megascratch.dist.mesh import Mesh
-    from megascratch.engine import Engine, Objective, Source
+    from megascratch.engine import Engine, Objective
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    made = [
-        Example(
-            f"{i}",
-            tuple(TokenSequence(np.array(ids, np.int32), np.arange(len(ids)) >= n) for ids, n in sequences),
-            {},
-        )
-        for i, sequences in enumerate(examples)
-    ]
-    # As many tokens a step as the other contestant has: rows are filled, so there are fewer of them.
-    seq_length = 2 * S
-    n_tokens = sum(example.n_places for example in made)
-    rows_a_step = max(1, round(n_tokens / (N_STEPS + WARM_UP) / (0.97 * seq_length)))
+
+    def example(sequences: list[tuple[Ids, int]]) -> Example:
+        made = (TokenSequence(np.array(ids, np.int32), np.arange(len(ids)) >= n) for ids, n in sequences)
+        return Example("", tuple(made), {})
+
+    seq_length, first_answer, rows = 2 * S, 0, []
+    for examples in steps:
+        rows.append(Rows([example(one) for one in examples], seq_length, True, None, first_answer=first_answer))
+        first_answer += rows[-1].n_answers
     model = {"n_layers": N_LAYERS, "hidden": HIDDEN, "n_heads": N_HEADS, "ffn_hidden": FFN, "vocab_size": VOCAB}
     config = config_from_dict(
         {
             "model": {**model, "max_seq_length": seq_length},
             "data": {"seq_length": seq_length, "split": "1"},
-            "train": {"global_batch": rows_a_step, "micro_batch": rows_a_step, "dtype": "fp32", "steps": N_STEPS + 2},
+            "train": {"global_batch": 4, "micro_batch": 4, "dtype": "fp32", "steps": len(steps)},
             "optim": {"lr": LR, "clip": CLIP, "beta2": 0.999, "weight_decay": 0.0, "schedule": "linear"},
             "chat": {},
             "log": {"dir": str(folder)},
@@ -84,39 +83,29 @@ def run_ours(method: str, examples: list[list[tuple[Ids, int]]], folder: Path) -
     )
     mesh = Mesh.serial()
     engine = Engine(config, mesh)
-    sets = open_sets(config, made)
-    source: Source = batches_of(config, mesh, sets.train)
-    objective: Objective = completion_tokens
-    if method == "dpo":
-        source = Completed(source, reference_of(config, mesh, engine, sets.rows, "precomputed"))
-        objective = pair_objective(DpoConfig())
-    seconds, tokens = [], []
-    batches = source.steps(0, N_STEPS, prefetch=0)
-    for _ in range(N_STEPS):
+    objective: Objective = completion_tokens if method == "sft" else pair_objective(DpoConfig())
+    complete = reference_of(config, mesh, engine, rows, "precomputed") if method == "dpo" else None
+    seconds = []
+    for part in rows:
         start = time.process_time()
-        batch = next(batches)
-        engine.train_step(batch, objective)
+        batch = [collate_rows(part, range(part.epoch_samples))]
+        engine.train_step(complete(batch) if complete else batch, objective)
         seconds.append(time.process_time() - start)
-        tokens.append(sum(int(sum(m.of_samples["present"].flatten())) + _n_places(m) for m in batch))
-    return [t / s for t, s in zip(tokens, seconds)]
+    return seconds
 
 
-def _n_places(microbatch: Any) -> int:
-    """Count the inputs that are of conversations: padding is the document after the last one that is there."""
-    n_documents = microbatch.of_samples["present"].sum(1, keepdim=True)
-    return int((microbatch.documents < n_documents).sum())
-
-
-def run_trl(method: str, examples: list[list[tuple[Ids, int]]], folder: Path) -> list[float]:
-    """Return tokens a CPU second of each step."""
+def run_trl(method: str, steps: list[list[list[tuple[Ids, int]]]], folder: Path) -> list[float]:
+    """Return the CPU seconds of each step but the first, whose beginning the trainer does not tell."""
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from torch.utils.data import SequentialSampler
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     torch.set_num_threads(1)
+    examples = list(itertools.chain(*steps))
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w0")
     model = LlamaForCausalLM(
@@ -175,17 +164,18 @@ def run_trl(method: str, examples: list[list[tuple[Ids, int]]], folder: Path) ->
             processing_class=tokenizer,
             callbacks=[Clock()],
         )
+    trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
     trainer.train()
-    mean_tokens = sum(len(ids) for sequences in examples for ids, _ in sequences) / (N_STEPS + WARM_UP)
-    return [mean_tokens / (b - a) for a, b in itertools.pairwise(seconds)]
+    return [b - a for a, b in itertools.pairwise(seconds)]
 
 
 CONTESTANTS: dict[str, Callable[..., list[float]]] = {"ours": run_ours, "trl": run_trl}
 
 
-def best(rates: Sequence[float]) -> float:
-    """Return the median rate of the steps after the first ones."""
-    return float(np.median(rates[WARM_UP:]))
+def rate(steps: list[list[list[tuple[Ids, int]]]], seconds: Sequence[float]) -> float:
+    """Return tokens a CPU second of the steps after the first ones; `seconds` are of the last steps."""
+    n_tokens = sum(len(ids) for step in steps[WARM_UP:] for example in step for ids, _ in example)
+    return n_tokens / sum(seconds[-N_STEPS:])
 
 
 def main() -> None:
@@ -197,8 +187,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.run:
         contestant, method, folder = args.run
-        rates = CONTESTANTS[contestant](method, conversations(method, args.lengths), Path(folder))
-        print(json.dumps({"tokens_per_core_s": best(rates)}))
+        steps = conversations(method, args.lengths)
+        print(json.dumps({"tokens_per_core_s": rate(steps, CONTESTANTS[contestant](method, steps, Path(folder)))}))
         return
     import tempfile
 
@@ -212,8 +202,8 @@ def main() -> None:
                     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
                 if done.returncode:
                     sys.exit(done.stderr[-3000:])
-                rate = json.loads(done.stdout.splitlines()[-1])["tokens_per_core_s"]
-                found[method, contestant] = max(rate, found.get((method, contestant), 0.0))
+                found_rate = json.loads(done.stdout.splitlines()[-1])["tokens_per_core_s"]
+                found[method, contestant] = max(found_rate, found.get((method, contestant), 0.0))
     print(f"{'':5}{'ours':>8}{'TRL':>8}{'ratio':>8}{'target':>8}   tokens per core-second, lengths {args.lengths}")
     for method in args.methods:
         ours, trl = found[method, "ours"], found[method, "trl"]
