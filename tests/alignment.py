@@ -58,6 +58,18 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "kto": ("dpo", {"dpo": {"loss": "kto", "reference": "live"}}),
     "lora": ("dpo", {"dpo": {"loss": "ipo", "reference": "base"}, "lora": {"rank": 4, "alpha": 64.0}}),
 }
+# Adapters beside weights in 4 bits, whose blocks need larger matrices; of experts too.
+ADAPTED = {"rank": 4, "alpha": 64.0, "base": "nf4"}
+LARGE = {"hidden": 128, "ffn_hidden": 128}
+EXPERTS = {"num_experts": 4, "router_topk": 2, "ffn_hidden": 128, "router_load_balancing_type": "none"}
+PACKED_WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qlora": ("dpo", {"lora": ADAPTED, "model": LARGE}),
+    "experts": (
+        "sft",
+        {"lora": {**ADAPTED, "targets": ["attn.qkv", "mlp.experts.*"]}, "model": {**LARGE, "moe": EXPERTS}},
+    ),
+}
+WAYS_AND_PACKED = {**WAYS, **PACKED_WAYS}
 
 
 def write_way(way: str, folder: Path) -> Path:
@@ -66,7 +78,7 @@ def write_way(way: str, folder: Path) -> Path:
     records: list[Any] = []
     for i in range(20):
         prompt, first, second = f"what {'is ' * (i % 3)}{i}? ", words[i % 5], words[(i + 2) % 5]
-        if way == "sft":
+        if WAYS_AND_PACKED[way][0] == "sft":
             records.append({"prompt": prompt, "completion": first})
         elif way == "kto":
             records.append({"prompt": prompt, "completion": first, "label": i % 3 > 0})
@@ -77,7 +89,7 @@ def write_way(way: str, folder: Path) -> Path:
 
 def way_config(way: str, tokenizer: Path, records: Path, folder: Path, packing: bool, **sections: Any) -> Config:
     """Return a recipe of a few float64 steps; unpacked, a micro-batch holds whole pairs."""
-    given = dict(WAYS[way][1])
+    given = dict(WAYS_AND_PACKED[way][1])
     model = {"n_heads": 4, "n_kv_heads": 2, "init_std": 0.1, **given.pop("model", {}), **sections.pop("model", {})}
     optim = {"lr": 0.01, "warmup_steps": 2, "clip": 0.5, "bucket_numel": 4000, "eps": 1e-4}
     return recipe(

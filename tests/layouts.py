@@ -272,10 +272,11 @@ def local_weights(engine: Engine) -> list[tuple[str, tuple[int, ...], tuple[slic
 
 
 def whole_weights(ranks: list[Trained]) -> dict[str, torch.Tensor]:
-    """Put the parts of all ranks together; replicas must agree to the last bit or nearly so."""
+    """Put the parts of all ranks together, in float64; replicas must agree to the last bit or nearly so."""
     wholes: dict[str, torch.Tensor] = {}
     for trained in ranks:
         for name, shape, box, values in trained.weights:
+            values = values.double()
             whole = wholes.setdefault(name, torch.full(shape, torch.nan, dtype=values.dtype))
             seen = whole[box]
             known = ~seen.isnan()

@@ -57,8 +57,12 @@ def reference_of(config: Config, mesh: Mesh, engine: Engine, rows: Sequence[Rows
 
 
 def frozen_engine(config: Config, mesh: Mesh) -> Engine:
-    """Return a second engine that does not learn, with the weights that the run began with and no adapters."""
-    engine = Engine(config.model_copy(update={"lora": None}), mesh, learns=False)
+    """Return a second engine that does not learn, with the weights that the run began with.
+
+    It has no adapters; where the base is packed, it has new ones, which change nothing, beside the same packed base.
+    """
+    is_packed = config.lora is not None and config.lora.base != "full"
+    engine = Engine(config if is_packed else config.model_copy(update={"lora": None}), mesh, learns=False)
     if config.checkpoint.init is not None:
         load_weights(engine, Path(config.checkpoint.init))
     return engine

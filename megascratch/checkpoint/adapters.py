@@ -44,8 +44,13 @@ def merged(source: Source) -> Source:
         weight = source.read(name, box)
         layer = name.removesuffix(".weight")
         down, up = (_whole(source, f"{layer}{MARK}{part}.weight").double() for part in ("down", "up"))
-        rows, columns = box
-        return (weight.double() + lora.alpha / lora.rank * (up[rows] @ down[:, columns])).to(weight.dtype).to(dtype)
+        *rows, columns = box
+        each = rows[:1] if down.dim() == 3 else ()  # experts
+        product = torch.einsum(
+            "...or,...ri->...oi", up[tuple(rows)].flatten(len(each), -2), down[(*each, slice(None), columns)]
+        )
+        added = lora.alpha / lora.rank * product.view(weight.shape)
+        return (weight.double() + added).to(weight.dtype).to(dtype)
 
     kinds = {name: kind for name, kind in source.weights.items() if MARK not in name}
     config = source.config.model_copy(update={"lora": None})
@@ -62,9 +67,13 @@ def write_peft(source: Source, dst: Path, *, console: Console) -> Path:
 
     Returns: `dst`.
 
-    Raises: CheckpointError: if the source is damaged or has no adapters, `dst` exists, or no family has such models.
+    Raises: CheckpointError: if the source is damaged, has no adapters or such of experts, `dst` exists, or no family
+        has such models.
     """
     lora, model = _lora_of(source), source.config.model
+    if of_experts := [name for name, kind in source.weights.items() if MARK in name and len(kind.shape) > 2]:
+        rule = "is of all experts, for which PEFT has no form that every model of Hugging Face's shares"
+        raise CheckpointError(Problem(of_experts[0], rule, "convert with --merge"), str(source.path))
     pieces: list[NewPiece] = []
     modules: set[str] = set()
     for step in steps_of(family_for(model).steps, model):

@@ -23,6 +23,7 @@ from megascratch.checkpoint.hf_folder import CONFIG, Folder, read_json
 from megascratch.checkpoint.load import find
 from megascratch.checkpoint.megatron import find_megatron, open_megatron
 from megascratch.checkpoint.megatron_save import write_megatron, write_megatron_dist
+from megascratch.checkpoint.packed import unpacked
 from megascratch.checkpoint.pieces import NewPiece, new_directory, write_contents, write_pieces
 from megascratch.checkpoint.source import Source, own, written_dtype
 from megascratch.config import Config, config_from_dict
@@ -71,7 +72,7 @@ def convert(
         CheckpointError: if the source is missing or damaged, or `dst` exists.
         ConfigError: if the model cannot be laid out so.
     """
-    source = open_source(src, from_)
+    source = unpacked(open_source(src, from_))
     if to == "peft":
         return write_peft(source, dst, console=console)
     if merge or (source.config.lora is not None and to != "megascratch"):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from megascratch.config.check_batch import batch, data_parallel, deterministic_dp
 from megascratch.config.check_layers import experts, latent_attention, model_features
-from megascratch.config.check_preferences import preferences, scalar_head
+from megascratch.config.check_preferences import adapters, preferences, scalar_head
 from megascratch.config.check_rollouts import rollouts
 from megascratch.config.schema import Config
 from megascratch.config.words import divisors, multiples_near
@@ -380,6 +380,7 @@ RULES: tuple[Rule, ...] = (
     deterministic_dp,
     _lengths,
     scalar_head,
+    adapters,
     preferences,
     _data,
     _fp8,

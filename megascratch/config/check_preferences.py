@@ -15,6 +15,13 @@ def scalar_head(config: Config, _: int | None) -> Iterator[Problem]:
         yield Problem(value, "predicts tokens, which model.head = scalar does not", "leave it out")
 
 
+def adapters(config: Config, _: int | None) -> Iterator[Problem]:
+    """Yield what does not go with a base in 4 bits."""
+    if config.lora is not None and config.lora.base == "nf4" and config.train.dtype == "fp8":
+        rule = "multiplies in 8 bits by weights that lora.base = nf4 holds in 4"
+        yield Problem("train.dtype = fp8", rule, "use bf16")
+
+
 def preferences(config: Config, _: int | None) -> Iterator[Problem]:
     """Yield what a loss of preferences has no use for, or lacks."""
     dpo = config.dpo

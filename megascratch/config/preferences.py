@@ -21,6 +21,7 @@ class LoraConfig(Section):
 
     rank: Count = 16
     alpha: Positive = 32.0  # the adapters' output is scaled by alpha / rank
+    base: Literal["full", "nf4"] = "full"  # nf4: weights of linear layers in 4 bits (QLoRA, arXiv:2305.14314)
     targets: list[str] = ["attn.qkv", "attn.proj", "mlp.gate_up", "mlp.up", "mlp.down"]  # module names within a layer
 
 

@@ -284,7 +284,8 @@ def parameter(
         dtype, device: of the local tensor.
     """
     spec = ParamSpec("", shape, splits, grad_axes, False, decay, init, matrices)
-    local = nn.Parameter(torch.empty(spec.local_shape(sizes or {}), dtype=dtype, device=device))
+    values = torch.empty(spec.local_shape(sizes or {}), dtype=dtype, device=device)
+    local = nn.Parameter(values, requires_grad=dtype.is_floating_point)
     local.spec = spec  # type: ignore[attr-defined]
     return local
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megascratch.config import Config, LoraConfig, ModelConfig
+from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
 from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
@@ -29,7 +29,6 @@ from megascratch.engine.recompute import recompute_plans
 from megascratch.engine.router_notes import RouterNotes, metrics_of, move_biases
 from megascratch.engine.stages import make_stages, units_of
 from megascratch.engine.totals import Sums, Totals, add_up, means_of, tell_pipeline
-from megascratch.errors import ConfigError, Problem
 from megascratch.nn import (
     Adapter,
     Placement,
@@ -37,8 +36,9 @@ from megascratch.nn import (
     Stage,
     WeightGradients,
     core_for,
-    is_target,
+    packed_weights,
     parameter_specs,
+    require_adapters,
     require_fp8,
 )
 from megascratch.nn.context import token_index
@@ -103,9 +103,12 @@ class Engine:
         plans = recompute_plans(config, mesh, placement, core)
         self.stages = make_stages(config, mesh, placement, configured_routes(parallel), core, plans)
         if config.lora is not None:
-            _require_targets(config.lora, config.model)
+            require_adapters(config.lora, parameter_specs(config.model))
         for stage in self.stages.values():
             initialize(dict(stage.named_parameters()), mesh, train.seed)
+        for packed in packed_weights(self.stages.values()):
+            initialize({packed.spec.name: (weight := packed.blank())}, mesh, train.seed)
+            packed.pack(weight)
         if config.optim.frozen or config.optim.groups:
             require_names(config.optim, [spec.name for spec in parameter_specs(config.model)])
         for stage in self.stages.values():
@@ -365,10 +368,3 @@ class Engine:
         b, s = microbatch.tokens.shape
         s //= placement.tp.size if placement.sequence_parallel else 1
         return Boundary((s, b, self.config.model.hidden), placement.dtype, self.mesh.device)
-
-
-def _require_targets(lora: LoraConfig, model: ModelConfig) -> None:
-    """Raise a ConfigError if no layer gets an adapter."""
-    if not any(is_target(spec.name, lora) for spec in parameter_specs(model)):
-        rule = "name no linear layer of the model"
-        raise ConfigError(Problem(f"lora.targets = {lora.targets}", rule, "for example attn.qkv"))

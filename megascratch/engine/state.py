@@ -15,7 +15,7 @@ from megascratch.dist.agreement import require_agreement, tensor_digest
 from megascratch.dist.layout import spec_of
 from megascratch.engine.engine import Engine
 from megascratch.errors import CheckpointError, Problem
-from megascratch.nn import is_addition
+from megascratch.nn import is_addition, packed_weights
 from megascratch.optim import StatePart
 
 # Keys of [model] that say how a model was made or is run, not which weights it has.
@@ -116,7 +116,8 @@ def load_engine(engine: Engine, path: Path) -> int:
 def load_weights(engine: Engine, path: Path) -> None:
     """Begin with the weights of a checkpoint of any layout and way of training; everything else is as in a new run.
 
-    What this model has beside them, a scalar head or adapters, keeps its initial values.
+    What this model has beside them, a scalar head or adapters, keeps its initial values. What it holds in 4 bits is
+    packed here, one weight after the other.
 
     Raises: CheckpointError: if it is of another model, damaged, or incomplete.
     """
@@ -125,7 +126,14 @@ def load_weights(engine: Engine, path: Path) -> None:
         engine.config.model, read_state(path), path, but=("head", "mtp_num_layers", "mtp_loss_scaling_factor")
     )
     saved = Reader(path).manifest.tensors
-    load(path, [s for s in engine_shards(engine) if s.name in saved or not is_addition(s.name)], cast=True)
+    to_pack = [packed for packed in packed_weights(engine.stages.values()) if packed.spec.name in saved]
+    later = {spec_of(param).name for packed in to_pack for param in packed.parameters()}
+    shards = [s for s in engine_shards(engine) if s.name not in later]
+    load(path, [s for s in shards if s.name in saved or not is_addition(s.name)], cast=True)
+    for packed in to_pack:
+        weight = packed.blank()
+        load(path, weight_shards([weight], engine.mesh), cast=True)
+        packed.pack(weight)
     engine.optimizer.refresh_masters()
 
 

@@ -1,10 +1,11 @@
 """The decoder's layers, each its own serial self on a tensor-parallel axis of size 1."""
 
 from megascratch.nn.activations import NOTHING, WHOLE, Activations, Recompute
-from megascratch.nn.adapters import Adapter, add_adapters, is_addition, is_target
+from megascratch.nn.adapters import Adapter, add_adapters, is_addition, is_target, require_adapters
 from megascratch.nn.attention import LayerCache, core_for
 from megascratch.nn.fp8 import require_fp8
 from megascratch.nn.loss import linear_cross_entropy, linear_logprobs, token_logprobs
+from megascratch.nn.nf4 import PackedWeight, packed_weights
 from megascratch.nn.placement import DTYPES, Placement
 from megascratch.nn.sequence import SequenceInfo
 from megascratch.nn.transformer import Block, Stage, layer_range, parameter_specs, scores
@@ -18,6 +19,7 @@ __all__ = [
     "Adapter",
     "Block",
     "LayerCache",
+    "PackedWeight",
     "Placement",
     "Recompute",
     "SequenceInfo",
@@ -30,7 +32,9 @@ __all__ = [
     "layer_range",
     "linear_cross_entropy",
     "linear_logprobs",
+    "packed_weights",
     "parameter_specs",
+    "require_adapters",
     "require_fp8",
     "scores",
     "token_logprobs",

@@ -28,6 +28,7 @@ from megascratch.config import ModelConfig
 from megascratch.dist import comm
 from megascratch.dist.layout import Init, Matrices, Split
 from megascratch.dist.mesh import Axis
+from megascratch.nn.nf4 import Weight, values_of
 from megascratch.nn.placement import Placement
 from megascratch.nn.weight_gradients import WeightGradients, main_grad, weight_gradient
 
@@ -70,20 +71,30 @@ class _GroupedLinear(torch.autograd.Function):
     """Rows times their expert's weight, transposed; the weight's gradient can be put off, as in `nn.linear`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: Sequence[int], later: WeightGradients | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, sizes: Sequence[int], later: WeightGradients | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.sizes, ctx.later = weight, sizes, later  # the weight itself: see `nn.linear`
-        return grouped_product(x, _matrices(weight).transpose(1, 2), sizes)
+        return grouped_product(x, _matrices(values_of(weight)).transpose(1, 2), sizes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (x,), weight, sizes = ctx.saved_tensors, ctx.weight, ctx.sizes
         grad = grad.contiguous()
-        grad_x = grouped_product(grad, _matrices(weight), sizes) if ctx.needs_input_grad[0] else None
+        grad_x = grouped_product(grad, _matrices(values_of(weight)), sizes) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = weight_gradient(weight, partial(_grad_weight, x, grad, weight, sizes), ctx.later)
         return grad_x, grad_weight, None, None
+
+
+def grouped_linear(x: Tensor, weight: Weight, sizes: Sequence[int], later: WeightGradients | None) -> Tensor:
+    """Multiply each expert's rows [n, i] by its weight, transposed: [e, o, i] or [e, 2, o/2, i] → [n, o].
+
+    Args:
+        sizes: rows of each expert.
+        later: takes the weight's gradient while it collects.
+    """
+    return _GroupedLinear.apply(x, weight, sizes, later)
 
 
 def _grad_weight(x: Tensor, grad: Tensor, weight: Tensor, sizes: Sequence[int]) -> Tensor | None:
@@ -194,14 +205,15 @@ class Experts(nn.Module):
         assert model.moe is not None
         n, h, f = model.moe.num_experts, model.hidden, model.moe.ffn_hidden
         self.placement, self.activation, self.n_experts = placement, activation, n
-        self.up = placement.parameter(
+        self.adapters = nn.ModuleDict()  # `nn.adapters`, by the name of the weight
+        self.up: Weight = placement.parameter(
             n,
             *((2, f, h) if gated else (f, h)),
             splits=(Split(0, "ep"), Split(2 if gated else 1, "tp")),
             init=Init(model.init_std),
             matrices=Matrices((f,)),
         )
-        self.down = placement.parameter(
+        self.down: Weight = placement.parameter(
             n, h, f, splits=(Split(0, "ep"), Split(2, "tp")), init=Init(out_std), matrices=Matrices((h,))
         )
 
@@ -219,10 +231,17 @@ class Experts(nn.Module):
         way = Dispatch.of(experts.flatten(), self.n_experts, at.ep)
         rows = comm.all_to_all_rows(_Take.apply(x, way.order, k), way.send, way.receive, at.ep)
         rows = _Take.apply(rows, way.arrival, 1)
-        features = _GroupedLinear.apply(rows, self.up, way.sizes, at.weight_gradients)
+        features = self._product("up", rows, way.sizes)
         active = at.activations.part("mlp_act", self.activation, features)
-        rows = _GroupedLinear.apply(active, self.down, way.sizes, at.weight_gradients)
+        rows = self._product("down", active, way.sizes)
         rows = _Unsort.apply(rows, way.arrival, len(rows))
         rows = comm.all_to_all_rows(rows, way.receive, way.send, at.ep)
         chosen = _Unsort.apply(rows, way.order, t * k).view(t, k, -1)
         return (chosen * weights.to(x.dtype).unsqueeze(-1)).sum(1)
+
+    def _product(self, name: str, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Multiply by one of the weights, and add what its adapter says."""
+        y = grouped_linear(rows, getattr(self, name), sizes, self.placement.weight_gradients)
+        if name in self.adapters and self.adapters[name].active:
+            y = y + self.adapters[name](rows, sizes)
+        return y

@@ -26,6 +26,7 @@ from megascratch.dist import comm
 from megascratch.dist.layout import Init, Matrices, Split
 from megascratch.dist.mesh import Axis
 from megascratch.nn.fp8 import Fp8Linear
+from megascratch.nn.nf4 import Weight, values_of
 from megascratch.nn.placement import Placement
 from megascratch.nn.ring_products import gathered_product, gathered_weight_gradient, reduced_product
 from megascratch.nn.weight_gradients import WeightGradients, main_grad, weight_gradient
@@ -41,24 +42,26 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, gather: Axis | None, later: WeightGradients | None, overlap: bool = False
+        ctx: Any, x: Tensor, weight: Weight, gather: Axis | None, later: WeightGradients | None, overlap: bool = False
     ) -> Tensor:
         ctx.save_for_backward(x)
         # The weight itself: under recomputation, a saved tensor comes back as a copy with a gradient of its own.
         ctx.weight, ctx.gather, ctx.later, ctx.overlap = weight, gather, later, overlap
+        values = values_of(weight)
         if gather is not None and overlap:
-            return gathered_product(x, weight.t(), gather)
-        return _multiply(x if gather is None else comm.all_gather(x, gather), weight.t())
+            return gathered_product(x, values.t(), gather)
+        return _multiply(x if gather is None else comm.all_gather(x, gather), values.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (x,), weight, gather = ctx.saved_tensors, ctx.weight, ctx.gather
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
+            values = values_of(weight)
             if gather is not None and ctx.overlap:
-                grad_x = reduced_product(grad, weight, gather)
+                grad_x = reduced_product(grad, values, gather)
             else:
-                grad_x = _multiply(grad, weight)
+                grad_x = _multiply(grad, values)
                 grad_x = grad_x if gather is None else comm.reduce_scatter(grad_x, gather)
         if ctx.needs_input_grad[1]:
             compute = partial(_grad_weight, x, grad, weight, gather, ctx.overlap)
@@ -90,16 +93,16 @@ class _RingRow(torch.autograd.Function):
     """Y = X Wᵀ, summed over ranks and divided along the sequence, with the reduce-scatter taken apart."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Axis, later: WeightGradients | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, tp: Axis, later: WeightGradients | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.tp, ctx.later = weight, tp, later
-        return reduced_product(x, weight.t(), tp)
+        return reduced_product(x, values_of(weight).t(), tp)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (x,), weight = ctx.saved_tensors, ctx.weight
         whole = grad.new_empty(*x.shape[:-1], grad.shape[-1])
-        grad_x = gathered_product(grad, weight, ctx.tp, whole)
+        grad_x = gathered_product(grad, values_of(weight), ctx.tp, whole)
         compute = partial(_grad_weight, x, whole, weight, None)
         grad_weight = weight_gradient(weight, compute, ctx.later) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None, None
@@ -107,7 +110,7 @@ class _RingRow(torch.autograd.Function):
 
 def column_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     tp: Axis,
     sequence_parallel: bool,
     later: WeightGradients | None = None,
@@ -134,7 +137,7 @@ def column_linear(
 
 def row_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     tp: Axis,
     sequence_parallel: bool,
     later: WeightGradients | None = None,
@@ -187,7 +190,7 @@ class ColumnParallelLinear(nn.Module):
         self.placement = placement
         splits = (Split(0, "tp", blocks),)
         matrices = matrices or Matrices(blocks or (n_out,))
-        self.weight = placement.parameter(n_out, n_in, splits=splits, init=Init(std), matrices=matrices)
+        self.weight: Weight = placement.parameter(n_out, n_in, splits=splits, init=Init(std), matrices=matrices)
         self.bias = placement.parameter(n_out, splits=splits, decay=False) if bias else None
         self.adapter: nn.Module | None = None  # `nn.adapters`
 
@@ -209,7 +212,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, n_in: int, n_out: int, placement: Placement, *, std: float, bias: bool = False) -> None:
         super().__init__()
         self.placement = placement
-        self.weight = placement.parameter(
+        self.weight: Weight = placement.parameter(
             n_out, n_in, splits=(Split(1, "tp"),), init=Init(std), matrices=Matrices((n_out,))
         )
         self.bias = placement.parameter(n_out, grad_axes=placement.token_axes, decay=False) if bias else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from alignment import WAYS, save_tokenizer, way_config, write_way
+from alignment import PACKED_WAYS, WAYS, WAYS_AND_PACKED, save_tokenizer, way_config, write_way
 from layouts import Trained, local_weights, whole_weights
 
 from megascratch.align.methods import METHODS
@@ -43,7 +43,7 @@ N_STEPS = 2
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("layouts")
     save_tokenizer(folder)
-    for way in WAYS:
+    for way in WAYS_AND_PACKED:
         write_way(way, folder)
     yield folder
     _one_rank.cache_clear()
@@ -72,13 +72,13 @@ def _train(config: Config, verb: str, n_steps: int = N_STEPS, saved: Path | None
 
 
 def _train_all(configs: dict[tuple[str, bool], Config]) -> dict[tuple[str, bool], Trained]:
-    return {(way, packing): _train(config, WAYS[way][0]) for (way, packing), config in configs.items()}
+    return {(way, packing): _train(config, WAYS_AND_PACKED[way][0]) for (way, packing), config in configs.items()}
 
 
 @functools.cache
 def _one_rank(data: Path, way: str, packing: bool, n_layers: int) -> Trained:
     torch.set_num_threads(1)
-    return _train(_config(data, way, packing, f"one-{n_layers}", {}, n_layers), WAYS[way][0])
+    return _train(_config(data, way, packing, f"one-{n_layers}", {}, n_layers), WAYS_AND_PACKED[way][0])
 
 
 def _assert_equal(ranks: list[Trained], reference: Trained, what: str) -> None:
@@ -115,6 +115,25 @@ def test_what_is_compared_moves(data: Path) -> None:
         assert reports[0].grad_norm > 1e-3, way
 
 
+# The way, and layouts: the last one divides experts.
+WITH_PACKED_BASE = [
+    *itertools.product(PACKED_WAYS, ("tp2", "pp2-zb-h1-zero1", "tp2-dp2-zero3", "cp2-ulysses-dp2-zero2")),
+    ("experts", "tp2-dp2-ep2"),
+]
+
+
+@pytest.mark.parametrize(("way", "layout"), WITH_PACKED_BASE)
+def test_adapters_beside_4_bits_compute_what_one_rank_computes(
+    way: str, layout: str, data: Path, pool: RankPool
+) -> None:
+    parallel = {**LAYOUTS, "tp2-dp2-ep2": {"tp": 2, "dp": 2, "ep": 2}}[layout]
+    config = _config(data, way, True, layout, parallel, 2)
+    ranks = pool.run(_world(parallel), _train, config, WAYS_AND_PACKED[way][0])
+    reference = _one_rank(data, way, True, 2)
+    assert reference.reports[1].loss != reference.reports[0].loss and reference.reports[1].grad_norm > 1e-3
+    _assert_equal(ranks, reference, way)
+
+
 # Each way stops on one layout and goes on on another: all of both together, and no two ways on the same.
 RESUMED = {
     "sft": ("pp2-zb-h1-zero1", "tp2-cp2-all-gather"),
@@ -122,17 +141,18 @@ RESUMED = {
     "dpo": ("cp2-ulysses-dp2-zero2", "tp2-pp2"),
     "kto": ("pp2-cp2", "dp4-zero1"),
     "lora": ("tp2-no-sp", "pp2-dualpipe"),
+    "qlora": ("pp2-zb-h1-zero1", "tp2-dp2-zero3"),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", RESUMED)
 def test_a_run_goes_on_on_another_layout(way: str, data: Path, pool: RankPool) -> None:
     first, second = (LAYOUTS[name] for name in RESUMED[way])
     n_layers = 4 if second.get("vp") else 2
     before = _config(data, way, True, "resumed", first, n_layers)
-    pool.run(_world(first), _train, before, WAYS[way][0], 1)
+    pool.run(_world(first), _train, before, WAYS_AND_PACKED[way][0], 1)
     after = _config(data, way, True, "resumed", second, n_layers)
-    ranks = pool.run(_world(second), _train, after, WAYS[way][0], 1, Path(before.log.dir))
+    ranks = pool.run(_world(second), _train, after, WAYS_AND_PACKED[way][0], 1, Path(before.log.dir))
     _assert_equal(ranks, _one_rank(data, way, True, n_layers), way)
 
 

@@ -151,11 +151,12 @@ def test_a_reward_model_judges(folder: Path, tmp_path: Path) -> None:
     assert logged(config)[0]["rewards/judge/std"] > 0
 
 
-def test_adapters_learn_alone(folder: Path, tmp_path: Path) -> None:
-    config = make(
-        folder, tmp_path, train={"steps": 2}, lora={"rank": 2}, rollout={"scores": [{"kind": "regex", "pattern": "e"}]}
-    )
-    assert run(config, "grpo") == 0
+@pytest.mark.parametrize("base", ["full", "nf4"])
+def test_adapters_learn_alone(base: str, folder: Path, tmp_path: Path, pool: RankPool) -> None:
+    sections = {"rollout": {"tp": 1, "scores": [{"kind": "regex", "pattern": "e"}]}, "lora": {"rank": 2, "base": base}}
+    model = {"hidden": 128, "ffn_hidden": 128} if base == "nf4" else {}
+    config = make(folder, tmp_path, train={"steps": 2}, parallel={"tp": 2}, model=model, **sections)
+    assert set(pool.run(2, run, config, "grpo")) == {0}
     assert logged(config)[1]["sampling/sampling_logp_difference/mean"] < 1e-9, "the sampler has the adapters too"
 
 

@@ -359,6 +359,7 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
             r"label_smoothing = 0\.1 +has no effect on dpo\.loss = hinge +use cdpo, robust, exo, simpo",
         ),
         ("preferences", "dpo.loss=exo", None, r"dpo\.loss = exo +needs dpo\.label_smoothing above 0"),
+        ("adapters", "lora.base=nf4 train.dtype=fp8", None, r"dtype = fp8 +multiplies in 8 bits by .* nf4 holds in 4"),
         ("preferences", "dpo.cross_entropy=token", None, r"cross_entropy = token +says how .*= sigmoid has none"),
         ("preferences", "dpo.reference=base", None, r"dpo\.reference = base +is this model without its adapters"),
         (
