@@ -10,13 +10,14 @@ import pytest
 import torch
 from saved_models import SHAPE, save_model, tokenizer
 
+from megascratch.align import ppo
 from megascratch.align.methods import METHODS
 from megascratch.checkpoint import find
 from megascratch.checkpoint.source import own
 from megascratch.config import Config, config_from_dict
 from megascratch.dist.mesh import Mesh
 from megascratch.dist.testing import RankPool
-from megascratch.engine import train_on
+from megascratch.engine import Engine, train_on
 from megascratch.errors import CheckpointError, ConfigError, DataError
 
 REWARD = """
@@ -142,6 +143,33 @@ def test_a_run_goes_on_on_another_layout(
         assert "companions/critic/score.weight" in source.kinds
     else:
         assert any(line["kl"] > 1e-6 for line in expected[2:]) and expected[0]["reward_std"] > 0
+
+
+def test_ppo_that_learns_once_from_a_rollout_scores_it_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sampler's log-probabilities serve where no later step needs the trainer's of before."""
+    of_each_token, passes, runs = ppo.of_each_token, [], {}
+
+    def counted(engine: Engine, *arguments: Any) -> torch.Tensor:
+        passes.append(engine)
+        return of_each_token(engine, *arguments)
+
+    monkeypatch.setattr(ppo, "of_each_token", counted)
+    for twice in (False, True):
+        if twice:
+            always = property(lambda _: True, lambda *_: None)
+            monkeypatch.setattr(ppo.ActorCritic, "needs_old", always, raising=False)
+        config = make(folder, tmp_path / str(twice), rollout={"samples": 1}, train={"steps": 2})
+        assert run(config, "ppo") == 0
+        runs[twice] = logged(config), len(passes)
+        passes.clear()
+    (once, n_once), (again, n_again) = runs[False], runs[True]
+    assert (n_once, n_again) == (2 * 2, 2 * 3), "reference and critic; and the policy"
+    for got, want in zip(once, again, strict=True):
+        assert got["val/ratio"] == 1.0 and want["val/ratio"] == pytest.approx(1.0, rel=1e-9)
+        for name in ("loss", "grad_norm", "loss/value_avg", "objective/kl", "objective/non_score_reward"):
+            assert got[name] == pytest.approx(want[name], rel=1e-9, abs=1e-12), (want["step"], name)
 
 
 def test_a_reward_model_judges(folder: Path, tmp_path: Path) -> None:
