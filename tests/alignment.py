@@ -61,7 +61,13 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 # Adapters beside weights in 4 bits, whose blocks need larger matrices; of experts too.
 ADAPTED = {"rank": 4, "alpha": 64.0, "base": "nf4"}
 LARGE = {"hidden": 128, "ffn_hidden": 128}
-EXPERTS = {"num_experts": 4, "router_topk": 2, "ffn_hidden": 128, "router_load_balancing_type": "none"}
+EXPERTS = {
+    "num_experts": 4,
+    "router_topk": 2,
+    "ffn_hidden": 128,
+    "router_load_balancing_type": "seq_aux_loss",
+    "aux_loss_coeff": 0.1,
+}
 PACKED_WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora": ("dpo", {"lora": ADAPTED, "model": LARGE}),
     "experts": (

@@ -137,14 +137,15 @@ def collate_rows(rows: Rows, sample_ids: range) -> Microbatch:
             place = slice(start, start + sequence.n_places)
             tokens[row, place], labels[row, place] = sequence.ids[:-1], sequence.ids[1:]
             mask[row, place] = sequence.learned[1:]
-            positions[row, place], documents[row, place] = np.arange(sequence.n_places), document
+            # In the padding positions go on: without packing, they are those of a row that has none.
+            positions[row, start:], documents[row, start:] = np.arange(s - start), document
             values["present"][row, document] = 1.0
             values["n_learned"][row, document] = sequence.learned.sum()
             numbers[row, document] = rows.first_answer + number * rows.n_sequences + part
             for name, value in example.values.items():
                 values[name][row, document] = value
             start = place.stop
-        positions[row, start:], documents[row, start:] = np.arange(s - start), len(members)
+        documents[row, start:] = len(members)
     of_samples = {name: torch.from_numpy(value) for name, value in values.items()}
     return Microbatch(
         tokens=torch.from_numpy(tokens),
