@@ -88,29 +88,29 @@ MEGASCRATCH_DEVICE VectorOf<double> upper_tail(VectorOf<double> z, VectorOf<doub
   return z;
 }
 
+// A vector's numbers `by` places further to the front, the first ones behind the last.
+template <typename A>
+MEGASCRATCH_DEVICE VectorOf<A> turned(VectorOf<A> v, int by) {
+  using Index = typename VectorTypes<A>::Index;
+  return __builtin_shuffle(v, (lane_numbers<A>() + static_cast<Index>(by)) & static_cast<Index>(lanes_of<A> - 1));
+}
+
 // The sum of a vector's numbers, by halves: one after the other, each would wait for the one before.
 template <typename A>
 MEGASCRATCH_DEVICE A sum_of(VectorOf<A> v) {
-  A x[lanes_of<A>];
-  memcpy(x, &v, sizeof v);
-#pragma GCC unroll 8
-  for (int half = lanes_of<A> / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  }
-  return x[0];
+#pragma GCC unroll 4
+  for (int half = lanes_of<A> / 2; half > 0; half /= 2) v += turned<A>(v, half);
+  return v[0];
 }
 
 template <typename A>
 MEGASCRATCH_DEVICE A largest_of(VectorOf<A> v) {
-  A x[lanes_of<A>];
-  memcpy(x, &v, sizeof v);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
   for (int half = lanes_of<A> / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+    const VectorOf<A> other = turned<A>(v, half);
+    v = v > other ? v : other;
   }
-  return x[0];
+  return v[0];
 }
 
 // bfloat16 numbers, each in the upper half of 32 bits, rounded to nearest even. NaN stays NaN, unless all of the 16 bits
