@@ -10,11 +10,13 @@ float square_root(float x) { return __builtin_sqrtf(x); }
 double square_root(double x) { return __builtin_sqrt(x); }
 
 // T is what values, gradients and averages are stored in, M the type of the model's values, to which the new ones are
-// rounded; void for none.
-template <typename T, typename M>
+// rounded; void for none. Values in two halves have the type UpperHalf.
+template <typename T, typename M, typename V = T>
 void adamw_run(const AdamWArguments& a, M* __restrict model, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  T* __restrict value = static_cast<T*>(a.value);
+  constexpr bool in_halves = __is_same(V, UpperHalf);
+  V* __restrict value = static_cast<V*>(a.value);
+  UpperHalf* __restrict remainder = static_cast<UpperHalf*>(a.remainder);
   T* __restrict exp_avg = static_cast<T*>(a.exp_avg);
   T* __restrict exp_avg_sq = static_cast<T*>(a.exp_avg_sq);
   const T* __restrict grad = static_cast<const T*>(a.grad);
@@ -26,8 +28,16 @@ void adamw_run(const AdamWArguments& a, M* __restrict model, int64_t begin, int6
     const A g = load(grad[i]) * grad_factor;
     const A mean = load(exp_avg[i]) + new1 * (g - load(exp_avg[i]));
     const A square = beta2 * load(exp_avg_sq[i]) + new2 * g * g;
-    const A next = keep * load(value[i]) - step_size * mean / (square_root(square) * root_factor + eps);
-    exp_avg[i] = store<T>(mean), exp_avg_sq[i] = store<T>(square), value[i] = store<T>(next);
+    A old = load(value[i]);
+    if constexpr (in_halves) old = joined(old, load(remainder[i]));
+    const A next = keep * old - step_size * mean / (square_root(square) * root_factor + eps);
+    exp_avg[i] = store<T>(mean), exp_avg_sq[i] = store<T>(square);
+    if constexpr (in_halves) {
+      const Halves halves = halves_of(next);
+      value[i] = store<UpperHalf>(halves.nearest), remainder[i] = store<UpperHalf>(halves.remainder);
+    } else {
+      value[i] = store<T>(next);
+    }
     if constexpr (!__is_same(M, void)) model[i] = store<M>(next);
   }
 }
@@ -56,7 +66,9 @@ void squares(const SquaredNormArguments& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void Kernels::adamw(const AdamWArguments& a, int64_t begin, int64_t end) {
-  if (!a.model) {
+  if (a.remainder) {
+    adamw_run<float, void, UpperHalf>(a, nullptr, begin, end);
+  } else if (!a.model) {
     for_dtype(a.dtype, [&](auto zero) { adamw_run<decltype(zero), void>(a, nullptr, begin, end); });
   } else if (a.dtype == DType::Double) {
     adamw_run<double, double>(a, static_cast<double*>(a.model), begin, end);

@@ -16,13 +16,40 @@ constexpr unsigned threads = 256;
 __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double square_root(double x) { return sqrt(x); }
 
-// T is what values, gradients and averages are stored in, M the element type of the model's values.
-template <typename T, typename M, int V>
+// The old values, and the new ones, which may lie in two halves.
+template <typename T, int V>
+__device__ __forceinline__ void read_values(const AdamWArguments& a, int64_t i, Acc<T> (&value)[V]) {
+  read<V, (V > 1)>(static_cast<const T*>(a.value) + i, value);
+  if constexpr (__is_same(T, UpperHalf)) {
+    float remainder[V];
+    read<V, (V > 1)>(static_cast<const UpperHalf*>(a.remainder) + i, remainder);
+#pragma unroll
+    for (int j = 0; j < V; ++j) value[j] = joined(value[j], remainder[j]);
+  }
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void write_values(const AdamWArguments& a, int64_t i, Acc<T> (&value)[V]) {
+  if constexpr (__is_same(T, UpperHalf)) {
+    float remainder[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const Halves halves = halves_of(value[j]);
+      value[j] = halves.nearest, remainder[j] = halves.remainder;
+    }
+    write<V, (V > 1)>(static_cast<UpperHalf*>(a.remainder) + i, remainder);
+  }
+  write<V, (V > 1)>(static_cast<T*>(a.value) + i, value);
+}
+
+// T is what gradients and averages are stored in, S what values are: the same, or UpperHalf where they lie in two halves.
+// M is the element type of the model's values.
+template <typename T, typename S, typename M, int V>
 __device__ __forceinline__ void adamw_run(const AdamWArguments& a, int64_t i) {
   using A = Acc<T>;
   constexpr bool wide = V > 1;
   A value[V], grad[V], exp_avg[V], exp_avg_sq[V];
-  read<V, wide>(static_cast<const T*>(a.value) + i, value);
+  read_values<S>(a, i, value);
   read<V, wide>(static_cast<const T*>(a.grad) + i, grad);
   read<V, wide>(static_cast<const T*>(a.exp_avg) + i, exp_avg);
   read<V, wide>(static_cast<const T*>(a.exp_avg_sq) + i, exp_avg_sq);
@@ -35,28 +62,28 @@ __device__ __forceinline__ void adamw_run(const AdamWArguments& a, int64_t i) {
     const A root = square_root(exp_avg_sq[j]) * static_cast<A>(a.root_factor) + static_cast<A>(a.eps);
     value[j] = static_cast<A>(a.keep) * value[j] - static_cast<A>(a.step_size) * exp_avg[j] / root;
   }
-  write<V, wide>(static_cast<T*>(a.value) + i, value);
   write<V, wide>(static_cast<T*>(a.exp_avg) + i, exp_avg);
   write<V, wide>(static_cast<T*>(a.exp_avg_sq) + i, exp_avg_sq);
   if (a.model) write<V, wide>(static_cast<M*>(a.model) + i, value);
+  write_values<S>(a, i, value);
 }
 
-template <typename T, typename M>
+template <typename T, typename S, typename M>
 __global__ void __launch_bounds__(threads) adamw_kernel(AdamWArguments a, bool wide) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t n_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t n_wide = wide ? a.n / run_length * run_length : 0;
-  for (int64_t i = thread * run_length; i < n_wide; i += n_threads * run_length) adamw_run<T, M, run_length>(a, i);
-  for (int64_t i = n_wide + thread; i < a.n; i += n_threads) adamw_run<T, M, 1>(a, i);
+  for (int64_t i = thread * run_length; i < n_wide; i += n_threads * run_length) adamw_run<T, S, M, run_length>(a, i);
+  for (int64_t i = n_wide + thread; i < a.n; i += n_threads) adamw_run<T, S, M, 1>(a, i);
 }
 
-template <typename T, typename M>
+template <typename T, typename M, typename S = T>
 int launch_adamw(const AdamWArguments& a, void* stream) {
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(a.value) | reinterpret_cast<uintptr_t>(a.grad) |
                               reinterpret_cast<uintptr_t>(a.exp_avg) | reinterpret_cast<uintptr_t>(a.exp_avg_sq) |
-                              reinterpret_cast<uintptr_t>(a.model);
+                              reinterpret_cast<uintptr_t>(a.model) | reinterpret_cast<uintptr_t>(a.remainder);
   const unsigned grid = grid_size((a.n + threads * run_length - 1) / (threads * run_length));
-  MEGASCRATCH_LAUNCH(grid, threads, stream, (adamw_kernel<T, M>), a, addresses % 16 == 0);
+  MEGASCRATCH_LAUNCH(grid, threads, stream, (adamw_kernel<T, S, M>), a, addresses % 16 == 0);
   return launch_status();
 }
 
@@ -99,6 +126,7 @@ __global__ void __launch_bounds__(threads) add_partial_kernel(SquaredNormArgumen
 extern "C" int megascratch_cuda_adamw(const megascratch::AdamWArguments* arguments, void* stream) {
   using namespace megascratch;
   const AdamWArguments& a = *arguments;
+  if (a.remainder) return launch_adamw<float, float, UpperHalf>(a, stream);
   if (!a.model || a.dtype == DType::Double) {
     return for_dtype(a.dtype, [&](auto zero) { return launch_adamw<decltype(zero), decltype(zero)>(a, stream); });
   }

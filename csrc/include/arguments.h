@@ -128,6 +128,7 @@ struct LogitGradientArguments {
 // Everything that the step has of n parameters; the formula stands in megascratch/ops/adamw.py.
 struct AdamWArguments {
   void *value, *exp_avg, *exp_avg_sq;  // [n]
+  void* remainder;                     // [n] or null: of float32 values whose nearest bfloat16 numbers `value` holds
   const void* grad;                    // [n]
   void* model;                         // [n] in model_dtype, or null: the new values, rounded
   int64_t n;

@@ -26,6 +26,11 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// The upper 16 bits of a float as they are: what two of them keep of a number, nothing rounds.
+struct UpperHalf {
+  uint16_t bits;
+};
+
 // Anonymous, here and in the kernels: objects built for different instruction sets must not share one inline function.
 namespace {
 
@@ -52,6 +57,8 @@ MEGASCRATCH_DEVICE float load(float x) { return x; }
 MEGASCRATCH_DEVICE double load(double x) { return x; }
 
 MEGASCRATCH_DEVICE float load(BFloat16 x) { return bits_of<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+MEGASCRATCH_DEVICE float load(UpperHalf x) { return bits_of<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 MEGASCRATCH_DEVICE float load(Half x) {
 #ifdef __CUDA_ARCH__
@@ -85,6 +92,11 @@ MEGASCRATCH_DEVICE BFloat16 store<BFloat16>(float x) {
 }
 
 template <>
+MEGASCRATCH_DEVICE UpperHalf store<UpperHalf>(float x) {
+  return UpperHalf{static_cast<uint16_t>(bits_of<uint32_t>(x) >> 16)};
+}
+
+template <>
 MEGASCRATCH_DEVICE Half store<Half>(float x) {
 #ifdef __CUDA_ARCH__
   return Half{__half_as_ushort(__float2half_rn(x))};
@@ -101,6 +113,23 @@ MEGASCRATCH_DEVICE Half store<Half>(float x) {
   const uint32_t overflow = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   return Half{static_cast<uint16_t>(sign | (magnitude >= 0x47800000u ? overflow : finite))};
 #endif
+}
+
+// A float in two upper halves: the bfloat16 number nearest to it, of two the one further from zero, and the 16 bits that
+// were rounded away. From the first of these bits one sees which way the number was rounded:
+//     0x3f80'7000 ↔ 0x3f80, 0x7000        0x3f80'9000 ↔ 0x3f81, 0x9000
+struct Halves {
+  float nearest, remainder;
+};
+
+MEGASCRATCH_DEVICE Halves halves_of(float x) {
+  const uint32_t u = bits_of<uint32_t>(x);
+  return {bits_of<float>(u + 0x8000u), bits_of<float>(u << 16)};
+}
+
+MEGASCRATCH_DEVICE float joined(float nearest, float remainder) {
+  const uint32_t low = bits_of<uint32_t>(remainder);
+  return bits_of<float>((bits_of<uint32_t>(nearest) - (low >> 31 << 16)) | low >> 16);
 }
 
 }  // namespace

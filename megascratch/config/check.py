@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from megascratch.config.check_batch import batch, data_parallel, deterministic_dp
 from megascratch.config.check_layers import experts, latent_attention, model_features
+from megascratch.config.check_masters import master_remainders, master_weights
 from megascratch.config.check_preferences import adapters, preferences, scalar_head
 from megascratch.config.check_rollouts import rollouts
 from megascratch.config.schema import Config
@@ -320,18 +321,6 @@ def _cuda_graph(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield Problem(f"model.moe: {model.moe.num_experts} experts", rule, "leave cuda_graph out")
 
 
-def _master_weights(config: Config, _: int | None) -> Iterator[Problem]:
-    """Without them, only what AdamW computes in one pass, in float32, keeps small updates apart."""
-    if config.optim.master_weights:
-        return
-    if config.train.dtype == "fp16":
-        rule = "does not go with optim.master_weights = false: its range is too small for squares of gradients"
-        yield Problem("train.dtype = fp16", rule, "use bf16, or keep master weights")
-    if config.optim.name != "adamw":
-        rule = "does not go with optim.master_weights = false"
-        yield Problem(f"optim.name = {config.optim.name}", rule, "use adamw, or keep master weights")
-
-
 def _steps(config: Config, _: int | None) -> Iterator[Problem]:
     optim, steps = config.optim, config.train.steps
     if optim.min_lr > optim.lr:
@@ -386,7 +375,8 @@ RULES: tuple[Rule, ...] = (
     _fp8,
     _tp_comm_overlap,
     _cuda_graph,
-    _master_weights,
+    master_weights,
+    master_remainders,
     _steps,
     _local_copies,
     _recycling,

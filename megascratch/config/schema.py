@@ -273,6 +273,9 @@ class OptimConfig(Section):
     # bf16: keep float32 weights, sums of gradients and averages beside the model, 18 bytes a parameter in all. Without
     # them all is bf16, 8 bytes, and updates below 1/256 of a weight are lost.
     master_weights: bool = True
+    # bf16: of the float32 weights keep only what rounding took away, 16 bits beside the model's own: 16 bytes a
+    # parameter for 18. Checkpoints have whole float32 weights with either.
+    master_remainders: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95

@@ -5,7 +5,7 @@ parameter, 16-bit model:
 
     weights      2, ÷ d under ZeRO-3
     gradients    4 (summed in float32), ÷ d from ZeRO-2 on
-    optimizer    12: float32 masters and two moments, ÷ d from ZeRO-1 on
+    optimizer    12: float32 masters and two moments, ÷ d from ZeRO-1 on; 10 with `optim.master_remainders`
 
 Activations are what one layer keeps (`nn.layer_costs`, counted on the meta device), times the layers of a stage, times
 the micro-batches in flight (the schedule's checker). To them comes what exists a moment only: one recomputed layer, the
@@ -111,7 +111,8 @@ class MemoryModel:
         parallel = self.config.parallel
         away = parallel.offload_optimizer or parallel.offload_parameters  # the optimizer follows the parameters
         copies = value < sum_ or (parallel.offload_optimizer and not parallel.offload_parameters)
-        optimizer = self._state_bytes((3 if copies else 2) * sum_, divided_from=1)
+        copy = (sum_ - value if self.config.optim.master_remainders else sum_) if copies else 0
+        optimizer = self._state_bytes(copy + 2 * sum_, divided_from=1)
         weights = self._state_bytes(value, divided_from=3)
         return RankMemory(
             weights=0 if parallel.offload_parameters else weights,

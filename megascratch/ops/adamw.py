@@ -7,6 +7,13 @@ With g = factor · grad, at step t:
 
 What is kept in half precision is widened as it is read, and rounded once as it is written.
 
+A float32 value beside its bfloat16 copy needs 16 bits more, not 32: those that rounding took away. The first of them
+tells which way it was rounded, where halves are rounded away from zero, as `model` is not: it rounds them to even.
+
+    float32      bfloat16   remainder
+    0x3f807000   0x3f80     0x7000
+    0x3f809000   0x3f81     0x9000      the first bit is set: 0x3f81 − 1, then 0x9000
+
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2.
 """
 
@@ -32,6 +39,7 @@ def adamw(
     weight_decay: float,
     grad_factor: float = 1.0,
     model: Tensor | None = None,
+    remainder: Tensor | None = None,
 ) -> None:
     """Update value, exp_avg and exp_avg_sq in place, and write the new value into model.
 
@@ -41,13 +49,39 @@ def adamw(
         step: number of this update, from 1.
         lr, beta1, beta2, eps, weight_decay: as in the formula.
         grad_factor: multiplies the gradient as it is read.
+        remainder: [n] contiguous int16. The values are then float32 numbers, of which `value` holds the nearest
+            bfloat16 ones; grad, exp_avg and exp_avg_sq are float32, and there is no model.
         model: [n] contiguous, in half precision or value's dtype, where value is float32 or float64; may be None.
     """
     step_size, root_factor = lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
     keep = 1.0 - lr * weight_decay
     torch.ops.megascratch.adamw(
-        value, grad, exp_avg, exp_avg_sq, model, grad_factor, keep, beta1, beta2, step_size, root_factor, eps
+        value,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        model,
+        remainder,
+        grad_factor,
+        keep,
+        beta1,
+        beta2,
+        step_size,
+        root_factor,
+        eps,
     )
+
+
+def joined(nearest: Tensor, remainder: Tensor) -> Tensor:
+    """Return the float32 numbers [...] whose nearest bfloat16 ones and int16 remainders these are."""
+    low = remainder.int() & 0xFFFF
+    return (nearest.view(torch.int16).int().sub_(low >> 15).bitwise_left_shift_(16) | low).view(torch.float32)
+
+
+def halves_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest bfloat16 numbers of float32 ones [...], halves rounded away from zero, and the remainders."""
+    bits = x.view(torch.int32)
+    return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
 
 
 def squared_norm(x: Tensor) -> Tensor:
@@ -61,6 +95,7 @@ def _adamw_reference(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     model: Tensor | None,
+    remainder: Tensor | None,
     grad_factor: float,
     keep: float,
     beta1: float,
@@ -69,11 +104,17 @@ def _adamw_reference(
     root_factor: float,
     eps: float,
 ) -> None:
-    dtype = acc_dtype(value)
+    dtype = acc_dtype(grad)
     scaled = grad.to(dtype) * grad_factor
     mean = exp_avg.to(dtype).lerp(scaled, 1.0 - beta1)
     square = (exp_avg_sq.to(dtype) * beta2).addcmul_(scaled, scaled, value=1.0 - beta2)
-    value.copy_((value.to(dtype) * keep).addcdiv_(mean, square.sqrt().mul_(root_factor).add_(eps), value=-step_size))
+    old = value.to(dtype) if remainder is None else joined(value, remainder)
+    new = (old * keep).addcdiv_(mean, square.sqrt().mul_(root_factor).add_(eps), value=-step_size)
+    if remainder is None:
+        value.copy_(new)
+    else:
+        for half, made in zip((value, remainder), halves_of(new)):
+            half.copy_(made)
     exp_avg.copy_(mean)
     exp_avg_sq.copy_(square)
     if model is not None:
@@ -95,7 +136,8 @@ def _squared_norm_fake(x: Tensor) -> Tensor:
 OPERATORS = (
     Operator(
         "adamw(Tensor(a!) value, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? model, "
-        "float grad_factor, float keep, float beta1, float beta2, float step_size, float root_factor, float eps) -> ()",
+        "Tensor(e!)? remainder, float grad_factor, float keep, float beta1, float beta2, float step_size, "
+        "float root_factor, float eps) -> ()",
         _adamw_reference,
         _adamw_fake,
     ),

@@ -36,8 +36,8 @@ class AdamW:
         optim = self.optim
         for run, grad in zip(self.runs, grads):
             ops.adamw(
-                run.master,
-                grad.to(run.master.device),
+                run.values,
+                grad.to(run.values.device),
                 run.state["exp_avg"],
                 run.state["exp_avg_sq"],
                 step=step,
@@ -48,6 +48,8 @@ class AdamW:
                 weight_decay=run.bucket.key.pace.weight_decay,
                 grad_factor=grad_factor,
                 model=run.model,
+                remainder=run.remainder,
             )
+            run.forget_whole()
             if run.offloaded:
                 run.publish()

@@ -2,8 +2,8 @@
 
     micro-batches ─ grads (sums) ─ reduce over grad_axes and data ─ global norm ─ clip ─ update own run ─ publish values
 
-Updates happen on `master` values: a float32 copy of the run where the model is in 16 bits, the run itself elsewhere,
-and where the recipe does without such copies.
+Updates happen on `master` values: a float32 copy of the run where the model is in 16 bits, or the 16 bits that such
+a copy has beyond the model's; the run itself elsewhere, and where the recipe does without such copies.
 """
 
 import math
@@ -92,7 +92,7 @@ class Optimizer:
         )
         self.overlap = Overlap(self.buckets, units)
         self.runs = [
-            OwnedRun.of(bucket, RULES[bucket.key.rule].state_names, parallel.offload_optimizer)
+            OwnedRun.of(bucket, RULES[bucket.key.rule].state_names, parallel.offload_optimizer, optim.master_remainders)
             for bucket in self.buckets
         ]
         names = sorted({bucket.key.rule for bucket in self.buckets})

@@ -1,7 +1,7 @@
 """What an update rule is: it owns the runs of some buckets, and moves their values by their gradients."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -9,57 +9,91 @@ from torch import Tensor
 
 from megascratch.config import OptimConfig
 from megascratch.dist.mesh import Mesh
+from megascratch.ops.adamw import halves_of, joined
 from megascratch.optim.buckets import Bucket, host_copy
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class OwnedRun:
     """What this rank updates of one bucket: values in full precision, and a rule's state beside them.
 
     Attributes:
         bucket: whose run it is.
-        master: [run] in the dtype of the bucket's gradients: a copy where the model is in another, or lies elsewhere,
-            else the run itself.
+        values: [run], what a rule updates, in the dtype of the bucket's gradients: a copy where the model is in
+            another, or lies elsewhere, else the run itself. With a remainder, the model's run.
         state: one [run] for each of the rule's `state_names`, beside the master values.
         offloaded: whether they are in host memory, and the model's run is not.
+        remainder: [run] int16, what the model's bfloat16 values lack of the master values; None where those are whole.
     """
 
     bucket: Bucket
-    master: Tensor
+    values: Tensor
     state: dict[str, Tensor]
     offloaded: bool = False
+    remainder: Tensor | None = None
+    _whole: Tensor | None = field(default=None, init=False)
 
     @classmethod
-    def of(cls, bucket: Bucket, state_names: tuple[str, ...], offload: bool = False) -> "OwnedRun":
+    def of(
+        cls, bucket: Bucket, state_names: tuple[str, ...], offload: bool = False, in_halves: bool = False
+    ) -> "OwnedRun":
         """Take the master values from the model, with a state of zeros.
 
         Args:
             offload: whether both are kept in host memory. A run that is there itself has them there anyway.
+            in_halves: whether master values of a bfloat16 run are kept as the model's and a remainder.
         """
         run, dtype = bucket.run, bucket.grads.dtype
         offloaded = offload and not bucket.is_on_host
-        master = host_copy(run, dtype) if offloaded else run.to(dtype)  # no copy where dtypes agree
-        return cls(bucket, master, {name: torch.zeros_like(master) for name in state_names}, offloaded)
+        if in_halves and run.dtype == torch.bfloat16:
+            values, remainder = run, torch.zeros_like(run, dtype=torch.int16)
+        else:
+            values, remainder = host_copy(run, dtype) if offloaded else run.to(dtype), None  # no copy of equal dtypes
+        state = {name: torch.zeros_like(values, dtype=dtype) for name in state_names}
+        return cls(bucket, values, state, offloaded, remainder)
+
+    @property
+    def master(self) -> Tensor:
+        """The master values [run]. Those in halves are joined here for a checkpoint, and kept until the next update or
+        `publish`, so that it can write into them."""
+        if self.remainder is None:
+            return self.values
+        if self._whole is None:
+            self._whole = joined(self.values, self.remainder)
+        return self._whole
+
+    def forget_whole(self) -> None:
+        """Let go of master values that were joined from halves."""
+        self._whole = None
 
     @property
     def has_master(self) -> bool:
         """Whether the master values say more than the model's."""
-        return self.bucket.run.dtype != self.master.dtype
+        return self.bucket.run.dtype != self.bucket.grads.dtype
 
     @property
     def model(self) -> Tensor | None:
         """The model's values of the run, to get the new ones as they are made; None where they are the master's own, or
         `publish` brings them."""
-        return self.bucket.run if self.has_master and not self.offloaded else None
+        return self.bucket.run if self.has_master and not self.offloaded and self.remainder is None else None
 
     def refresh(self) -> None:
         """Take the master values from the model."""
-        self.master.copy_(self.bucket.run)
+        if self.remainder is None:
+            self.values.copy_(self.bucket.run)
+        else:
+            self.remainder.zero_()
+            self.forget_whole()
 
     def publish(self) -> None:
         """Give the model the master values."""
-        # The next update changes them after its gradients have come, which the stream brings after this copy.
-        self.bucket.run.copy_(self.master, non_blocking=True)
+        if self.remainder is None:
+            # The next update changes them after its gradients have come, which the stream brings after this copy.
+            self.bucket.run.copy_(self.values, non_blocking=True)
+        else:
+            for half, made in zip((self.values, self.remainder), halves_of(self.master)):
+                half.copy_(made)
+            self.forget_whole()
 
 
 class UpdateRule(Protocol):

@@ -363,12 +363,36 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
         ("preferences", "dpo.cross_entropy=token", None, r"cross_entropy = token +says how .*= sigmoid has none"),
         ("preferences", "dpo.reference=base", None, r"dpo\.reference = base +is this model without its adapters"),
         (
-            "_master_weights",
+            "master_weights",
             "optim.master_weights=false train.dtype=fp16",
             None,
             r"dtype = fp16 +does not go with optim.master_weights = false: its range is too small .* use bf16",
         ),
-        ("_master_weights", "optim.master_weights=false optim.name=muon", None, r"name = muon .* use adamw, or keep"),
+        ("master_weights", "optim.master_weights=false optim.name=muon", None, r"name = muon .* use adamw, or keep"),
+        (
+            "master_remainders",
+            "optim.master_remainders=true train.dtype=fp32",
+            None,
+            r"dtype = fp32 +does not go with optim\.master_remainders +use bf16",
+        ),
+        (
+            "master_remainders",
+            "optim.master_remainders=true train.dtype=bf16 optim.name=muon",
+            None,
+            r"name = muon +does not go with optim\.master_remainders +use adamw",
+        ),
+        (
+            "master_remainders",
+            "optim.master_remainders=true train.dtype=bf16 optim.master_weights=false",
+            None,
+            r"master_weights = false +does not go with optim\.master_remainders",
+        ),
+        (
+            "master_remainders",
+            "optim.master_remainders=true train.dtype=bf16 parallel.offload_optimizer=true",
+            None,
+            r"offload_optimizer = true +does not go with optim\.master_remainders",
+        ),
         (
             "_steps",
             "optim.lr=1e-4 optim.min_lr=1e-3",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megascratch import ops
+from megascratch.ops.adamw import halves_of, joined
 
 SIZES = (0, 1, 7, 64, 3001, 40000)
 SETTINGS = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "lr": 0.01, "weight_decay": 0.3}
@@ -30,7 +31,7 @@ def test_every_backend_updates_as_torch_does(backend, n, dtype):
         grad = torch.randn(n, dtype=torch.float64)
         theirs.grad = grad * 0.5
         reference.step()
-        backend.ops.adamw(value, grad.to(dtype).to(backend.device), *state, None, 0.5, *arguments(step))
+        backend.ops.adamw(value, grad.to(dtype).to(backend.device), *state, None, None, 0.5, *arguments(step))
         rtol, atol = (1e-13, 1e-14) if dtype == torch.float64 else (2e-6, 1e-6)
         torch.testing.assert_close(value.cpu().double(), theirs.detach(), rtol=rtol, atol=atol)
 
@@ -41,7 +42,7 @@ def test_what_is_kept_in_half_precision_is_rounded_once(backend, n, dtype):
     kept = [torch.rand(n).to(dtype).to(backend.device) for _ in range(4)]
     wide = [x.float() for x in kept]
     for tensors in (kept, wide):
-        backend.ops.adamw(*tensors, None, 0.5, *arguments(2))
+        backend.ops.adamw(*tensors, None, None, 0.5, *arguments(2))
     for one, other in zip(kept, wide):
         torch.testing.assert_close(one, other.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
 
@@ -53,9 +54,44 @@ def test_the_model_gets_the_rounded_value(backend, dtype, shift):
     value, grad, exp_avg, exp_avg_sq = (torch.rand(1000 + shift, device=backend.device)[shift:] for _ in range(4))
     model = torch.zeros(1000 + shift, dtype=dtype, device=backend.device)[shift:]
     before = value.clone()
-    backend.ops.adamw(value, grad, exp_avg, exp_avg_sq, model, 1.0, *arguments(1))
+    backend.ops.adamw(value, grad, exp_avg, exp_avg_sq, model, None, 1.0, *arguments(1))
     assert not torch.equal(value, before)
     assert torch.equal(model, value.to(dtype))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_values_in_halves_are_the_float32_ones_bit_for_bit(backend, shift):
+    n = 5003 + shift
+    value = torch.randn(n, device=backend.device)[shift:]
+    nearest, remainder = (torch.empty(n, dtype=d, device=backend.device)[shift:] for d in (torch.bfloat16, torch.int16))
+    for half, made in zip((nearest, remainder), halves_of(value)):
+        half.copy_(made)
+    whole = [torch.zeros(n, device=backend.device)[shift:] for _ in range(2)]
+    halved = [state.clone() for state in whole]
+    model = torch.zeros_like(nearest)
+    for step in (1, 2, 3):
+        grad = torch.randn(n, device=backend.device)[shift:] * 10.0 ** torch.randint(-4, 4, value.shape)
+        backend.ops.adamw(value, grad, *whole, model, None, 0.5, *arguments(step))
+        backend.ops.adamw(nearest, grad, *halved, None, remainder, 0.5, *arguments(step))
+        assert torch.equal(joined(nearest, remainder).view(torch.int32), value.view(torch.int32))
+        for one, other in zip(halved, whole):
+            assert torch.equal(one, other)
+        ties = value.view(torch.int32) & 0xFFFF == 0x8000
+        assert torch.equal(nearest[~ties], model[~ties])
+
+
+def test_every_number_has_its_halves():
+    """All 16-bit patterns in either half, infinities and zeros of both signs with them."""
+    every = torch.arange(1 << 16, dtype=torch.int32)
+    for other in (0, 1, 0x3F80, 0x7F7F, 0x7F80, 0x7FFF, 0x8000, 0x8001, 0xFF80, 0xFFFF):
+        for bits in (every << 16 | other, torch.tensor(other, dtype=torch.int32) << 16 | every):
+            x = bits.view(torch.float32)
+            nearest, remainder = halves_of(x)
+            assert torch.equal(joined(nearest, remainder).view(torch.int32), bits)
+            away = (nearest.float().double() - x.double()).abs()
+            finite = x.isfinite() & nearest.isfinite()
+            assert (away <= (x.to(torch.bfloat16).double() - x.double()).abs())[finite].all()
+            assert torch.equal(nearest.isnan()[x.isinf()], torch.zeros_like(x, dtype=torch.bool)[x.isinf()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -91,5 +127,11 @@ def test_the_norm_does_not_depend_on_threads():
 def test_opcheck(backend):
     value, grad, exp_avg, exp_avg_sq = (torch.rand(9, device=backend.device) for _ in range(4))
     model = torch.zeros(9, dtype=torch.bfloat16, device=backend.device)
-    torch.library.opcheck(backend.ops.adamw.default, (value, grad, exp_avg, exp_avg_sq, model, 1.0, *arguments(1)))
+    torch.library.opcheck(
+        backend.ops.adamw.default, (value, grad, exp_avg, exp_avg_sq, model, None, 1.0, *arguments(1))
+    )
+    nearest, remainder = halves_of(value)
+    torch.library.opcheck(
+        backend.ops.adamw.default, (nearest, grad, exp_avg, exp_avg_sq, None, remainder, 1.0, *arguments(1))
+    )
     torch.library.opcheck(backend.ops.squared_norm.default, (value,))

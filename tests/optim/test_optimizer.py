@@ -85,6 +85,38 @@ def test_small_updates_survive_in_the_float32_masters_of_bf16_weights() -> None:
     assert {"exp_avg", "exp_avg_sq", "master"} == {part.kind for part in optimizer.state_parts()}
 
 
+def test_masters_in_halves_are_the_float32_ones_in_steps_and_checkpoints() -> None:
+    """Saved by one, loaded by the other, both ways; bit for bit."""
+
+    def run_of(halves: bool, steps: int, saved: dict[str, torch.Tensor] | None = None) -> tuple[Optimizer, dict]:
+        params = _params(torch.bfloat16)
+        optim = OptimConfig(weight_decay=0.1, clip=0.0, master_remainders=halves)
+        optimizer = Optimizer([Unit.one(params)], Mesh.serial(), optim, ParallelConfig())
+        if saved is not None:
+            optimizer.updates = 4
+            for part in optimizer.state_parts():
+                part.tensor.copy_(saved[f"{part.kind} {part.spec.shape}"])
+            optimizer.publish_masters()
+        for step in range(steps):
+            optimizer.zero_grads()
+            _backward(params)
+            optimizer.step(lr=1e-3 * (step + 1), grad_scale=1.0)
+        return optimizer, {f"{part.kind} {part.spec.shape}": part.tensor.clone() for part in optimizer.state_parts()}
+
+    plain, want = run_of(False, 4)
+    halved, got = run_of(True, 4)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert all(run.remainder is not None for run in halved.runs)
+    assert all(run.remainder is None for run in plain.runs)
+    for halves in (False, True):
+        _, straight = run_of(halves, 0, want)
+        assert all(torch.equal(straight[name], want[name]) for name in want)
+    ends = [run_of(halves, 2, want)[1] for halves in (False, True)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in want)
+    assert not torch.equal(*(end[next(n for n in want if n.startswith("master"))] for end in (ends[0], want)))
+
+
 def test_without_masters_all_is_bf16_and_the_step_torchs() -> None:
     ours, theirs = _params(torch.bfloat16), _params(torch.bfloat16)
     optim = OptimConfig(weight_decay=0.0, clip=0.0, master_weights=False)

@@ -9,14 +9,25 @@ namespace megascratch {
 template <typename Backend>
 struct OptimizerOperators {
   static void adamw(
-      Tensor value, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, std::optional<Tensor> model, double grad_factor,
-      double keep, double beta1, double beta2, double step_size, double root_factor, double eps) {
-    const DType dtype = dtype_of(value);
+      Tensor value, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, std::optional<Tensor> model,
+      std::optional<Tensor> remainder, double grad_factor, double keep, double beta1, double beta2, double step_size,
+      double root_factor, double eps) {
+    const DType dtype = dtype_of(grad);
+    for (const Tensor* t : {remainder ? &grad : &value, &exp_avg, &exp_avg_sq}) {
+      check_same_shape(grad, *t, "adamw: value, grad, exp_avg and exp_avg_sq");
+    }
     for (const Tensor* t : {&value, &grad, &exp_avg, &exp_avg_sq}) {
-      check_same_shape(value, *t, "adamw: value, grad, exp_avg and exp_avg_sq");
       STD_TORCH_CHECK(t->is_contiguous(), "adamw: tensors must be contiguous");
     }
     AdamWArguments a{};
+    if (remainder) {
+      STD_TORCH_CHECK(!model && dtype == DType::Float && value.scalar_type() == ScalarType::BFloat16 &&
+                          remainder->scalar_type() == ScalarType::Short,
+                      "adamw: a remainder, int16, goes with bfloat16 values, float32 averages and no model");
+      STD_TORCH_CHECK(value.numel() == grad.numel() && remainder->numel() == grad.numel() && remainder->is_contiguous(),
+                      "adamw: value and remainder must be like grad");
+      a.remainder = remainder->mutable_data_ptr();
+    }
     a.value = value.mutable_data_ptr(), a.grad = grad.const_data_ptr();
     a.exp_avg = exp_avg.mutable_data_ptr(), a.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
     if (model) {
