@@ -53,7 +53,7 @@ def test_numbers_are_kept_and_not_taken_for_those_of_other_answers(config: Confi
     mesh = Mesh.serial()
     engine = Engine(config, mesh)
     examples = read_examples(config, preference, make_console(1))
-    sets, fewer = open_sets(config, examples), open_sets(config, examples[:20])
+    sets, fewer = open_sets(config, examples), open_sets(config, examples[:10])
     file = Path(config.log.dir) / "reference_logprobs.safetensors"
     reference_of(config, mesh, engine, sets.rows, "precomputed")
     written = file.stat().st_mtime_ns
