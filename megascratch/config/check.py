@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from megascratch.config.check_batch import batch, data_parallel, deterministic_dp
+from megascratch.config.check_graphs import compiled, cuda_graph
 from megascratch.config.check_layers import experts, latent_attention, model_features
 from megascratch.config.check_masters import master_remainders, master_weights
 from megascratch.config.check_preferences import adapters, preferences, scalar_head
@@ -304,23 +305,6 @@ def _tp_comm_overlap(config: Config, _: int | None) -> Iterator[Problem]:
         yield Problem("train.dtype = fp8", rule, "use bf16, or leave tp_comm_overlap out")
 
 
-def _cuda_graph(config: Config, world_size: int | None) -> Iterator[Problem]:
-    """What a recording would leave out: steps whose work Python decides anew each time."""
-    if not config.train.cuda_graph:
-        return
-    parallel, model = config.parallel, config.model
-    dp = data_parallel(config, world_size)
-    for name, value, only in (("pp", parallel.pp, 1), ("cp", parallel.cp, 1), ("dp", dp, 1)):
-        if value != only:
-            yield Problem(f"parallel.{name} = {value}", "does not go with train.cuda_graph", "leave cuda_graph out")
-    if config.train.dtype == "fp16":
-        rule = "does not go with train.cuda_graph: its loss scale changes"
-        yield Problem("train.dtype = fp16", rule, "use bf16, or leave cuda_graph out")
-    if model.moe is not None:
-        rule = "do not go with train.cuda_graph: how many tokens each gets changes"
-        yield Problem(f"model.moe: {model.moe.num_experts} experts", rule, "leave cuda_graph out")
-
-
 def _steps(config: Config, _: int | None) -> Iterator[Problem]:
     optim, steps = config.optim, config.train.steps
     if optim.min_lr > optim.lr:
@@ -374,7 +358,8 @@ RULES: tuple[Rule, ...] = (
     _data,
     _fp8,
     _tp_comm_overlap,
-    _cuda_graph,
+    compiled,
+    cuda_graph,
     master_weights,
     master_remainders,
     _steps,

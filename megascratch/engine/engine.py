@@ -27,7 +27,7 @@ from megascratch.engine.graph import cuda_step_graph
 from megascratch.engine.objective import Objective, Outputs
 from megascratch.engine.recompute import recompute_plans
 from megascratch.engine.router_notes import RouterNotes, metrics_of, move_biases
-from megascratch.engine.stages import make_stages, units_of
+from megascratch.engine.stages import compile_layers, make_stages, units_of
 from megascratch.engine.totals import Sums, Totals, add_up, means_of, tell_pipeline
 from megascratch.nn import (
     Adapter,
@@ -115,6 +115,8 @@ class Engine:
             for param in stage.parameters():
                 if not learns or is_frozen(config.optim, spec_of(param).name):
                     param.requires_grad_(False)
+        if train.compile:
+            compile_layers(self.stages)
         self.optimizer = Optimizer(units_of(self.stages), mesh, config.optim, parallel)
         overlap = self.optimizer.overlap
         self._told_of = {

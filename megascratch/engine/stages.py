@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from megascratch.config import Config
@@ -63,6 +64,17 @@ def make_stages(
         for index, stage in stages.items():  # in order: the embedding that two stages share is of the first
             _sum_with_mirror(stage, second_copy=routes[0][index] != rank)
     return stages
+
+
+def compile_layers(stages: Mapping[int, Stage]) -> None:
+    """Have torch.compile make the layers' forward and backward, around the fused operators, at their first use.
+
+    Layers differ in their parameters alone, so what one was compiled to serves all. Hooks stay outside: the optimizer's
+    differ from layer to layer.
+    """
+    for stage in stages.values():
+        for block in stage.layers.values():
+            block.forward = torch.compile(block.forward)
 
 
 def layers_per_stage(config: Config, n_stages: int) -> tuple[int, ...]:
