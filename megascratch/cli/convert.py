@@ -45,7 +45,7 @@ def convert(
     tokenizer: Annotated[Path | None, typer.Option(help="For hf and dcp: the source's own when left out.")] = None,
 ) -> None:
     """Rewrite a checkpoint. Any layout loads any checkpoint without this: it is for speed, and for other software."""
-    if from_ is Format.peft:
+    if from_ == "peft":
         raise ConfigError(Problem("--from peft", "is written, and not read", "leave it out"), "the command line")
     _refuse(to, {"--tp": tp > 1, "--pp": pp > 1, "--family": family, "--tokenizer": tokenizer})
 

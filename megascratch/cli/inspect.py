@@ -22,11 +22,13 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Read all of a checkpoint against its checksums.")] = False,
 ) -> None:
     """Describe a dataset, a tokenizer or a checkpoint."""
-    from megascratch.checkpoint.places import is_local, place
     from megascratch.tokenizer import formats
 
-    path = place(source)
-    local = is_local(path)
+    path, local = Path(source), "://" not in source
+    if not local:
+        from megascratch.checkpoint.places import place  # it loads torch
+
+        path = place(source)
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     if local and any(Path(f"{prefix}{suffix}").is_file() for suffix in (".bin", ".idx")):
         _inspect_dataset(prefix, tokenizer, documents)

@@ -103,7 +103,7 @@ def world_table(config: Config, gpus_per_node: int) -> str:
     """Return which ranks and coordinates each node has."""
     mesh = MeshSpec.of(config.parallel)
     sizes = " × ".join(f"{axis} {mesh.sizes[axis]}" for axis in reversed(AXES))
-    rows = [("node", "ranks", *AXES)]
+    rows: list[tuple[str, ...]] = [("node", "ranks", *AXES)]
     for node in range(mesh.world_size // gpus_per_node):
         ranks = range(node * gpus_per_node, (node + 1) * gpus_per_node)
         coords = [mesh.coords(rank) for rank in ranks]
