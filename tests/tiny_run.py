@@ -58,6 +58,29 @@ def files_of(config: Config, step: int) -> dict[str, bytes]:
     }
 
 
+def saving_config(corpus: Path, folder: Path, number: int, steps: int, dp: int) -> Config:
+    """Return the recipe of one of many runs that save after every step, to be killed: in float64.
+
+    By their number they save in turn and asynchronously, into new files and over old ones.
+    """
+    return run_config(
+        corpus,
+        folder,
+        parallel={"dp": dp},
+        train={"dtype": "fp64", "steps": steps},
+        checkpoint={"every": 1, "keep": 2, "asynchronous": number % 2 == 1, "recycle": number % 4 > 1},
+        eval={"batches": 1},
+        data={"split": "100,0,0"},
+    )
+
+
+def difference_of_bits(config: Config, straight: Config, step: int) -> str:
+    """Return what a run that was killed has got else than the one that was left alone: nothing, if all is well."""
+    if losses(config) != losses(straight):
+        return f"losses: {losses(config)}"
+    return "" if files_of(config, step) == files_of(straight, step) else "the last checkpoint's bits"
+
+
 def pretrain_on_ranks(config: Config) -> int:
     """Train on the ranks of a test's process group."""
     return train_on(config, Mesh.of(config, torch.device("cpu")), pretraining)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from tiny_run import files_of, losses, run_config, write_corpus
+from tiny_run import difference_of_bits, saving_config, write_corpus
 
 from megascratch.config import Config, to_toml
 
@@ -90,18 +90,6 @@ def _ranks_of(launcher: int) -> list[int]:
     return []
 
 
-def config_in(corpus: Path, folder: Path, number: int) -> Config:
-    """Return the recipe of one launch: saving in turn and asynchronously, into new files and into old ones."""
-    return run_config(
-        corpus,
-        folder,
-        parallel={"dp": RANKS},
-        train={"dtype": "fp64", "steps": STEPS},
-        checkpoint={"every": 1, "keep": 2, "asynchronous": number % 2 == 1, "recycle": number % 4 > 1},
-        data={"split": "100,0,0"},
-    )
-
-
 def undisturbed(config: Config, folder: Path) -> Pace:
     """Run to the end, and return how long it took."""
     launch, start = Launch(config, folder), time.monotonic()
@@ -134,19 +122,15 @@ def run(kills: int, seed: int) -> tuple[int, list[str]]:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         corpus = write_corpus(root)
-        straight = config_in(corpus, root / "straight", 0)
+        straight = saving_config(corpus, root / "straight", 0, STEPS, RANKS)
         pace = undisturbed(straight, root / "straight")
         number = 0
         while done < kills:
             folder = root / f"{number}"
-            config = config_in(corpus, folder, number)
+            config = saving_config(corpus, folder, number, STEPS, RANKS)
             launch = Launch(config, folder)
             kill_at_random(launch, pace, min(RESTARTS, kills - done), draw)
-            difference = launch.end()
-            if not difference and losses(config) != losses(straight):
-                difference = f"losses: {losses(config)}"
-            if not difference and files_of(config, STEPS) != files_of(straight, STEPS):
-                difference = "the last checkpoint's bits"
+            difference = launch.end() or difference_of_bits(config, straight, STEPS)
             if difference:
                 wrong.append(f"launch {number}, {launch.restarts()} restarts: {difference}")
             done, number = done + launch.restarts(), number + 1

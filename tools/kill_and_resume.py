@@ -23,26 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from rich.console import Console
 from rich.progress import track
-from tiny_run import files_of, losses, pretrain_on_ranks, run_config, write_corpus
+from tiny_run import difference_of_bits, losses, pretrain_on_ranks, saving_config, write_corpus
 
 from megascratch.config import Config
 from megascratch.dist.testing import RankDied, RankPool
 
 STEPS = 6
 PATIENCE_S = 600.0  # on a busy machine
-
-
-def config_in(corpus: Path, folder: Path, number: int, dp: int = 1) -> Config:
-    """Return the recipe of one trial."""
-    return run_config(
-        corpus,
-        folder,
-        parallel={"dp": dp},
-        train={"dtype": "fp64", "steps": STEPS},
-        checkpoint={"every": 1, "keep": 2, "asynchronous": number % 2 == 1, "recycle": number % 4 > 1},
-        eval={"batches": 1},
-        data={"split": "100,0,0"},
-    )
 
 
 def train_until(config: Config, moment_s: float) -> None:
@@ -65,11 +52,11 @@ def difference(again: Config, straight: Config, pool: RankPool) -> str:
     """Resume a killed run, and return what differs from the straight one: nothing, if all is well."""
     ranks = again.parallel.dp
     pool.run(ranks, pretrain_on_ranks, again, timeout_s=PATIENCE_S)
+    if ranks == 1:
+        return difference_of_bits(again, straight, STEPS)
     got, want = losses(again), losses(straight)
-    tolerance = 0 if ranks == 1 else 1e-9
-    if got.keys() != want.keys() or any(abs(got[s] - want[s]) > tolerance * abs(want[s]) for s in want):
-        return f"losses on dp {ranks}: {got}"
-    return "" if ranks > 1 or files_of(again, STEPS) == files_of(straight, STEPS) else "the last checkpoint's bits"
+    same = got.keys() == want.keys() and all(abs(got[s] - want[s]) <= 1e-9 * abs(want[s]) for s in want)
+    return "" if same else f"losses on dp {ranks}: {got}"
 
 
 def run(kills: int, seed: int) -> list[str]:
@@ -78,15 +65,15 @@ def run(kills: int, seed: int) -> list[str]:
     with tempfile.TemporaryDirectory() as name, RankPool() as pool:
         root = Path(name)
         corpus = write_corpus(root)
-        straight = config_in(corpus, root / "straight", 0)
+        straight = saving_config(corpus, root / "straight", 0, STEPS, 1)
         patiently = partial(pool.run, 1, pretrain_on_ranks, timeout_s=PATIENCE_S)
         patiently(straight)  # what is imported on the way costs the first run alone
         start = time.monotonic()
-        patiently(config_in(corpus, root / "timed", 0))
+        patiently(saving_config(corpus, root / "timed", 0, STEPS, 1))
         whole_s = time.monotonic() - start
         for number in track(range(kills), console=Console(stderr=True)):
-            config = partial(config_in, corpus, root / "killed", number)
-            while not dies(config(), moment_s := draw.uniform(0, whole_s), pool):
+            config = partial(saving_config, corpus, root / "killed", number, STEPS)
+            while not dies(config(dp=1), moment_s := draw.uniform(0, whole_s), pool):
                 shutil.rmtree(root / "killed")
             if differs := difference(config(dp=2 if number % 10 == 9 else 1), straight, pool):
                 wrong.append(f"trial {number}, killed after {moment_s:.3f} s: {differs}")

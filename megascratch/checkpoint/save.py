@@ -104,8 +104,8 @@ class Saving:
         self.root, self.step, self.world, self._device = root, step, world, device
         self._state = json.dumps({**state, "step": step}, indent=1, allow_nan=False).encode()
         self._final = root / f"step_{step:08d}"
-        begin = partial(begin_directory, self._final, recycle=recycle)
-        names = self._together(self._attempt((lambda: begin().name) if world.is_first else None))
+        begin = (lambda: begin_directory(self._final, recycle=recycle).name) if world.is_first else None
+        names = self._together(self._attempt(begin))
         self._folder = root / names[0]
         self._pieces = shared_pieces(shards)
         if staging is not None:

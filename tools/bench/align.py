@@ -12,16 +12,14 @@ the conversations, padding not counted.
 
 import argparse
 import itertools
-import json
-import os
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from in_turn import best_rates
 
 HIDDEN, N_LAYERS, N_HEADS, FFN, VOCAB, S = 256, 4, 4, 688, 4096, 256
 BATCH, N_STEPS, WARM_UP = 8, 6, 2
@@ -183,27 +181,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", default=["sft", "dpo"], choices=["sft", "dpo"])
     parser.add_argument("--lengths", default="mixed", choices=["mixed", "equal"])
-    parser.add_argument("--run", nargs=3, metavar=("CONTESTANT", "METHOD", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=2, metavar=("CONTESTANT", "METHOD"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        contestant, method, folder = args.run
+        contestant, method = args.run
         steps = conversations(method, args.lengths)
-        print(json.dumps({"tokens_per_core_s": rate(steps, CONTESTANTS[contestant](method, steps, Path(folder)))}))
+        with tempfile.TemporaryDirectory() as folder:
+            print(rate(steps, CONTESTANTS[contestant](method, steps, Path(folder))))
         return
-    import tempfile
-
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    found: dict[tuple[str, str], float] = {}
-    for _ in range(args.rounds):
-        for method in args.methods:
-            for contestant in CONTESTANTS:
-                with tempfile.TemporaryDirectory() as folder:
-                    command = [sys.executable, __file__, "--lengths", args.lengths, "--run", contestant, method, folder]
-                    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    sys.exit(done.stderr[-3000:])
-                found_rate = json.loads(done.stdout.splitlines()[-1])["tokens_per_core_s"]
-                found[method, contestant] = max(found_rate, found.get((method, contestant), 0.0))
+    found = best_rates(__file__, args.methods, CONTESTANTS, args.rounds, "--lengths", args.lengths)
     print(f"{'':5}{'ours':>8}{'TRL':>8}{'ratio':>8}{'target':>8}   tokens per core-second, lengths {args.lengths}")
     for method in args.methods:
         ours, trl = found[method, "ours"], found[method, "trl"]

@@ -15,8 +15,6 @@ this in an environment with `trl==1.12.0`, or leave PPO out. Random words, since
 
 import argparse
 import copy
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from in_turn import best_rates
 
 VOCAB, COMPLETIONS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 4096, 64, 8, 32, 64
 EPOCHS = {"grpo": 1, "ppo-1": 1, "ppo-4": 4}  # of each method, in steps: how often a rollout is learned from
@@ -218,16 +217,7 @@ def main() -> None:
         torch.manual_seed(0)
         print(CONTESTANTS[args.run[0]](args.run[1]))
         return
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    best: dict[tuple[str, str], float] = {}
-    for _ in range(args.rounds):
-        for method in args.methods:
-            for name in CONTESTANTS:
-                command = [sys.executable, __file__, "--run", name, method]
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    sys.exit(done.stderr[-3000:])
-                best[method, name] = max(float(done.stdout.splitlines()[-1]), best.get((method, name), 0.0))
+    best = best_rates(__file__, args.methods, CONTESTANTS, args.rounds)
     print(f"{'':6}{'ours':>8}{'TRL':>8}{'ratio':>8}   new tokens a CPU second")
     for method in args.methods:
         mine, theirs = best[method, "ours"], best[method, "trl"]

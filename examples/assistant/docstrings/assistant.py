@@ -32,7 +32,7 @@ import torch
 from megascratch.align.rewards import Answered, number_verifier
 from megascratch.dist.mesh import Mesh
 from megascratch.evals import Examinee
-from megascratch.infer import Sampling, load_model
+from megascratch.infer import Sampling
 from megascratch.infer.decoding import read_prompts
 from megascratch.nn import scores
 
@@ -82,7 +82,7 @@ def main() -> None:
     held_out = write_data()
     for method in ("sft", "reward", "dpo", "ppo", "grpo"):
         train(method)
-    judge = FOLDER / "reward/checkpoints"
+    judge = Examinee.open(FOLDER / "reward/checkpoints", Mesh.serial())
     models = {"base": BASE, **{name: FOLDER / name / "checkpoints" for name in ("sft", "dpo", "ppo", "grpo")}}
     print(f"\n{'held out':12}{'perplexity':>12}{'prefers right':>15}{'reward':>9}{'sums right':>12}")
     for name, checkpoint in models.items():
@@ -177,7 +177,7 @@ def train(method: str, *overrides: str) -> None:
     subprocess.run(command, check=True)
 
 
-def measure(checkpoint: Path, judge: Path, held_out: list[tuple[Answer, str]]) -> Found:
+def measure(checkpoint: Path, judge: Examinee, held_out: list[tuple[Answer, str]]) -> Found:
     """Have a model answer the held-out questions, and find the right answers likely or not."""
     examinee = Examinee.open(checkpoint, Mesh.serial(), batch=100)
     encode, end = examinee.tokenizer.encode, [examinee.tokenizer.eod_id or 0]
@@ -198,16 +198,15 @@ def measure(checkpoint: Path, judge: Path, held_out: list[tuple[Answer, str]]) -
 
 
 @torch.no_grad()
-def judged(judge: Path, texts: list[tuple[str, str]]) -> torch.Tensor:
+def judged(judge: Examinee, texts: list[tuple[str, str]]) -> torch.Tensor:
     """Return the reward model's score of each answer to a question, [n]."""
-    stage, _ = load_model(judge, Mesh.serial())
-    tokenizer = Examinee.open(judge, Mesh.serial()).tokenizer
+    tokenizer = judge.tokenizer
     ids = [tokenizer.encode(question) + tokenizer.encode(text) + [tokenizer.eod_id] for question, text in texts]
-    behind, _ = read_prompts(stage, [torch.tensor(one) for one in ids])
-    return scores(behind, stage.head_weight).squeeze(-1)
+    behind, _ = read_prompts(judge.stage, [torch.tensor(one) for one in ids])
+    return scores(behind, judge.stage.head_weight).squeeze(-1)
 
 
-def judged_rightly(judge: Path, held_out: list[tuple[Answer, str]]) -> float:
+def judged_rightly(judge: Examinee, held_out: list[tuple[Answer, str]]) -> float:
     """Return how often the reward model scores the right answer higher than the other one."""
     right = judged(judge, [(one.question, one.answer) for one, _ in held_out])
     return float((right > judged(judge, [(one.question, other) for one, other in held_out])).double().mean())
