@@ -55,13 +55,13 @@ def beside(engine: Engine, learns: bool = True, **changes: Any) -> Engine:
 
 
 def make_task(engine: Engine, method: str) -> tuple[Task, Rollouts]:
-    """Return what PPO, or any other method, which is a kind of GRPO, trains an engine on; and its source."""
+    """Return what a kind of PPO, or any other method, which is a kind of GRPO, trains an engine on; and its source."""
     reference = beside(engine, learns=False, train={"seed": 99})
     scorer = Scorer([(Verifier("low_ids", low_ids, needs_answer=False), 1.0)], engine.mesh)
     companions: dict[str, Engine] = {}
     learner: GroupLearner | ActorCritic
     how: Aggregation
-    if method == "ppo":
+    if method.startswith("ppo"):
         critic = beside(engine, model={"head": "scalar"}, train={"seed": 5})
         companions["critic"] = critic
         learner, objective, how = ActorCritic(engine, critic, reference), ppo_objective(engine.config), "dapo"

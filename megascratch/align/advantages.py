@@ -20,13 +20,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Variance = Literal["sample", "population"]
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, masked: Literal["carry", "plain"] = "carry"
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    masked: Literal["carry", "plain"] = "carry",
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Estimate the advantage of each token that the policy chose.
 
@@ -39,22 +46,36 @@ def gae(
         masked: what happens at tokens that the policy did not choose, as a tool's answer between its own turns:
             `carry` goes on with value and advantage of the next token that it did choose (verl); `plain` computes there
             as anywhere, with value 0 (TRL, OpenRLHF). Behind the last chosen token both are 0.
+        documents: which sequence of its row a token belongs to, [n, s]; None: a row is one sequence.
 
     Returns: advantages and returns (advantages + values), [n, s] each; 0 where `mask` is.
     """
     mask = mask.to(values.dtype)
     values = values * mask
-    advantages = torch.zeros_like(values)
-    next_value, advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        here = delta + gamma * lam * advantage
-        kept = mask[:, t] if masked == "carry" else torch.ones_like(mask[:, t])
-        next_value = values[:, t] * kept + next_value * (1 - kept)
-        advantage = here * kept + advantage * (1 - kept)
-        advantages[:, t] = advantage
-    advantages = advantages * mask
+    kept = mask if masked == "carry" else torch.ones_like(mask)
+    goes_on = torch.ones_like(mask)
+    goes_on[:, -1] = 0
+    if documents is not None:
+        goes_on[:, :-1] = documents[:, 1:] == documents[:, :-1]
+    next_values = goes_on * _following(_from_behind(kept * values, goes_on * (1 - kept)))
+    deltas = rewards + gamma * next_values - values
+    advantages = mask * _from_behind(kept * deltas, goes_on * (1 - kept + gamma * lam * kept))
     return advantages, advantages + values
+
+
+def _from_behind(x: Tensor, factors: Tensor) -> Tensor:
+    """Return y with y_t = x_t + factors_t · y_{t+1}, [n, s], in log₂ s rounds that reach twice as far each."""
+    reach = 1
+    while reach < x.shape[1]:
+        x = x + factors * _following(x, reach)
+        factors = factors * _following(factors, reach)
+        reach *= 2
+    return x
+
+
+def _following(x: Tensor, places: int = 1) -> Tensor:
+    """Return at each place of [n, s] what stands so many places later, 0 past the end."""
+    return F.pad(x[:, places:], (0, places))
 
 
 def whiten(x: Tensor, mask: Tensor, variance: Variance = "sample", shift_mean: bool = True) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megascratch.align.advantages import gae
 from megascratch.align.kl import Clamp, Estimator, kl_estimate
 from megascratch.align.policy_losses import (
     Clip,
@@ -133,19 +134,38 @@ class PolicyObjective:
 
 @dataclass(frozen=True)
 class ValueObjective:
-    """Half the square of the critic's error; `of_tokens` has `values` of when the tokens were sampled, and `returns`.
+    """Half the square of the critic's error.
+
+    `of_tokens` has `values` of when the tokens were sampled, and `returns`. Where it has `rewards` instead, a batch is
+    learned from once, so that the critic's values are still those of before: they and what they estimate of the returns
+    come from the very pass that learns.
 
     Attributes:
         clip: how far a value may move from the old one; None: as far as it will.
+        gamma, lam, masked: see `advantages.gae`.
     """
 
     clip: float | None = 0.2
+    gamma: float = 1.0
+    lam: float = 0.95
+    masked: Literal["carry", "plain"] = "carry"
 
     def __call__(self, outputs: Outputs, microbatch: Microbatch) -> Loss:
         """Return the loss of a micro-batch."""
         values = outputs.scores
         of = {name: x.to(values.dtype) for name, x in microbatch.of_tokens.items()}
         mask = microbatch.loss_mask.to(values.dtype)
-        losses, clipped = value_loss(values, of["values"], of["returns"], self.clip)
+        if "rewards" in of:
+            old, returns = values.detach(), self._returns(outputs, microbatch)
+        else:
+            old, returns = of["values"], of["returns"]
+        losses, clipped = value_loss(values, old, returns, self.clip)
         total = (losses * of["weights"]).sum()
         return Loss(total, mask.sum(), {"val/clipfrac_avg": (clipped * mask).sum()})
+
+    def _returns(self, outputs: Outputs, microbatch: Microbatch) -> Tensor:
+        """Return what the values and rewards make of the returns, [b, s] of this rank's tokens."""
+        of_tokens = outputs.scores, microbatch.of_tokens["rewards"], microbatch.loss_mask, microbatch.documents
+        values, rewards, mask, documents = map(outputs.whole_sequences, of_tokens)
+        _, returns = gae(rewards, values.double(), mask, self.gamma, self.lam, self.masked, documents)
+        return outputs.own_tokens(returns).to(outputs.scores.dtype)

@@ -4,8 +4,11 @@
     −β · (log π_old − log π_ref) of each token ────────┴─► rewards ─ critic's values ─ GAE ─► advantages, returns
                                                                                                policy     critic
 
-The critic is an engine of its own, on the policy's layout, with a scalar head. It learns from each batch right after
-the policy, and is saved in the same checkpoint.
+The critic is an engine of its own, on the policy's layout, with a scalar head, and is saved in the same checkpoint. It
+learns from each batch right after the policy; where a rollout is a single batch, in the pass that gives its values:
+
+    several steps    values ─ advantages ┬ policy, critic ─ policy, critic ─ …       one pass more than there are steps
+    one step         values, critic ─ advantages ─ policy                            one pass
 """
 
 from collections.abc import Mapping
@@ -19,7 +22,7 @@ from megascratch.align.kl import KLControl, kl_estimate
 from megascratch.align.policy import PolicyObjective, ValueObjective, logprobs_at
 from megascratch.align.policy_losses import Clip
 from megascratch.align.rollout import Rollout
-from megascratch.align.rollout_rows import of_each_token
+from megascratch.align.rollout_rows import by_completion, of_each_token, step_microbatches
 from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
 from megascratch.engine import Engine, StepReport
@@ -51,8 +54,11 @@ class ActorCritic:
         self.policy, self.critic, self.reference = policy, critic, reference
         self.config, self.rollout = policy.config.ppo, policy.config.rollout
         self.control = KLControl(self.config.kl_coeff, self.config.kl_target, self.config.kl_horizon)
-        self.value_objective = ValueObjective(self.config.value_clip)
-        # A rollout that is learned from once needs no log-probabilities of before: the policy's own are those.
+        self.value_objective = ValueObjective(
+            self.config.value_clip, self.config.gamma, self.config.lam, self.config.gae_masked
+        )
+        # A rollout that is learned from once needs no log-probabilities and values of before: they are what the policy
+        # and the critic give as they learn.
         self.needs_old = self.rollout.steps(policy.config.train.global_batch) > 1
 
     def state(self) -> dict[str, Any]:
@@ -70,30 +76,41 @@ class ActorCritic:
         if self.needs_old:
             old = of_each_token(self.policy, rollout, lambda o, m: logprobs_at(o, m, temperature))
         reference = of_each_token(self.reference, rollout, lambda o, m: logprobs_at(o, m, temperature))
-        values = of_each_token(self.critic, rollout, lambda o, _: o.scores) * mask
         divergence = kl_estimate(old, reference, ppo.kl_estimator, ppo.kl_clamp) * mask
         penalties = -self.control.coefficient * divergence
         rewards = penalties + _at_the_end(rollout) * mask
         if ppo.whiten_rewards:
             rewards = whiten(rewards, mask, ppo.whiten_variance, shift_mean=False)
+        values, taught = self._values(rollout, rewards)
         advantages, returns = gae(rewards, values, mask, ppo.gamma, ppo.lam, ppo.gae_masked)
         if ppo.whiten_advantages:
             advantages = whiten(advantages, mask, ppo.whiten_variance)
         counts = mask.sum(1) > 0
         kl = float(((old - reference) * mask).sum(1)[counts].mean()) if counts.any() else 0.0
         metrics = self._metrics(rollout, kl, float(penalties.sum(1)[counts].mean()) if counts.any() else 0.0)
-        metrics["val/explained_variance"] = _explained(values, returns, mask)
+        metrics |= {"val/explained_variance": _explained(values, returns, mask), **taught}
         if counts.any():
             self.control.update(kl, int(counts.sum()))
-        tensors = {"advantages": advantages, "returns": returns, "values": values}
-        return {**tensors, "old": old} if self.needs_old else tensors, metrics
+        if not self.needs_old:
+            return {"advantages": advantages}, metrics
+        return {"advantages": advantages, "old": old, "returns": returns, "values": values}, metrics
 
     def after_step(self, microbatches: list[Microbatch], report: StepReport) -> tuple[dict[str, float], bool]:
-        """Teach the critic, and say whether the policy has moved far enough."""
-        taught = self.critic.train_step(microbatches, self.value_objective)
-        values = {"loss/value_avg": taught.loss, "critic/grad_norm": taught.grad_norm, **taught.metrics}
+        """Teach the critic what it has not learned yet, and say whether the policy has moved far enough."""
+        taught = _noted(self.critic.train_step(microbatches, self.value_objective)) if self.needs_old else {}
         stop = self.config.stop_kl
-        return values, stop is not None and report.metrics["policy/approxkl_avg"] > stop
+        return taught, stop is not None and report.metrics["policy/approxkl_avg"] > stop
+
+    def _values(self, rollout: Rollout, rewards: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Return the critic's values [n, s], and what there is to log if it learned in the pass that gave them."""
+        if self.needs_old or not rollout.mask.any():
+            return of_each_token(self.critic, rollout, lambda o, _: o.scores) * rollout.mask, {}
+        everyone = torch.arange(len(rollout.tokens))
+        microbatches = step_microbatches(self.critic, rollout, everyone, self.config.aggregation, {"rewards": rewards})
+        report = self.critic.train_step(
+            microbatches, self.value_objective, function=lambda o, _: o.whole_sequences(o.scores)
+        )
+        return by_completion(self.critic, rollout, microbatches, report.found) * rollout.mask, _noted(report)
 
     def _metrics(self, rollout: Rollout, kl: float, penalty: float) -> dict[str, float]:
         """Return what there is to log, under the names of TRL's PPO; means over the completions that count."""
@@ -107,6 +124,11 @@ class ActorCritic:
             "objective/kl_coef": self.control.coefficient,
             "val/num_eos_tokens": float(sum(completion.stopped for completion in rollout.completions)),
         }
+
+
+def _noted(report: StepReport) -> dict[str, float]:
+    """Return what there is to log of a step of the critic."""
+    return {"loss/value_avg": report.loss, "critic/grad_norm": report.grad_norm, **report.metrics}
 
 
 def _at_the_end(rollout: Rollout) -> Tensor:

@@ -14,17 +14,18 @@ which may be empty. Which completions are together matters to nothing: each toke
 Legend: `r` rows of a step, `n` completions of a rollout, `s` tokens; `b` rows of a micro-batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from megascratch.align.policy_losses import Aggregation, token_weights
 from megascratch.align.rollout import Rollout
 from megascratch.align.rows import Bin, packed
 from megascratch.data.microbatch import Microbatch
 from megascratch.data.sampler import microbatch_ids
 from megascratch.dist import comm
-from megascratch.engine import Engine, Outputs
+from megascratch.engine import Engine, Finding
 
 # Rows are as long as their longest needs, to a multiple that keeps products of matrices whole.
 _LENGTH_STEP = 32
@@ -83,7 +84,27 @@ def microbatches_of(
     return [whole.apply(lambda x, part=part: x[part]) for part in parts]  # type: ignore[misc]
 
 
-def of_each_token(engine: Engine, rollout: Rollout, function: Callable[[Outputs, Microbatch], Tensor]) -> Tensor:
+def step_microbatches(
+    engine: Engine, rollout: Rollout, members: Tensor, aggregation: Aggregation, of_tokens: Mapping[str, Tensor]
+) -> list[Microbatch]:
+    """Return this data-parallel rank's micro-batches of a step, in which each token has its weight.
+
+    Args:
+        engine, rollout, members: as for `microbatches_of`.
+        aggregation: of the tokens' losses.
+        of_tokens: of all completions of the rollout, [n, s] each.
+    """
+    train, config = engine.config.train, engine.config.rollout
+    assert config is not None
+    weights = token_weights(
+        rollout.mask[members], aggregation, max_tokens=config.max_tokens, micro_batch=train.micro_batch
+    )
+    first_sample = rollout.index * config.n_completions * config.epochs
+    chosen = {"weights": weights, **{name: x[members] for name, x in of_tokens.items()}}
+    return microbatches_of(engine, rollout, members, first_sample, chosen)
+
+
+def of_each_token(engine: Engine, rollout: Rollout, function: Finding) -> Tensor:
     """Return what a function makes of an engine's outputs and a micro-batch, for every completion, [n, s] float64.
 
     Args:
@@ -93,17 +114,29 @@ def of_each_token(engine: Engine, rollout: Rollout, function: Callable[[Outputs,
 
     Returns: on the CPU, 0 behind the completions.
     """
-    train, dp, n = engine.config.train, engine.mesh.dp, len(rollout.tokens)
+    microbatches: list[Microbatch] = []
+    found: list[Tensor] = []
+    for members in torch.arange(len(rollout.tokens)).split(engine.config.train.global_batch):
+        batch = microbatches_of(engine, rollout, members, 0, {})
+        microbatches += batch
+        found += engine.compute(batch, lambda o, m: o.whole_sequences(function(o, m)))
+    return by_completion(engine, rollout, microbatches, found)
+
+
+def by_completion(
+    engine: Engine, rollout: Rollout, microbatches: Sequence[Microbatch], found: Sequence[Tensor]
+) -> Tensor:
+    """Put what was found of micro-batches of a rollout, [b, s] each, where its completions have it, [n, s] float64.
+
+    Every rank gives what it has of its data-parallel part. Returns: on the CPU, 0 behind the completions.
+    """
     results = torch.zeros(rollout.tokens.shape, dtype=torch.float64)
-    for members in torch.arange(n).split(train.global_batch):
-        microbatches = microbatches_of(engine, rollout, members, 0, {})
-        found = engine.compute(microbatches, lambda o, m: o.whole_sequences(function(o, m)))
-        for microbatch, values in zip(microbatches, found):
-            completion = microbatch.of_samples["answer"].gather(1, microbatch.documents)
-            there = microbatch.of_samples["present"].gather(1, microbatch.documents) > 0
-            there &= microbatch.position_ids < rollout.lengths[completion]
-            results[completion[there], microbatch.position_ids[there]] = values.double().cpu()[there]
-    return comm.sum_over(results.to(engine.mesh.device), dp).cpu()
+    for microbatch, values in zip(microbatches, found, strict=True):
+        completion = microbatch.of_samples["answer"].gather(1, microbatch.documents)
+        there = microbatch.of_samples["present"].gather(1, microbatch.documents) > 0
+        there &= microbatch.position_ids < rollout.lengths[completion]
+        results[completion[there], microbatch.position_ids[there]] = values.double().cpu()[there]
+    return comm.sum_over(results.to(engine.mesh.device), engine.mesh.dp).cpu()
 
 
 def _rows(engine: Engine, lengths: Sequence[int]) -> tuple[list[Bin], int]:

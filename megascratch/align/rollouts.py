@@ -26,10 +26,10 @@ from torch import Tensor
 
 from megascratch.align.completions_log import CompletionsLog
 from megascratch.align.generator import Generator
-from megascratch.align.policy_losses import Aggregation, token_weights
+from megascratch.align.policy_losses import Aggregation
 from megascratch.align.rewards import Answered
 from megascratch.align.rollout import Question, Rollout
-from megascratch.align.rollout_rows import microbatches_of
+from megascratch.align.rollout_rows import step_microbatches
 from megascratch.align.scores import Scorer
 from megascratch.data.microbatch import Microbatch
 from megascratch.engine import Engine, StepReport
@@ -114,7 +114,7 @@ class Rollouts:
                 self._moved_enough = False
             rows = order[turn * self.train.global_batch : (turn + 1) * self.train.global_batch]
             empty = self._moved_enough or not rollout.mask[rows].any()
-            self._batch = [] if empty else self.microbatches(rollout, rows, first_sample=len(order) * rollout.index)
+            self._batch = [] if empty else self.microbatches(rollout, rows)
             yield self._batch
 
     def observe(self, report: StepReport) -> dict[str, Any]:
@@ -159,14 +159,9 @@ class Rollouts:
             self.log.write(self.engine.step, rollout, texts, scores, rollout.of_tokens["advantages"])
         return rollout
 
-    def microbatches(self, rollout: Rollout, rows: Tensor, first_sample: int) -> list[Microbatch]:
+    def microbatches(self, rollout: Rollout, rows: Tensor) -> list[Microbatch]:
         """Return this data-parallel rank's part of a step that learns from the given rows, [global_batch] int64."""
-        train, mask = self.train, rollout.mask[rows]
-        weights = token_weights(
-            mask, self.aggregation, max_tokens=self.config.max_tokens, micro_batch=train.micro_batch
-        )
-        of_tokens = {"weights": weights, **{name: x[rows] for name, x in rollout.of_tokens.items()}}
-        return microbatches_of(self.engine, rollout, rows, first_sample, of_tokens)
+        return step_microbatches(self.engine, rollout, rows, self.aggregation, rollout.of_tokens)
 
     def _asked(self, index: int) -> list[int]:
         """Return the questions of a rollout: all of them in a new order, again and again."""

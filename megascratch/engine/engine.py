@@ -24,11 +24,11 @@ from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
 from megascratch.dist.rng import initialize
 from megascratch.engine.graph import cuda_step_graph
-from megascratch.engine.objective import Objective, Outputs
+from megascratch.engine.objective import Finding, Objective, Outputs
 from megascratch.engine.recompute import recompute_plans
 from megascratch.engine.router_notes import RouterNotes, metrics_of, move_biases
 from megascratch.engine.stages import compile_layers, make_stages, units_of
-from megascratch.engine.totals import Sums, Totals, add_up, means_of, tell_pipeline
+from megascratch.engine.totals import Sums, Totals, add_up, means_of, note_found, take_found, tell_pipeline
 from megascratch.nn import (
     Adapter,
     Placement,
@@ -61,6 +61,7 @@ class StepReport:
         lr: learning rate of the update.
         loss_scale: fp16 factor used in the step; 1 elsewhere.
         skipped: True when nothing was updated: the gradient was not finite, or the step was not accepted.
+        found: what the step was to hand back of each micro-batch, on every rank.
     """
 
     loss: float
@@ -69,6 +70,7 @@ class StepReport:
     lr: float
     loss_scale: float
     skipped: bool
+    found: Sequence[Tensor] = ()
 
 
 class _Views(NamedTuple):
@@ -165,6 +167,7 @@ class Engine:
         objective: Objective,
         on_event: Callable[[Action, bool], None] | None = None,
         accepts: Callable[[float, float], bool] = lambda loss, grad_norm: math.isfinite(grad_norm),
+        function: Finding | None = None,
     ) -> StepReport:
         """Run one step: forward and backward of this rank's micro-batches, then the update.
 
@@ -172,6 +175,8 @@ class Engine:
             microbatches: of this data-parallel rank, all of one length; none makes a step that learns nothing.
             objective: to minimise.
             on_event: called before and after every action of the pipeline; see `pipeline.run`.
+            accepts: says from loss and gradient norm whether to update.
+            function: as for `compute`, of the same forward pass, before the update.
         """
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
         if not microbatches:
@@ -186,7 +191,7 @@ class Engine:
         # Sums over a global batch overflow 16 bits where means would not; the exact weight is known only at the end.
         nominal = float(self.config.train.global_batch * self.config.data.seq_length)
         scale = self.loss_scale.value
-        totals = self._run(microbatches, objective, scale / nominal, on_event)
+        totals, found = self._run(microbatches, objective, scale / nominal, on_event, function)
         routers = self.router_notes.reports(totals.weight)
         with self.mesh.clock.region("optimizer"):
             grad_scale = nominal / (scale * totals.weight)
@@ -197,19 +202,17 @@ class Engine:
                 move_biases(stage, routers)
         self.step += 1
         metrics = {**totals.metrics, **metrics_of(routers)}
-        return StepReport(totals.loss, metrics, result.grad_norm, lr, scale, result.skipped)
+        return StepReport(totals.loss, metrics, result.grad_norm, lr, scale, result.skipped, found)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch], objective: Objective) -> Totals:
         """Return the means over a global batch, without gradients and with dropout off."""
         for stage in self.stages.values():
             stage.eval()
-        return self._run(microbatches, objective, grad_seed=None)
+        return self._run(microbatches, objective, grad_seed=None)[0]
 
     @torch.no_grad()
-    def compute(
-        self, microbatches: Sequence[Microbatch], function: Callable[[Outputs, Microbatch], Tensor]
-    ) -> list[Tensor]:
+    def compute(self, microbatches: Sequence[Microbatch], function: Finding) -> list[Tensor]:
         """Return what a function makes of each micro-batch, without gradients and with dropout off, on every rank.
 
         Args:
@@ -237,7 +240,8 @@ class Engine:
         objective: Objective,
         grad_seed: float | None,
         on_event: Callable[[Action, bool], None] | None = None,
-    ) -> Totals:
+        function: Finding | None = None,
+    ) -> tuple[Totals, Sequence[Tensor]]:
         """Drive the pipeline over the micro-batches; `grad_seed` is the gradient of the loss, or None without one."""
         self.router_notes.forget()
         clock = self.mesh.clock
@@ -246,15 +250,18 @@ class Engine:
 
         def drive(moved: Sequence[Microbatch]) -> dict[str, Tensor]:
             sums: Sums = {}
-            self._drive(moved, partial(self._add_up, objective, sums, grad_seed), grad_seed, on_event)
+            self._drive(moved, partial(self._add_up, objective, function, sums, grad_seed), grad_seed, on_event)
             return {name: torch.stack(values) for name, values in sums.items()}
 
         # An observer has to see every action, so a step that has one is not replayed.
         if self.graph is None or grad_seed is None or on_event is not None:
-            return means_of(drive(moved), self.mesh)
-        with clock.region("graph"), clock.paused():
-            sums = self.graph(drive, moved)
-        return means_of(sums, self.mesh)
+            sums = drive(moved)
+        else:
+            with clock.region("graph"), clock.paused():
+                sums = dict(self.graph(drive, moved))
+        found = take_found(sums)
+        told = () if function is None else tell_pipeline(found, len(microbatches), self.mesh)
+        return means_of(sums, self.mesh), told
 
     def _drive(
         self,
@@ -340,6 +347,7 @@ class Engine:
     def _add_up(
         self,
         objective: Objective,
+        function: Finding | None,
         sums: Sums,
         grad_seed: float | None,
         outputs: Outputs,
@@ -349,6 +357,8 @@ class Engine:
         """Add what the objective says of a micro-batch to `sums`, and return the scalar to differentiate."""
         loss = objective(outputs, microbatch)
         add_up(sums, loss)
+        if function is not None:
+            note_found(sums, index, function(outputs, microbatch))
         total = loss.total if loss.besides is None else loss.total + loss.besides
         return total * grad_seed if grad_seed is not None else total
 

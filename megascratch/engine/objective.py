@@ -20,7 +20,7 @@ from megascratch.data.microbatch import Microbatch
 from megascratch.dist import comm
 from megascratch.dist.mesh import Axis
 from megascratch.nn import linear_cross_entropy, linear_logprobs, scores
-from megascratch.nn.context import natural_order
+from megascratch.nn.context import natural_order, token_index
 from megascratch.nn.linear import column_linear
 from megascratch.nn.loss import Notes, capped
 from megascratch.ops import acc_dtype
@@ -125,6 +125,12 @@ class Outputs:
         joined = comm.gather(values.detach().t(), self.cp)
         return joined[natural_order(len(joined), self.cp, joined.device)].t()
 
+    def own_tokens(self, values: Tensor) -> Tensor:
+        """Undo `whole_sequences`: of [b, s·cp], return the tokens that this rank of cp holds, [b, s]."""
+        if self.cp.size == 1:
+            return values
+        return values[:, token_index(values.shape[1], self.cp, values.device)]
+
     def _whole(self) -> Tensor:
         """The head's input on every rank of tp, [s, b, h]; gradients are summed over the axis on the way back."""
         enter = comm.all_gather if self.sequence_parallel else comm.copy
@@ -156,6 +162,8 @@ class Loss:
 
 
 Objective = Callable[[Outputs, Microbatch], Loss]
+Finding = Callable[[Outputs, Microbatch], Tensor]
+"""What is to be known of a micro-batch: a tensor of one shape for all of them; see `Engine.compute`."""
 
 
 def next_token(outputs: Outputs, microbatch: Microbatch) -> Loss:

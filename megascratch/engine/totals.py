@@ -17,7 +17,7 @@ from megascratch.dist.sums import exact_sum
 from megascratch.engine.objective import Loss, Ratio
 
 # Names of sums that no metric has: a metric's weight is called _WEIGHT and its name.
-_LOSS, _WEIGHT = "", "\t"
+_LOSS, _WEIGHT, _FOUND = "", "\t", "\n"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Totals:
 
 
 Sums = dict[str, list[Tensor]]
-"""By name, what each micro-batch has added, a float64 scalar; they are added up at the end, to the same bits always."""
+"""By name, what each micro-batch has added, a float64 scalar; they are added up at the end, to the same bits always.
+What was found of a micro-batch travels with them, under its number."""
 
 
 def add_up(sums: Sums, loss: Loss) -> None:
@@ -61,6 +62,17 @@ def add_up(sums: Sums, loss: Loss) -> None:
         entries |= {name: ratio.total, f"{_WEIGHT}{name}": ratio.weight}
     for name, value in entries.items():
         sums.setdefault(name, []).append(value.detach().double())
+
+
+def note_found(sums: Sums, index: int, found: Tensor) -> None:
+    """Note what was found of micro-batch `index`."""
+    sums[f"{_FOUND}{index}"] = [found.detach()]
+
+
+def take_found(sums: dict[str, Tensor]) -> dict[int, Tensor]:
+    """Take what was found of each micro-batch, [1, …], out of the stacked sums."""
+    names = [name for name in sums if name.startswith(_FOUND)]
+    return {int(name.removeprefix(_FOUND)): sums.pop(name)[0] for name in names}
 
 
 def means_of(sums: Mapping[str, Tensor], mesh: Mesh) -> Totals:

@@ -93,6 +93,25 @@ def test_plain_gae_is_the_textbooks() -> None:
     torch.testing.assert_close(returns, (expected + values) * batch.mask)
 
 
+@pytest.mark.parametrize("masked", ["carry", "plain"])
+def test_sequences_of_one_row_know_nothing_of_each_other(masked: Any) -> None:
+    """Rows of two sequences each, the first of which ends with tokens that the policy did not choose."""
+    batch = Batch(holes=True)
+    mask = batch.mask * (torch.arange(S) < S - 2)
+
+    def joined(x: Tensor) -> Tensor:
+        return torch.cat((x[: N // 2], x[N // 2 :]), dim=1)
+
+    documents = joined((torch.arange(N) >= N // 2).long().unsqueeze(1).expand(N, S))
+    given = batch.rewards * mask, batch.values.detach(), mask
+    alone = gae(*given, 0.9, 0.5, masked)
+    together = gae(*map(joined, given), 0.9, 0.5, masked, documents)
+    for got, want in zip(together, alone):
+        torch.testing.assert_close(got, joined(want))
+    leaked, _ = gae(*map(joined, given), 0.9, 0.5, masked)
+    assert not torch.allclose(leaked, together[0])
+
+
 def test_whitening_by_either_variance() -> None:
     batch = Batch()
     kept = batch.advantages[batch.mask > 0]
