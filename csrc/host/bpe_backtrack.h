@@ -1,8 +1,7 @@
 // Encoding by longest matches, which are checked and taken back: what merging yields, in time linear in the bytes.
 //
 //   vocabulary, in the order of the merges   l o w e r  lo  low  er  we
-//   "lower"   longest match low  →  longest match er: could low|er stand next to each other?
-//             undo er: low|e; undo low: lo|w, and so on: no merge joins anything over the border, so it stays  →  low er
+//   "lower"   longest match low  →  longest match er: may low|er stand side by side? They may (bpe_borders.h)  →  low er
 //   "lowe"    low  →  e fits
 //   "owe"     o    →  we fits, as long as no (o,w) merge exists that comes before (w,e)
 //
@@ -22,21 +21,18 @@
 #include <memory>
 #include <numeric>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
+#include "bpe_borders.h"
 #include "bpe_merge.h"
 #include "bpe_trie.h"
-#include "flat_table.h"
 
 namespace megascratch::bpe {
 
-/// Room to work in, and what was found out before about neighbours.
+/// Room to work in.
 struct BacktrackScratch {
-    static constexpr unsigned kLogChoices = 14;
     std::vector<uint32_t> chosen;
-    std::vector<uint64_t> dead_ends;                                                // a bit a border
-    std::vector<uint64_t> choices = std::vector<uint64_t>(1 << kLogChoices, ~0ULL);  // last, match, choice: 21 bits each
+    std::vector<uint64_t> dead_ends;  // a bit a border
 };
 
 /// A short piece to encode among others, and room for its ids.
@@ -46,6 +42,8 @@ struct PieceJob {
     uint32_t length;  // from 1 to kMaxBytes
     uint32_t n_ids;
     uint32_t ids[kMaxBytes];
+
+    unsigned byte(uint32_t i) const { return i < length ? at[i] : Trie::kEnd; }
 };
 
 class Backtracker {
@@ -64,7 +62,7 @@ class Backtracker {
     /// Say for each id whether merging can yield it.
     std::vector<bool> reachable(size_t n_ids) const {
         std::vector<bool> can(n_ids);
-        for (uint32_t id : ids_) can[id] = true;
+        for (const Token& token : borders_.tokens()) can[token.id] = true;
         return can;
     }
 
@@ -72,34 +70,31 @@ class Backtracker {
     void encode(std::string_view piece, BacktrackScratch& scratch, std::vector<uint32_t>& out) const {
         const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(piece.data());
         const uint8_t* const end = bytes + piece.size();
-        uint32_t next = trie_->longest(bytes, end);
-        if (prefixes_[next].length == piece.size()) {
-            out.push_back(ids_[next]);
-            return;
-        }
         std::vector<uint32_t>& chosen = scratch.chosen;
         std::vector<uint64_t>& dead_ends = scratch.dead_ends;
         chosen.clear();
         dead_ends.assign(piece.size() / 64 + 1, 0);
-        for (size_t at = 0; at < piece.size();) {
+        uint32_t next = trie_->longest(bytes, end);
+        for (size_t at = 0;;) {
             const uint32_t last = chosen.empty() ? kNone : chosen.back();
-            for (; (next = choose(last, next, scratch)) != kNone; next = prefixes_[next].shorter) {
-                const size_t border = at + prefixes_[next].length;
-                if (!(dead_ends[border / 64] >> (border % 64) & 1)) break;
+            for (; next != kNone; next = borders_[next].shorter) {
+                const size_t border = at + borders_[next].length;
+                if (!(dead_ends[border / 64] >> (border % 64) & 1) && fits(last, next)) break;
             }
             if (next != kNone) {
                 chosen.push_back(next);
-                at += prefixes_[next].length;
+                at += borders_[next].length;
+                if (at == piece.size()) break;
                 next = trie_->longest(bytes + at, end);
             } else {
                 assert(last != kNone && "every text has an encoding");
                 dead_ends[at / 64] |= uint64_t(1) << (at % 64);
                 chosen.pop_back();
-                at -= prefixes_[last].length;
-                next = prefixes_[last].shorter;
+                at -= borders_[last].length;
+                next = borders_[last].shorter;
             }
         }
-        for (uint32_t token : chosen) out.push_back(ids_[token]);
+        for (uint32_t token : chosen) out.push_back(borders_[token].id);
         if (chosen.capacity() > kKeep) {  // do not keep a giant's scratch
             std::vector<uint32_t>().swap(chosen);
             std::vector<uint64_t>().swap(dead_ends);
@@ -113,61 +108,41 @@ class Backtracker {
         Turn *waiting[kMostJobs], *working[kMostJobs];
         for (size_t i = 0; i < n_jobs; ++i) {
             jobs[i].n_ids = 0;
-            turns[i] = {&jobs[i], 0, 0, {}, {}};
+            turns[i].job = &jobs[i];
             waiting[i] = &turns[i];
         }
         for (size_t n_waiting = n_jobs; n_waiting != 0;) {
-            for (size_t i = 0; i < n_waiting; ++i) waiting[i]->walk = trie_->begin(waiting[i]->next_byte());
+            for (size_t i = 0; i < n_waiting; ++i) begin_walk(*waiting[i]);
+            for (unsigned step = 0; step < kBlindSteps; ++step)
+                for (size_t i = 0; i < n_waiting; ++i) walk_on(*waiting[i]);
             std::copy_n(waiting, n_waiting, working);
             in_step(working, n_waiting, [&](Turn& turn) { return walk_on(turn); });
-            for (size_t i = 0; i < n_waiting; ++i) compare(*waiting[i], waiting[i]->walk.found);
+            for (size_t i = 0; i < n_waiting; ++i) borders_.touch(waiting[i]->walk.found);
             std::copy_n(waiting, n_waiting, working);
             in_step(working, n_waiting, [&](Turn& turn) { return check_on(turn); });
             size_t n_left = 0;
             for (size_t i = 0; i < n_waiting; ++i)
-                if (waiting[i]->take(prefixes_)) waiting[n_left++] = waiting[i];
+                if (take(*waiting[i])) waiting[n_left++] = waiting[i];
             n_waiting = n_left;
         }
         for (size_t i = 0; i < n_jobs; ++i)
-            for (uint32_t j = 0; j < jobs[i].n_ids; ++j) jobs[i].ids[j] = ids_[jobs[i].ids[j]];
+            for (uint32_t j = 0; j < jobs[i].n_ids; ++j) jobs[i].ids[j] = borders_[jobs[i].ids[j]].id;
     }
 
   private:
-    static constexpr uint32_t kNone = Trie::kNone;
+    static constexpr uint32_t kNone = Token::kNone;
     static constexpr size_t kKeep = 1 << 20;
-
-    // Tokens are numbered by merge order here: the 256 bytes by value, then each merge's result.
-    struct Split {
-        uint32_t left, right;  // what a token is merged from; unused for bytes
-    };
-    struct Prefix {
-        uint32_t shorter;  // the longest token that this one begins with
-        uint32_t length;   // of this one, in bytes
-    };
-
-    /// The tokens on both sides of a border, and before which merge one over it has to come to take it away.
-    struct Border {
-        uint32_t left = kNone, right = kNone, before = kNone;
-    };
-    enum class Answer { kYes, kNo, kOpen };
+    static constexpr unsigned kBlindSteps = 2;  // most matches go on so far that asking costs more than going
 
     /// Where a piece stands among those encoded together. Its job's ids are tokens until it is done.
     struct Turn {
         PieceJob* job;
-        uint32_t at;         // of the next token
-        uint64_t dead_ends;  // a bit a border
-        Trie::Walk walk;     // what it found is the candidate for the next token
-        Border border;       // between the token before and the candidate
+        uint32_t at = 0;         // of the next token
+        uint32_t walked;         // where the walk stands
+        Trie::Walk walk;         // what it found is the candidate for the next token
+        uint64_t dead_ends = 0;  // a bit a border
 
-        const uint8_t* next_byte() const { return job->at + at; }
         uint32_t last() const { return job->n_ids == 0 ? kNone : job->ids[job->n_ids - 1]; }
-
-        /// Take the candidate; say whether there is more to encode.
-        bool take(const std::vector<Prefix>& prefixes) {
-            job->ids[job->n_ids++] = walk.found;
-            at += prefixes[walk.found].length;
-            return at < job->length;
-        }
     };
 
     /// Call go_on for each in turn, until it has said false to all.
@@ -180,42 +155,53 @@ class Backtracker {
         }
     }
 
+    void begin_walk(Turn& turn) const {
+        turn.walk = trie_->begin(turn.job->at[turn.at], turn.job->byte(turn.at + 1));
+        turn.walked = turn.at + 2;
+        trie_->touch(turn.walk, turn.job->byte(turn.walked));
+    }
+
     /// Go a byte further along the longest match; false at its end.
     bool walk_on(Turn& turn) const {
-        if (!trie_->step(turn.walk) || turn.walk.at == turn.job->at + turn.job->length) return false;
-        trie_->touch(turn.walk);
-        return true;
+        trie_->step(turn.walk, turn.job->byte(turn.walked++));
+        trie_->touch(turn.walk, turn.job->byte(turn.walked));
+        return !turn.walk.over();
     }
 
-    static void compare(Turn& turn, uint32_t candidate) {
-        turn.walk.found = candidate;
-        turn.border = {turn.last(), candidate};
-    }
-
-    /// Undo one merge beside the border, or do what follows; false once the candidate fits.
+    /// Look at the candidate, and choose another where it does not fit; false once it does.
     bool check_on(Turn& turn) const {
-        if (turn.walk.found == kNone) {  // a dead end: back to the token before, which was too long
-            const uint32_t last = turn.last();
+        uint32_t& candidate = turn.walk.found;
+        const uint32_t last = turn.last();
+        if (candidate == kNone) {  // a dead end: back to the token before, which was too long
             assert(last != kNone && "every text has an encoding");
             turn.dead_ends |= uint64_t(1) << turn.at;
-            turn.at -= prefixes_[last].length;
+            turn.at -= borders_[last].length;
             --turn.job->n_ids;
-            compare(turn, prefixes_[last].shorter);
-            return true;
+            candidate = borders_[last].shorter;
+        } else {
+            const uint32_t end = turn.at + borders_[candidate].length;
+            const bool dead = end < turn.job->length && turn.dead_ends >> end & 1;
+            if (!dead && fits(last, candidate)) return false;
+            candidate = borders_[candidate].shorter;
         }
-        const Answer stays = turn.border.left == kNone ? Answer::kYes : undo(turn.border);
-        if (stays == Answer::kOpen) return true;
-        const uint32_t end = turn.at + prefixes_[turn.walk.found].length;
-        if (stays == Answer::kYes && (end == turn.job->length || !(turn.dead_ends >> end & 1))) return false;
-        compare(turn, prefixes_[turn.walk.found].shorter);
+        if (candidate != kNone) borders_.touch(candidate);
         return true;
     }
 
+    /// Take the candidate; say whether there is more to encode.
+    bool take(Turn& turn) const {
+        turn.job->ids[turn.job->n_ids++] = turn.walk.found;
+        turn.at += borders_[turn.walk.found].length;
+        return turn.at < turn.job->length;
+    }
+
+    bool fits(uint32_t last, uint32_t next) const { return last == kNone || borders_.compatible(last, next); }
+
     Backtracker(const std::vector<std::string_view>& tokens, const int32_t* id_of_byte)
-        : merged_(tokens.size()), order_(tokens.size(), kNone) {
+        : borders_(tokens.size()), order_(tokens.size(), kNone) {
         for (uint32_t byte = 0; byte < 256; ++byte) {
             order_[size_t(id_of_byte[byte])] = byte;
-            add(uint32_t(id_of_byte[byte]), {byte, byte});
+            borders_.add_byte(uint32_t(id_of_byte[byte]));
         }
     }
 
@@ -255,74 +241,30 @@ class Backtracker {
                 from_later_ones = true;
                 continue;
             }
-            if (!compatible(left, right)) continue;
-            order_[size_t(id)] = uint32_t(ids_.size());
-            merged_.insert(left, right, uint32_t(ids_.size()));
-            add(uint32_t(id), {left, right});
+            if (!borders_.survives(left, right)) continue;
+            order_[size_t(id)] = uint32_t(borders_.tokens().size());
+            borders_.add(uint32_t(id), left, right);
             return true;
         }
         return !from_later_ones;
     }
 
-    void add(uint32_t id, Split split) {
-        ids_.push_back(id);
-        splits_.push_back(split);
-    }
-
     bool finish(const std::vector<std::string_view>& tokens) {
         std::vector<std::string_view> strings;
-        for (uint32_t id : ids_) strings.push_back(tokens[id]);
+        for (const Token& token : borders_.tokens()) strings.push_back(tokens[token.id]);
         trie_ = std::make_unique<Trie>(strings);
         for (uint32_t token = 0; token < strings.size(); ++token) {
             const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(strings[token].data());
             const size_t length = strings[token].size();
             if (trie_->longest(bytes, bytes + length) != token) return false;  // it has a twin
-            prefixes_.push_back({trie_->longest(bytes, bytes + length - 1), uint32_t(length)});
+            if (length > 1) borders_.set_shorter(token, trie_->longest(bytes, bytes + length - 1));
         }
+        borders_.finish();
         order_ = {};
         return true;
     }
 
-    /// The longest of `match` and the tokens that it begins with that fits after `last`; kNone where none does.
-    uint32_t choose(uint32_t last, uint32_t match, BacktrackScratch& scratch) const {
-        if (last == kNone || match == kNone) return match;
-        constexpr uint64_t kNothing = PackedPairs::kMaxIds - 1;
-        const uint64_t key = uint64_t(last) << 21 | match;
-        uint64_t& known = scratch.choices[key * 0x9e3779b97f4a7c15ULL >> (64 - BacktrackScratch::kLogChoices)];
-        if (known >> 21 == key) return (known & kNothing) == kNothing ? kNone : uint32_t(known & kNothing);
-        while (match != kNone && !compatible(last, match)) match = prefixes_[match].shorter;
-        known = key << 21 | (match == kNone ? kNothing : match);
-        return match;
-    }
-
-    /// Say whether merging leaves the border between these two.
-    bool compatible(uint32_t left, uint32_t right) const {
-        Border border{left, right};
-        Answer stays;
-        while ((stays = undo(border)) == Answer::kOpen) {
-        }
-        return stays == Answer::kYes;
-    }
-
-    /// Undo the later of the merges beside a border; one over it that would have come before the one undone last says no.
-    Answer undo(Border& border) const {
-        if (merged_.find(border.left, border.right) < border.before) return Answer::kNo;
-        if (border.left > border.right) {
-            if (border.left < 256) return Answer::kYes;
-            border.before = border.left;
-            border.left = splits_[border.left].right;
-        } else {
-            if (border.right < 256) return Answer::kYes;
-            border.before = border.right + 1;  // of equals the leftmost goes first, and that is the one over the border
-            border.right = splits_[border.right].left;
-        }
-        return Answer::kOpen;
-    }
-
-    std::vector<uint32_t> ids_;
-    std::vector<Split> splits_;
-    std::vector<Prefix> prefixes_;
-    PackedPairs merged_;
+    Borders borders_;
     std::unique_ptr<Trie> trie_;
     std::vector<uint32_t> order_;  // while learning: the number of each id, kNone for those not taken up
 };

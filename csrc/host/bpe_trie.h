@@ -17,17 +17,16 @@ namespace megascratch::bpe {
 
 class Trie {
   public:
-    static constexpr uint32_t kNone = UINT32_MAX;
     static constexpr uint32_t kMaxStrings = (1 << 22) - 1;
+    static constexpr unsigned kEnd = 256;  // what stands behind the last byte of a text
 
-    /// Args: strings: distinct and not empty; string i is found as the value i.
-    explicit Trie(const std::vector<std::string_view>& strings) {
+    /// Args: strings: distinct, each of the 256 single bytes among them; string i is found as the value i.
+    explicit Trie(const std::vector<std::string_view>& strings) : starts_(256 * kSymbols) {
         std::vector<uint32_t> order(strings.size());
         std::iota(order.begin(), order.end(), 0);
         std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return strings[a] < strings[b]; });
-        grow(0);
-        nodes_[0] = Node{0, 0, kNoValue};
-        std::vector<Range> ranges{{0, 0, uint32_t(order.size()), 0}};
+        grow(first_);
+        std::vector<Range> ranges{{kRoot, 0, uint32_t(order.size()), 0}};
         std::vector<Range> children;
         for (size_t next = 0; next < ranges.size(); ++next) {  // breadth first: short strings lie close together
             const Range range = ranges[next];
@@ -39,55 +38,64 @@ class Trie {
                     continue;
                 }
                 const uint8_t byte = uint8_t(string[range.depth]);
-                if (children.empty() || children.back().node != byte) children.push_back({byte, i, i, 0});
+                if (children.empty() || children.back().node != byte) children.push_back({byte, i, i, range.depth + 1});
                 children.back().last = i + 1;
             }
+            if (children.empty()) continue;
             const uint64_t base = place(children);
-            nodes_[range.node].base = base & kMaxBase;
+            nodes_[range.node].base = base;
             for (const Range& child : children) {
-                nodes_[base + child.node] = Node{0, uint8_t(child.node), kNoValue};
+                nodes_[base + child.node] = Node{kNowhere, child.node, nodes_[range.node].value};
                 taken_[base + child.node] = true;
-                ranges.push_back({uint32_t(base + child.node), child.first, child.last, range.depth + 1});
+                ranges.push_back({uint32_t(base + child.node), child.first, child.last, child.depth});
             }
         }
         taken_ = bases_ = {};
+        for (unsigned first = 0; first < 256; ++first)
+            for (unsigned second = 0; second < kSymbols; ++second) {
+                Walk walk{uint32_t(nodes_[kRoot].base), 0};
+                step(walk, first);
+                step(walk, second);
+                starts_[first * kSymbols + second] = walk;
+            }
     }
 
     /// A walk from the root along a text.
     struct Walk {
-        const uint8_t* at;
-        uint64_t base;
-        uint32_t found = kNone;  // the value of the longest string so far
+        uint32_t base;   // of the children that come next; kNowhere where no string goes on so
+        uint32_t found;  // the value of the longest string so far
+
+        bool over() const { return base == kNowhere; }
     };
 
-    Walk begin(const uint8_t* at) const { return {at, nodes_[0].base}; }
+    /// A walk that has gone two bytes; the second may be kEnd.
+    const Walk& begin(unsigned first, unsigned second) const { return starts_[first * kSymbols + second]; }
 
-    /// Go one byte further; false where no string goes on so.
-    bool step(Walk& walk) const {
-        const Node node = nodes_[walk.base + *walk.at];
-        if (node.label != *walk.at || node.value == kFree) return false;
-        if (node.value != kNoValue) walk.found = node.value;
-        walk.base = node.base;
-        ++walk.at;
-        return true;
+    /// Go a byte further, or kEnd. There are no branches in this: nobody can guess where a walk ends.
+    void step(Walk& walk, unsigned byte) const {
+        const Node node = nodes_[walk.base + byte];
+        const bool matches = node.label == byte;
+        walk.base = matches ? uint32_t(node.base) : kNowhere;
+        walk.found = matches ? uint32_t(node.value) : walk.found;
     }
 
     /// Ask for the memory that the next step needs.
-    void touch(const Walk& walk) const { __builtin_prefetch(&nodes_[walk.base + *walk.at]); }
+    void touch(const Walk& walk, unsigned byte) const { __builtin_prefetch(&nodes_[walk.base + byte]); }
 
-    /// The value of the longest string that the text begins with, or kNone.
+    /// The value of the longest string that a text begins with.
     uint32_t longest(const uint8_t* at, const uint8_t* end) const {
-        Walk walk = begin(at);
-        while (walk.at < end && step(walk)) {
-        }
+        const auto byte = [&](size_t i) { return i < size_t(end - at) ? unsigned(at[i]) : kEnd; };
+        Walk walk = begin(at[0], byte(1));
+        for (size_t depth = 2; !walk.over(); ++depth) step(walk, byte(depth));
         return walk.found;
     }
 
   private:
-    static constexpr uint32_t kNoValue = kMaxStrings, kFree = kMaxStrings - 1;
-    static constexpr uint64_t kMaxBase = (uint64_t(1) << 34) - 1;
+    static constexpr unsigned kSymbols = 257;
+    static constexpr unsigned kFree = 511;                // the label of a slot without a node
+    static constexpr uint32_t kNowhere = 0, kRoot = kEnd + 1;  // no node stands in reach of base 0
     struct Node {
-        uint64_t base : 34, label : 8, value : 22;
+        uint64_t base : 32, label : 10, value : 22;  // of the longest string on the way to it, where it has none itself
     };
     struct Range {  // strings order[first, last) share their first `depth` bytes, and end in `node`
         uint32_t node, first, last, depth;
@@ -111,17 +119,18 @@ class Trie {
     }
 
     void grow(uint64_t base) {
-        const size_t needed = base + 2 * 256;
+        const size_t needed = base + 2 * kSymbols;
         if (needed <= nodes_.size()) return;
-        nodes_.resize(std::max(needed, nodes_.size() * 3 / 2), Node{0, 0, kFree});
+        nodes_.resize(std::max(needed, nodes_.size() * 3 / 2), Node{kNowhere, kFree, 0});
         taken_.resize(nodes_.size());
         bases_.resize(nodes_.size());
     }
 
     static constexpr size_t kPatience = 16;
     std::vector<Node> nodes_;
+    std::vector<Walk> starts_;         // by the first two bytes
     std::vector<bool> taken_, bases_;  // slots that hold a node, and bases that a node has: while building
-    uint64_t first_ = 1;
+    uint64_t first_ = kRoot + 1;
 };
 
 }  // namespace megascratch::bpe
