@@ -14,8 +14,8 @@
 //                                                                                and see how far the carry goes
 //
 // A window starts where a piece starts. What its last piece needs to know may lie behind the window, so the next window
-// starts with that piece. Characters beyond ASCII get their bits one by one; then the masks are squeezed to a bit a
-// character, and the borders found are spread again.
+// starts with that piece. Characters beyond ASCII are looked up one by one, each leaving its class at its first byte; then
+// the masks are squeezed to a bit a character, and the borders found are spread again.
 //
 // Idea: Langdale and Lemire, "Parsing gigabytes of JSON per second" (VLDB Journal, 2019), section 3.1.
 #pragma once
@@ -69,12 +69,13 @@ struct Window {
             std::memset(copy, 0, sizeof copy);
             bytes = static_cast<const uint8_t*>(std::memcpy(copy, p, std::min<uint64_t>(n, 64)));
         }
-        const uint64_t wide = read_ascii(bytes) & valid;
+        const Bytes both(bytes);
+        const uint64_t wide = read_ascii(both) & valid;
         for (uint64_t* mask : {&capitals, &smalls, &numbers, &spaces, &newlines, &blanks, &apostrophes, &slashes}) *mask &= valid;
         heads = valid;
         if (wide) {
             ascii = false;
-            read_wide(text, p, wide);
+            if (!read_well_formed(text, p, both, wide, valid)) read_wide(text, p, wide);
         }
         letters |= capitals | smalls;
         symbols = heads & ~(letters | numbers | spaces);
@@ -84,34 +85,91 @@ struct Window {
                 *mask = _pext_u64(*mask, heads);
     }
 
+    /// Characters of either case that o200k's formula does not know: those beside capitals, where what follows decides, and
+    /// marks after symbols, which are words or symbols themselves.
+    uint64_t for_the_scanner() const { return capitals ? either_case : either_case & ~letters & (symbols & ~either_case) << 1; }
+
     /// The byte at which the character of this one bit begins.
     unsigned byte_of(uint64_t character) const {
         return unsigned(__builtin_ctzll(ascii ? character : _pdep_u64(character, heads)));
     }
 
   private:
-    uint64_t read_ascii(const uint8_t* p) {
-        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32));
-        const auto both = [&](auto&& test) {
+    /// 64 bytes, and a bit for each that passes a test.
+    struct Bytes {
+        __m256i low, high;
+
+        explicit Bytes(const uint8_t* p)
+            : low(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))),
+              high(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))) {}
+
+        template <class Test>
+        uint64_t where(Test&& test) const {
             return uint64_t(uint32_t(_mm256_movemask_epi8(test(low)))) | uint64_t(uint32_t(_mm256_movemask_epi8(test(high)))) << 32;
-        };
-        const auto between = [&](char first, char n_more) {  // x - first <= n_more, unsigned
-            return both([&](__m256i x) {
-                const __m256i offset = _mm256_sub_epi8(x, _mm256_set1_epi8(first));
-                return _mm256_cmpeq_epi8(_mm256_min_epu8(offset, _mm256_set1_epi8(n_more)), offset);
+        }
+        uint64_t between(uint8_t first, uint8_t last) const {  // x - first <= last - first, unsigned
+            return where([&](__m256i x) {
+                const __m256i offset = _mm256_sub_epi8(x, _mm256_set1_epi8(char(first)));
+                return _mm256_cmpeq_epi8(_mm256_min_epu8(offset, _mm256_set1_epi8(char(last - first))), offset);
             });
-        };
-        const auto equal = [&](char c) { return both([&](__m256i x) { return _mm256_cmpeq_epi8(x, _mm256_set1_epi8(c)); }); };
-        capitals = between('A', 25);
-        smalls = between('a', 25);
-        numbers = between('0', 9);
-        newlines = equal('\n') | equal('\r');
-        blanks = equal(' ');
-        spaces = between('\t', 4) | blanks;
-        apostrophes = equal('\'');
-        slashes = equal('/');
-        return both([](__m256i x) { return x; });
+        }
+        uint64_t equal(char c) const {
+            return where([&](__m256i x) { return _mm256_cmpeq_epi8(x, _mm256_set1_epi8(c)); });
+        }
+        template <uint8_t bit>
+        uint64_t having() const {
+            return where([](__m256i x) { return _mm256_slli_epi16(x, 7 - __builtin_ctz(bit)); });
+        }
+    };
+
+    uint64_t read_ascii(const Bytes& bytes) {
+        capitals = bytes.between('A', 'Z');
+        smalls = bytes.between('a', 'z');
+        numbers = bytes.between('0', '9');
+        newlines = bytes.equal('\n') | bytes.equal('\r');
+        blanks = bytes.equal(' ');
+        spaces = bytes.between('\t', '\r') | blanks;
+        apostrophes = bytes.equal('\'');
+        slashes = bytes.equal('/');
+        return bytes.where([](__m256i x) { return x; });
+    }
+
+    /// Read the characters beyond ASCII, or nothing where some byte is not part of one: false then.
+    bool read_well_formed(const Text& text, const uint8_t* p, const Bytes& bytes, uint64_t wide, uint64_t valid) {
+        const uint64_t twos = bytes.between(0xC2, 0xDF) & valid, threes = bytes.between(0xE0, 0xEF) & valid;
+        const uint64_t fours = bytes.between(0xF0, 0xF4) & valid;
+        const uint64_t behind = (twos | threes | fours) << 1 | (threes | fours) << 2 | fours << 3;
+        if ((bytes.between(0x80, 0xBF) & valid) != behind || (wide & ~behind) != (twos | threes | fours)) return false;
+        alignas(32) uint8_t classes[64] = {};
+        const uint64_t cut_off = (twos & uint64_t(1) << 63) | (threes & uint64_t(3) << 62);
+        for (uint64_t left = fours | cut_off; left; left &= left - 1) {
+            const unsigned at = unsigned(__builtin_ctzll(left));
+            const Character c = text.at(p + at);
+            if (c.size == 1) return false;
+            classes[at] = c.bits;
+        }
+        for (uint64_t left = twos & ~cut_off; left; left &= left - 1) {
+            const unsigned at = unsigned(__builtin_ctzll(left));
+            classes[at] = text.class_of_two(p + at);
+        }
+        bool malformed = false;
+        for (uint64_t left = threes & ~cut_off; left; left &= left - 1) {
+            const unsigned at = unsigned(__builtin_ctzll(left));
+            const unsigned code_point_high = unsigned(p[at] & 0x0F) << 1 | (p[at + 1] >> 5 & 1);  // its upper 5 bits
+            malformed |= code_point_high == 0 || code_point_high == 0x1B;                       // overlong, or a surrogate
+            classes[at] = text.class_of_three(p + at);
+        }
+        if (malformed) return false;
+        const Bytes found(classes);
+        const uint64_t upper = found.having<kUpper>(), lower = found.having<kLower>();
+        heads &= ~behind;
+        either_case |= upper & lower;
+        capitals |= upper & ~lower;
+        smalls |= lower & ~upper;
+        letters |= found.having<kLetter>();
+        numbers |= found.having<kNumber>();
+        spaces |= found.having<kSpace>();
+        return true;
     }
 
     void read_wide(const Text& text, const uint8_t* p, uint64_t wide) {
@@ -192,18 +250,19 @@ uint64_t starts_in(Cl100k<max_digits, whole_at_end>, const Window& w, const Text
 }
 
 inline uint64_t starts_in(O200k, const Window& w, const Text& text, const uint8_t* p) {
-    const uint64_t line_ends = w.newlines | w.slashes, first_ends = w.newlines & w.symbols << 1;
+    const uint64_t of_words = w.letters | w.either_case, others = w.symbols & ~w.either_case;  // marks are of words
+    const uint64_t line_ends = w.newlines | w.slashes, first_ends = w.newlines & others << 1;
     const uint64_t taken = (line_ends & ~(line_ends + first_ends)) | first_ends;  // and slashes after those line ends
-    const uint64_t left = w.spaces & ~taken, symbols = w.symbols & ~taken;
+    const uint64_t left = w.spaces & ~taken, symbols = others & ~taken;
     const uint64_t symbol_runs = run_starts(symbols) & ~(w.blanks << 1);
     const uint64_t lone = symbol_runs & ~(symbols >> 1);
     const uint64_t prefix = lone | (left & ~w.newlines);
     uint64_t starts = symbol_runs | space_starts(w, left) | number_starts(w.numbers);
-    starts |= (run_starts(w.letters) & ~(prefix << 1)) | (w.capitals & w.smalls << 1);
+    starts |= (run_starts(of_words) & ~(prefix << 1)) | (w.capitals & w.smalls << 1);
     uint64_t end_of_last = 0;  // a word has one contraction at most
-    for_each_contraction<true>(w, text, p, w.apostrophes & lone & w.letters << 1, [&](uint64_t apostrophe, uint64_t behind) {
+    for_each_contraction<true>(w, text, p, w.apostrophes & lone & of_words << 1, [&](uint64_t apostrophe, uint64_t behind) {
         if (apostrophe == end_of_last) return;
-        starts = (starts & ~(behind - apostrophe)) | (behind & w.letters);  // in f'rE, E is no start
+        starts = (starts & ~(behind - apostrophe)) | (behind & of_words);  // in f'rE, E is no start
         end_of_last = behind;
     });
     return starts;
@@ -213,21 +272,21 @@ template <class Scanner>
 size_t Cutter<Scanner>::operator()(const uint8_t** ends) {
     if (at_ == text_.end) return 0;
     const Window window(text_, at_, readable_end_);
-    // White space at the end of the window may go on behind it, and only the scanner knows words of either case.
+    // White space at the end of the window may go on behind it, and only the scanner knows some words of either case.
     const uint64_t settled = ~window.spaces & window.all();
     unsigned n_sure = settled ? 64 - unsigned(__builtin_clzll(settled)) : 0;
     const bool whole = text_.end - at_ <= 64 && n_sure == unsigned(__builtin_popcountll(window.all()));
-    const bool by_scanner = std::is_same_v<Scanner, O200k> && window.either_case;
-    if (by_scanner) n_sure = std::min(n_sure, unsigned(__builtin_ctzll(window.either_case)));
+    const uint64_t difficult = std::is_same_v<Scanner, O200k> ? window.for_the_scanner() : 0;
+    if (difficult) n_sure = std::min(n_sure, unsigned(__builtin_ctzll(difficult)));
     uint64_t starts = starts_in(Scanner{}, window, text_, at_) & ~uint64_t(1);
     if (n_sure < 64) starts &= (uint64_t(1) << n_sure) - 1;
     if (!window.ascii) starts = _pdep_u64(starts, window.heads);
     size_t n = 0;
     for (; starts; starts &= starts - 1) ends[n++] = at_ + __builtin_ctzll(starts);
-    if (whole && !by_scanner) ends[n++] = text_.end;
+    if (whole && !difficult) ends[n++] = text_.end;
     if (n == 0) {
-        const uint64_t difficult = by_scanner ? _pdep_u64(window.either_case, window.heads) : 1;
-        const uint8_t* const behind = at_ + 64 - __builtin_clzll(difficult);
+        const uint64_t by_scanner = difficult ? _pdep_u64(difficult, window.heads) : 1;
+        const uint8_t* const behind = at_ + 64 - __builtin_clzll(by_scanner);
         for (const uint8_t* p = at_; p < behind && n < kMostCut;) ends[n++] = p = Scanner::next(text_, p);
     }
     at_ = ends[n - 1];

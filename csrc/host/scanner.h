@@ -101,6 +101,12 @@ class Text {
     }
 #endif
 
+    /// The class of a character of two, or three, bytes that is known to be well formed.
+    uint8_t class_of_two(const uint8_t* p) const { return classes_[(p[0] & 0x1F) << 6 | (p[1] & 0x3F)]; }
+    uint8_t class_of_three(const uint8_t* p) const {
+        return classes_[uint32_t(p[0] & 0x0F) << 12 | uint32_t(p[1] & 0x3F) << 6 | (p[2] & 0x3F)];
+    }
+
     const uint8_t* const end;
     const uint8_t* const begin;
 

@@ -78,6 +78,18 @@ def test_windows_of_characters_meet_where_pieces_meet(fuzzer: ModuleType, name: 
         assert [utf8[a:b] for a, b in zip([0, *ends], ends)] == [piece.encode() for piece in pattern.findall(text)]
 
 
+@pytest.mark.parametrize("name", PATTERNS)
+def test_characters_beyond_ascii_are_read_alike_one_by_one_and_by_windows(fuzzer: ModuleType, name: str) -> None:
+    """Letters with and without case, marks, symbols, broken bytes: a few kinds at a time, so that runs are long."""
+    random = Random(4)
+    lowest = pytest.importorskip("megascratch.tokenizer._bpe_v2")
+    kinds = [c.encode() for c in "aZéÉ漢あกשعა้́ि١—😀𝒜\u3000 !\n"] + [b"'s", *fuzzer.BAD_BYTES]
+    for _ in range(4000):
+        few = random.sample(kinds, k=random.choice([2, 4, 8]))
+        text = b"".join(random.choices(few, weights=[random.choice([1, 5, 20]) for _ in few], k=random.randint(5, 150)))
+        assert _bpe.scan(name, text).tolist() == lowest.scan(name, text).tolist()
+
+
 def test_an_unknown_scanner() -> None:
     with pytest.raises(ValueError, match="no scanner for gpt5"):
         _bpe.scan("gpt5", b"a")
