@@ -9,17 +9,18 @@ namespace {
 float square_root(float x) { return __builtin_sqrtf(x); }
 double square_root(double x) { return __builtin_sqrt(x); }
 
-// T is what values, gradients and averages are stored in, M the type of the model's values, to which the new ones are
-// rounded; void for none. Values in two halves have the type UpperHalf.
-template <typename T, typename M, typename V = T>
-void adamw_run(const AdamWArguments& a, M* __restrict model, int64_t begin, int64_t end) {
-  using A = Acc<T>;
+// V is what values are stored in, UpperHalf where they lie in two halves; M the type of the model's values, to which the
+// new ones are rounded, void for none; G, E and S are those of the gradient and of the averages of it and its square.
+template <typename V, typename M, typename G, typename E, typename S>
+void adamw_run(const AdamWArguments& a, int64_t begin, int64_t end) {
+  using A = Acc<V>;
   constexpr bool in_halves = __is_same(V, UpperHalf);
   V* __restrict value = static_cast<V*>(a.value);
   UpperHalf* __restrict remainder = static_cast<UpperHalf*>(a.remainder);
-  T* __restrict exp_avg = static_cast<T*>(a.exp_avg);
-  T* __restrict exp_avg_sq = static_cast<T*>(a.exp_avg_sq);
-  const T* __restrict grad = static_cast<const T*>(a.grad);
+  M* __restrict model = static_cast<M*>(a.model);
+  E* __restrict exp_avg = static_cast<E*>(a.exp_avg);
+  S* __restrict exp_avg_sq = static_cast<S*>(a.exp_avg_sq);
+  const G* __restrict grad = static_cast<const G*>(a.grad);
   const A grad_factor = static_cast<A>(a.grad_factor), keep = static_cast<A>(a.keep), eps = static_cast<A>(a.eps);
   const A new1 = static_cast<A>(1 - a.beta1), beta2 = static_cast<A>(a.beta2), new2 = static_cast<A>(1 - a.beta2);
   const A step_size = static_cast<A>(a.step_size), root_factor = static_cast<A>(a.root_factor);
@@ -31,15 +32,32 @@ void adamw_run(const AdamWArguments& a, M* __restrict model, int64_t begin, int6
     A old = load(value[i]);
     if constexpr (in_halves) old = joined(old, load(remainder[i]));
     const A next = keep * old - step_size * mean / (square_root(square) * root_factor + eps);
-    exp_avg[i] = store<T>(mean), exp_avg_sq[i] = store<T>(square);
+    exp_avg[i] = store<E>(mean), exp_avg_sq[i] = store<S>(square);
     if constexpr (in_halves) {
       const Halves halves = halves_of(next);
       value[i] = store<UpperHalf>(halves.nearest), remainder[i] = store<UpperHalf>(halves.remainder);
     } else {
-      value[i] = store<T>(next);
+      value[i] = store<V>(next);
     }
     if constexpr (!__is_same(M, void)) model[i] = store<M>(next);
   }
+}
+
+// Call `f` with a number of the type that `dtype` names, of the two that go together.
+template <typename F>
+void for_float_or_bfloat16(DType dtype, const F& f) {
+  dtype == DType::BFloat16 ? f(BFloat16{}) : f(float{});
+}
+
+template <typename V, typename M>
+void adamw_beside(const AdamWArguments& a, int64_t begin, int64_t end) {
+  for_float_or_bfloat16(a.grad_dtype, [&](auto grad) {
+    for_float_or_bfloat16(a.exp_avg_dtype, [&](auto exp_avg) {
+      for_float_or_bfloat16(a.exp_avg_sq_dtype, [&](auto exp_avg_sq) {
+        adamw_run<V, M, decltype(grad), decltype(exp_avg), decltype(exp_avg_sq)>(a, begin, end);
+      });
+    });
+  });
 }
 
 // One sum in float would lose small squares beside large ones: blocks are summed in the accumulation type, and their
@@ -66,19 +84,16 @@ void squares(const SquaredNormArguments& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void Kernels::adamw(const AdamWArguments& a, int64_t begin, int64_t end) {
-  if (a.remainder) {
-    adamw_run<float, void, UpperHalf>(a, nullptr, begin, end);
-  } else if (!a.model) {
-    for_dtype(a.dtype, [&](auto zero) { adamw_run<decltype(zero), void>(a, nullptr, begin, end); });
-  } else if (a.dtype == DType::Double) {
-    adamw_run<double, double>(a, static_cast<double*>(a.model), begin, end);
-  } else if (a.model_dtype == DType::Float) {
-    adamw_run<float, float>(a, static_cast<float*>(a.model), begin, end);
-  } else if (a.model_dtype == DType::Half) {
-    adamw_run<float, Half>(a, static_cast<Half*>(a.model), begin, end);
-  } else {
-    adamw_run<float, BFloat16>(a, static_cast<BFloat16*>(a.model), begin, end);
+  if (a.remainder) return adamw_beside<UpperHalf, void>(a, begin, end);
+  switch (a.dtype) {
+    case DType::Double: return adamw_run<double, void, double, double, double>(a, begin, end);
+    case DType::Half: return adamw_run<Half, void, Half, Half, Half>(a, begin, end);
+    case DType::BFloat16: return adamw_beside<BFloat16, void>(a, begin, end);
+    case DType::Float: break;
   }
+  if (!a.model) return adamw_beside<float, void>(a, begin, end);
+  if (a.model_dtype == DType::Half) return adamw_beside<float, Half>(a, begin, end);
+  adamw_beside<float, BFloat16>(a, begin, end);
 }
 
 void Kernels::squared_norm(const SquaredNormArguments& a, int64_t begin, int64_t end) {

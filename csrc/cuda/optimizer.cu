@@ -42,17 +42,35 @@ __device__ __forceinline__ void write_values(const AdamWArguments& a, int64_t i,
   write<V, (V > 1)>(static_cast<T*>(a.value) + i, value);
 }
 
-// T is what gradients and averages are stored in, S what values are: the same, or UpperHalf where they lie in two halves.
-// M is the element type of the model's values.
-template <typename T, typename S, typename M, int V>
+// Numbers that are stored in bfloat16 or else in T. Which of them is one test for all threads, beside an access of memory
+// that takes far longer, and saves a kernel for each combination.
+template <typename T, bool wide, int V>
+__device__ __forceinline__ void read_either(const void* from, DType dtype, int64_t i, Acc<T> (&x)[V]) {
+  if constexpr (__is_same(T, float)) {
+    if (dtype == DType::BFloat16) return read<V, wide>(static_cast<const BFloat16*>(from) + i, x);
+  }
+  read<V, wide>(static_cast<const T*>(from) + i, x);
+}
+
+template <typename T, bool wide, int V>
+__device__ __forceinline__ void write_either(void* to, DType dtype, int64_t i, const Acc<T> (&x)[V]) {
+  if constexpr (__is_same(T, float)) {
+    if (dtype == DType::BFloat16) return write<V, wide>(static_cast<BFloat16*>(to) + i, x);
+  }
+  write<V, wide>(static_cast<T*>(to) + i, x);
+}
+
+// S is what values are stored in, UpperHalf where they lie in two halves, M the type of the model's values, void for
+// none. Gradient and averages are stored in T, or in bfloat16 in its place where T is float.
+template <typename S, typename M, typename T, int V>
 __device__ __forceinline__ void adamw_run(const AdamWArguments& a, int64_t i) {
   using A = Acc<T>;
   constexpr bool wide = V > 1;
   A value[V], grad[V], exp_avg[V], exp_avg_sq[V];
   read_values<S>(a, i, value);
-  read<V, wide>(static_cast<const T*>(a.grad) + i, grad);
-  read<V, wide>(static_cast<const T*>(a.exp_avg) + i, exp_avg);
-  read<V, wide>(static_cast<const T*>(a.exp_avg_sq) + i, exp_avg_sq);
+  read_either<T, wide>(a.grad, a.grad_dtype, i, grad);
+  read_either<T, wide>(a.exp_avg, a.exp_avg_dtype, i, exp_avg);
+  read_either<T, wide>(a.exp_avg_sq, a.exp_avg_sq_dtype, i, exp_avg_sq);
   const A new1 = static_cast<A>(1 - a.beta1), beta2 = static_cast<A>(a.beta2), new2 = static_cast<A>(1 - a.beta2);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
@@ -62,28 +80,29 @@ __device__ __forceinline__ void adamw_run(const AdamWArguments& a, int64_t i) {
     const A root = square_root(exp_avg_sq[j]) * static_cast<A>(a.root_factor) + static_cast<A>(a.eps);
     value[j] = static_cast<A>(a.keep) * value[j] - static_cast<A>(a.step_size) * exp_avg[j] / root;
   }
-  write<V, wide>(static_cast<T*>(a.exp_avg) + i, exp_avg);
-  write<V, wide>(static_cast<T*>(a.exp_avg_sq) + i, exp_avg_sq);
-  if (a.model) write<V, wide>(static_cast<M*>(a.model) + i, value);
+  write_either<T, wide>(a.exp_avg, a.exp_avg_dtype, i, exp_avg);
+  write_either<T, wide>(a.exp_avg_sq, a.exp_avg_sq_dtype, i, exp_avg_sq);
+  if constexpr (!__is_same(M, void)) write<V, wide>(static_cast<M*>(a.model) + i, value);
   write_values<S>(a, i, value);
 }
 
-template <typename T, typename S, typename M>
-__global__ void __launch_bounds__(threads) adamw_kernel(AdamWArguments a, bool wide) {
+// Two blocks a multiprocessor at least: told nothing, nvcc aims at 64 registers, where values in halves spill.
+template <typename S, typename M, typename T>
+__global__ void __launch_bounds__(threads, 2) adamw_kernel(AdamWArguments a, bool wide) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t n_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t n_wide = wide ? a.n / run_length * run_length : 0;
-  for (int64_t i = thread * run_length; i < n_wide; i += n_threads * run_length) adamw_run<T, S, M, run_length>(a, i);
-  for (int64_t i = n_wide + thread; i < a.n; i += n_threads) adamw_run<T, S, M, 1>(a, i);
+  for (int64_t i = thread * run_length; i < n_wide; i += n_threads * run_length) adamw_run<S, M, T, run_length>(a, i);
+  for (int64_t i = n_wide + thread; i < a.n; i += n_threads) adamw_run<S, M, T, 1>(a, i);
 }
 
-template <typename T, typename M, typename S = T>
+template <typename S, typename M, typename T>
 int launch_adamw(const AdamWArguments& a, void* stream) {
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(a.value) | reinterpret_cast<uintptr_t>(a.grad) |
                               reinterpret_cast<uintptr_t>(a.exp_avg) | reinterpret_cast<uintptr_t>(a.exp_avg_sq) |
                               reinterpret_cast<uintptr_t>(a.model) | reinterpret_cast<uintptr_t>(a.remainder);
   const unsigned grid = grid_size((a.n + threads * run_length - 1) / (threads * run_length));
-  MEGASCRATCH_LAUNCH(grid, threads, stream, (adamw_kernel<T, S, M>), a, addresses % 16 == 0);
+  MEGASCRATCH_LAUNCH(grid, threads, stream, (adamw_kernel<S, M, T>), a, addresses % 16 == 0);
   return launch_status();
 }
 
@@ -126,15 +145,16 @@ __global__ void __launch_bounds__(threads) add_partial_kernel(SquaredNormArgumen
 extern "C" int megascratch_cuda_adamw(const megascratch::AdamWArguments* arguments, void* stream) {
   using namespace megascratch;
   const AdamWArguments& a = *arguments;
-  if (a.remainder) return launch_adamw<float, float, UpperHalf>(a, stream);
-  if (!a.model || a.dtype == DType::Double) {
-    return for_dtype(a.dtype, [&](auto zero) { return launch_adamw<decltype(zero), decltype(zero)>(a, stream); });
+  if (a.remainder) return launch_adamw<UpperHalf, void, float>(a, stream);
+  switch (a.dtype) {
+    case DType::Double: return launch_adamw<double, void, double>(a, stream);
+    case DType::Half: return launch_adamw<Half, void, Half>(a, stream);
+    case DType::BFloat16: return launch_adamw<BFloat16, void, float>(a, stream);
+    case DType::Float: break;
   }
-  switch (a.model_dtype) {
-    case DType::Half: return launch_adamw<float, Half>(a, stream);
-    case DType::BFloat16: return launch_adamw<float, BFloat16>(a, stream);
-    default: return launch_adamw<float, float>(a, stream);
-  }
+  if (!a.model) return launch_adamw<float, void, float>(a, stream);
+  if (a.model_dtype == DType::Half) return launch_adamw<float, Half, float>(a, stream);
+  return launch_adamw<float, BFloat16, float>(a, stream);
 }
 
 extern "C" int megascratch_cuda_squared_norm(const megascratch::SquaredNormArguments* arguments, void* stream) {

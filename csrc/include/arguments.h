@@ -125,15 +125,16 @@ struct LogitGradientArguments {
   DType dtype;
 };
 
-// Everything that the step has of n parameters; the formula stands in megascratch/ops/adamw.py.
+// Everything that the step has of n parameters; the formula stands in megascratch/ops/adamw.py. Each is stored in a dtype
+// of its own: gradient and averages in float32 or bfloat16 where the values are in either, else like the values.
 struct AdamWArguments {
   void *value, *exp_avg, *exp_avg_sq;  // [n]
   void* remainder;                     // [n] or null: of float32 values whose nearest bfloat16 numbers `value` holds
   const void* grad;                    // [n]
-  void* model;                         // [n] in model_dtype, or null: the new values, rounded
+  void* model;                         // [n] or null: the new float32 values, rounded to half precision
   int64_t n;
   double grad_factor, keep, beta1, beta2, step_size, root_factor, eps;
-  DType dtype, model_dtype;
+  DType dtype, grad_dtype, exp_avg_dtype, exp_avg_sq_dtype, model_dtype;
 };
 
 // x · scale in fp8, as it lies and transposed.

@@ -37,7 +37,7 @@ struct __attribute__((may_alias, aligned(16))) uint4 {
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 // Blocks run one at a time, so one static copy is each block's own; what an earlier block left there is the garbage
 // that shared memory starts with.
 #define __shared__ static

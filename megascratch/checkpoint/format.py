@@ -81,6 +81,7 @@ class Shard:
         writes: whether copies like this one are saved; loading ignores it, and the next two.
         replica: number of this copy among the ranks that hold the same, and share the writing.
         replicas: how many of them there are.
+        casts: whether numbers of another floating-point dtype may be loaded into it, and are converted.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Shard:
     writes: bool = True
     replica: int = 0
     replicas: int = 1
+    casts: bool = False
 
     def part(self, extent: Extent) -> Tensor:
         """Return a view of the local storage with the shape of the extent's logical box."""

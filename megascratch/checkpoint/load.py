@@ -54,7 +54,8 @@ def load(path: Path, shards: Sequence[Shard], *, cast: bool = False) -> None:
     Args:
         path: a checkpoint, or a directory with `latest`.
         shards: what this rank wants; elements that no extent covers (padding) are left as they are.
-        cast: whether a floating-point tensor may be converted to the shard's dtype; otherwise dtypes must be equal.
+        cast: whether floating-point tensors may be converted to the shards' dtype; otherwise dtypes must be equal, but
+            for shards that say so themselves.
 
     Raises: CheckpointError: naming file, tensor and bytes. Tensors that do not fit are all found before anything is
         read; after damage in a piece, the contents of the shards are undefined.
@@ -199,7 +200,7 @@ class Reader:
             elif record.shape != tuple(shard.shape):
                 rule = f"has shape {list(record.shape)} in the checkpoint, the model has {list(shard.shape)}"
                 problems.append(Problem(f"tensor {shard.name}", rule, "use the model section that it was saved with"))
-            elif not _convertible(DTYPES[record.dtype], shard.tensor.dtype, cast):
+            elif not _convertible(DTYPES[record.dtype], shard.tensor.dtype, cast or shard.casts):
                 rule = f"is {record.dtype} in the checkpoint, {shard.tensor.dtype} was asked for"
                 problems.append(Problem(f"tensor {shard.name}", rule, "convert the checkpoint, or ask for its dtype"))
         if problems:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from megascratch.config.check_batch import batch, data_parallel, deterministic_dp
 from megascratch.config.check_graphs import compiled, cuda_graph
 from megascratch.config.check_layers import experts, latent_attention, model_features
-from megascratch.config.check_masters import master_remainders, master_weights
+from megascratch.config.check_precision import master_remainders, master_weights, narrow_averages, narrow_gradients
 from megascratch.config.check_preferences import adapters, preferences, scalar_head
 from megascratch.config.check_rollouts import rollouts
 from megascratch.config.schema import Config
@@ -362,6 +362,8 @@ RULES: tuple[Rule, ...] = (
     cuda_graph,
     master_weights,
     master_remainders,
+    narrow_gradients,
+    narrow_averages,
     _steps,
     _local_copies,
     _recycling,

@@ -271,12 +271,15 @@ class OptimConfig(Section):
     decay_steps: Count | None = (
         None  # step where min_lr is reached (train.steps when left out); wsd: length of the decay
     )
-    # bf16: keep float32 weights, sums of gradients and averages beside the model, 18 bytes a parameter in all. Without
-    # them all is bf16, 8 bytes, and updates below 1/256 of a weight are lost.
+    # bf16: keep float32 weights beside the model's. Without them updates below 1/256 of a weight are lost.
     master_weights: bool = True
-    # bf16: of the float32 weights keep only what rounding took away, 16 bits beside the model's own: 16 bytes a
-    # parameter for 18. Checkpoints have whole float32 weights with either.
+    # bf16: of the float32 weights keep only what rounding took away, 16 bits beside the model's own. Checkpoints have
+    # whole float32 weights with either.
     master_remainders: bool = False
+    # What sums of gradients and AdamW's averages are kept in. Left out: as precise as the weights that are updated.
+    main_grads_dtype: Literal["fp32", "bf16"] | None = None
+    exp_avg_dtype: Literal["fp32", "bf16"] | None = None
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95

@@ -5,7 +5,7 @@ parameter, 16-bit model:
 
     weights      2, ÷ d under ZeRO-3
     gradients    4 (summed in float32), ÷ d from ZeRO-2 on
-    optimizer    12: float32 masters and two moments, ÷ d from ZeRO-1 on; 10 with `optim.master_remainders`
+    optimizer    12: float32 masters and two moments, ÷ d from ZeRO-1 on; less as `optim.precision` says
 
 Activations are what one layer keeps (`nn.layer_costs`, counted on the meta device), times the layers of a stage, times
 the micro-batches in flight (the schedule's checker). To them comes what exists a moment only: one recomputed layer, the
@@ -26,7 +26,7 @@ from megascratch.engine.stages import layers_per_stage, make_stages
 from megascratch.nn import NOTHING, Placement, Recompute, layer_range
 from megascratch.nn.layer_costs import META, LayerShape
 from megascratch.nn.loss import CHUNK_TOKENS
-from megascratch.optim import BUCKETS_UNDER_WAY, leaf_length
+from megascratch.optim import BUCKETS_UNDER_WAY, Precision, leaf_length
 from megascratch.pipeline import configured_routes, configured_schedule, peak_in_flight
 
 GIB = 1 << 30
@@ -78,6 +78,7 @@ class MemoryModel:
 
     def __init__(self, config: Config, mesh: Mesh, placement: Placement, core: str) -> None:
         self.config, self.mesh, self.placement = config, mesh, placement
+        self.precision = Precision.of(config.optim, placement.dtype)
         parallel, train = config.parallel, config.train
         self.kinds = {experts: layer_shape(config, placement, core, experts) for experts in (False, True)}
         self.layers = own_layers(config, mesh)
@@ -99,7 +100,7 @@ class MemoryModel:
 
     def with_plans(self, plans: Mapping[int, Recompute]) -> RankMemory:
         """Return the memory when each layer, by its number, does without what its plan says."""
-        value, sum_ = self._item_bytes[0], self._sum_bytes
+        value, precision = self.placement.dtype.itemsize, self.precision
         kept = cache(lambda experts, plan: self.kinds[experts].kept_bytes(plan))
         has_experts = self.config.model.has_experts
         of_stages = [
@@ -110,13 +111,12 @@ class MemoryModel:
         passing = max((kept(experts, NOTHING) - kept(experts, plan) for experts, plan in whole), default=0)
         parallel = self.config.parallel
         away = parallel.offload_optimizer or parallel.offload_parameters  # the optimizer follows the parameters
-        copies = value < sum_ or (parallel.offload_optimizer and not parallel.offload_parameters)
-        copy = (sum_ - value if self.config.optim.master_remainders else sum_) if copies else 0
-        optimizer = self._state_bytes(copy + 2 * sum_, divided_from=1)
+        averages = sum(dtype.itemsize for dtype in precision.averages.values())
+        optimizer = self._state_bytes(self._master_bytes + averages, divided_from=1)
         weights = self._state_bytes(value, divided_from=3)
         return RankMemory(
             weights=0 if parallel.offload_parameters else weights,
-            gradients=self._state_bytes(self.n_sums * sum_, divided_from=2),
+            gradients=self._state_bytes(self.n_sums * precision.grads.itemsize, divided_from=2),
             optimizer=0 if away else optimizer,
             activations=max(of_stages) * self.in_flight,
             passing=passing + (self._head_bytes() if self.has_head else 0) + self._travelling_bytes(),
@@ -125,7 +125,7 @@ class MemoryModel:
 
     def _travelling_bytes(self) -> int:
         """Return what ZeRO has whole on its way: gradients of a few buckets, weights of two layers and of the ends."""
-        value, sum_ = self._item_bytes[0], self._sum_bytes
+        value, sum_ = self.placement.dtype.itemsize, self.precision.grads.itemsize
         zero = self.config.parallel.zero if any(self._shards(axis) > 1 for axis in self.numel) else 0
         numel = sum(self.numel.values())
         buckets = min((BUCKETS_UNDER_WAY + 1) * self.config.optim.bucket_numel, numel) * sum_
@@ -137,16 +137,13 @@ class MemoryModel:
         return self.mesh.shard.size if axis == "data" else self.mesh.axis(axis).size
 
     @property
-    def _item_bytes(self) -> tuple[int, int]:
-        """Bytes of a value of the model, and of one in which such values are accumulated."""
-        dtype = self.placement.dtype
-        return dtype.itemsize, ops.acc_dtype(torch.empty(0, dtype=dtype)).itemsize
-
-    @property
-    def _sum_bytes(self) -> int:
-        """Bytes of a gradient, of a master weight, and of what the optimizer averages."""
-        value, accumulated = self._item_bytes
-        return accumulated if self.config.optim.master_weights else value
+    def _master_bytes(self) -> int:
+        """Bytes that a weight has in the optimizer, beside the model's."""
+        value, precision, parallel = self.placement.dtype.itemsize, self.precision, self.config.parallel
+        if precision.in_halves:
+            return precision.values.itemsize - value
+        apart = parallel.offload_optimizer and not parallel.offload_parameters
+        return precision.values.itemsize if precision.values.itemsize > value or apart else 0
 
     def _state_bytes(self, bytes_each: int, divided_from: int) -> int:
         """Return the bytes of so many a parameter, divided over replicas from a ZeRO stage on."""
@@ -157,7 +154,7 @@ class MemoryModel:
         """Return what the head's product and the loss need at once: see `nn.loss`."""
         model, train = self.config.model, self.config.train
         assert model.vocab_size is not None
-        value, sum_ = self._item_bytes
+        value, sum_ = self.placement.dtype.itemsize, ops.acc_dtype(torch.empty(0, dtype=self.placement.dtype)).itemsize
         words = -(-model.vocab_size // self.placement.tp.size)
         tokens = train.micro_batch * self.config.data.seq_length // self.mesh.cp.size
         chunk = min(tokens, CHUNK_TOKENS) * words * (value + sum_)

@@ -45,8 +45,9 @@ def require_equal_replicas(engine: Engine) -> None:
 
 
 def optimizer_shards(engine: Engine) -> list[Shard]:
-    """Return this rank's runs of the optimizer's state."""
-    return [_run_shard(f"{OPTIMIZER}{part.kind}/{part.spec.name}", part) for part in engine.optimizer.state_parts()]
+    """Return this rank's runs of the optimizer's state, which a run in another precision widens or rounds."""
+    parts = engine.optimizer.state_parts()
+    return [replace(_run_shard(f"{OPTIMIZER}{part.kind}/{part.spec.name}", part), casts=True) for part in parts]
 
 
 def _run_shard(name: str, part: StatePart) -> Shard:

@@ -5,7 +5,8 @@ With g = factor · grad, at step t:
     m ← β₁ m + (1 − β₁) g              value ← (1 − lr · decay) value − lr / (1 − β₁ᵗ) · m / (√(v / (1 − β₂ᵗ)) + ε)
     v ← β₂ v + (1 − β₂) g²             model ← value, rounded
 
-What is kept in half precision is widened as it is read, and rounded once as it is written.
+Each of the tensors has a dtype of its own: what is kept in half precision is widened as it is read, and rounded once as
+it is written.
 
 A float32 value beside its bfloat16 copy needs 16 bits more, not 32: those that rounding took away. The first of them
 tells which way it was rounded, where halves are rounded away from zero, as `model` is not: it rounds them to even.
@@ -45,13 +46,14 @@ def adamw(
 
     Args:
         value: [n] contiguous, any floating dtype.
-        grad, exp_avg, exp_avg_sq: like value. The gradient is not changed.
+        grad, exp_avg, exp_avg_sq: [n] contiguous; each in float32 or bfloat16 where value is in one of them, else in
+            value's dtype. The gradient is not changed.
         step: number of this update, from 1.
         lr, beta1, beta2, eps, weight_decay: as in the formula.
         grad_factor: multiplies the gradient as it is read.
+        model: [n] contiguous, in half precision, beside float32 values; may be None.
         remainder: [n] contiguous int16. The values are then float32 numbers, of which `value` holds the nearest
-            bfloat16 ones; grad, exp_avg and exp_avg_sq are float32, and there is no model.
-        model: [n] contiguous, in half precision or value's dtype, where value is float32 or float64; may be None.
+            bfloat16 ones, and there is no model.
     """
     step_size, root_factor = lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
     keep = 1.0 - lr * weight_decay
@@ -104,7 +106,7 @@ def _adamw_reference(
     root_factor: float,
     eps: float,
 ) -> None:
-    dtype = acc_dtype(grad)
+    dtype = acc_dtype(value)
     scaled = grad.to(dtype) * grad_factor
     mean = exp_avg.to(dtype).lerp(scaled, 1.0 - beta1)
     square = (exp_avg_sq.to(dtype) * beta2).addcmul_(scaled, scaled, value=1.0 - beta2)

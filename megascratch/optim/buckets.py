@@ -2,8 +2,7 @@
 
     params   p0 p1 p2 …           each a view of
     values   [numel]              one tensor in the model's dtype, and its gradient a view of
-    grads    [numel]              one tensor in float32 (float64 for float64 models, and in the model's dtype where no
-                                  master weights are kept), summed over micro-batches
+    grads    [numel]              one tensor in the dtype that `precision.py` says, summed over micro-batches
 
 A bucket holds parameters of one stage with the same update rule, pace, grad_axes and owners, so every rule about
 gradients is one operation on a whole bucket; what makes a bucket is the same on all ranks that hold the stage. ZeRO
@@ -28,13 +27,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megascratch import ops
 from megascratch.config import ParallelConfig
 from megascratch.dist import comm
 from megascratch.dist.layout import ParamSpec, spec_of
 from megascratch.dist.mesh import Axis, Mesh
 from megascratch.dist.sums import tree_reduce_buffer
 from megascratch.optim.groups import Pace
+from megascratch.optim.precision import Precision
 from megascratch.optim.tree import TreeSum
 
 
@@ -95,7 +94,7 @@ class Bucket:
         mesh: this rank's place.
         parallel: ZeRO stage, order of sums, and what is kept in host memory.
         stages: numbers of the stages that use them.
-        wide: whether gradients are summed in `acc_dtype`, or else in the model's dtype.
+        grad_dtype: in which gradients are summed.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class Bucket:
         mesh: Mesh,
         parallel: ParallelConfig,
         stages: frozenset[int],
-        wide: bool = True,
+        grad_dtype: torch.dtype,
     ) -> None:
         self.key, self.mesh, self.stages, zero = key, mesh, stages, parallel.zero
         assert not parallel.deterministic_dp or (zero == 0 and len(stages) == 1)
@@ -125,8 +124,7 @@ class Bucket:
         self.start, self.stop = self.axis.rank * part, (self.axis.rank + 1) * part
         first = params[0]
         self.values = torch.zeros(numel, dtype=first.dtype, device=first.device)
-        dtype = ops.acc_dtype(first) if wide else first.dtype
-        self.grads = torch.zeros(part if self.divides_grads else numel, dtype=dtype, device=first.device)
+        self.grads = torch.zeros(part if self.divides_grads else numel, dtype=grad_dtype, device=first.device)
         self.on_gradient: Callable[[Bucket, Tensor], None] = lambda bucket, param: None
         self.spans: list[Span] = []
         start = 0
@@ -272,7 +270,7 @@ def make_buckets(
     max_numel: int,
     rule_of: Callable[[ParamSpec], str],
     pace_of: Callable[[ParamSpec], Pace],
-    wide: bool = True,
+    precision_of: Callable[[torch.dtype], Precision],
 ) -> list[Bucket]:
     """Sort parameters into buckets, those that learn.
 
@@ -283,7 +281,7 @@ def make_buckets(
         max_numel: a bucket is closed once it holds this many elements, and in front of a unit that does not fit in.
         rule_of: names a parameter's update rule.
         pace_of: its learning rate's factor and its weight decay.
-        wide: see `Bucket`.
+        precision_of: what is kept beside a value of the model's dtype.
 
     Returns: buckets in an order that depends on the specs alone, so ranks with equal specs issue equal collectives.
     """
@@ -310,7 +308,14 @@ def make_buckets(
             runs[-1].append(param)
     stages = [unit.stages for unit in units]
     return [
-        Bucket(key, run, mesh, parallel, stages[scope] if isinstance(scope, int) else scope, wide)
+        Bucket(
+            key,
+            run,
+            mesh,
+            parallel,
+            stages[scope] if isinstance(scope, int) else scope,
+            precision_of(run[0].dtype).grads,
+        )
         for (scope, key), runs in groups.items()
         for run in runs
     ]

@@ -105,7 +105,7 @@ class Muon:
     def _look_ahead(self, held: Held, grad: Tensor, grad_factor: float) -> Tensor:
         """Move the momentum of a piece by its gradient, in place, and return where the next one alike would take it."""
         share, momentum = self.optim.muon_momentum, self.runs[held.run].state["momentum"][held.piece]
-        grad = grad[held.piece] * grad_factor
+        grad = grad[held.piece].to(momentum.dtype) * grad_factor
         momentum.lerp_(grad, 1.0 - share)
         return grad.lerp(momentum, share).to(self.wholes.dtype)
 

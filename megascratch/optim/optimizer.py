@@ -3,7 +3,8 @@
     micro-batches ─ grads (sums) ─ reduce over grad_axes and data ─ global norm ─ clip ─ update own run ─ publish values
 
 Updates happen on `master` values: a float32 copy of the run where the model is in 16 bits, or the 16 bits that such
-a copy has beyond the model's; the run itself elsewhere, and where the recipe does without such copies.
+a copy has beyond the model's; the run itself elsewhere, and where the recipe does without such copies. In which dtypes
+gradients and averages are beside them, `precision.py` says.
 """
 
 import math
@@ -25,6 +26,7 @@ from megascratch.optim.buckets import Bucket, Unit, make_buckets
 from megascratch.optim.groups import pace_of
 from megascratch.optim.muon import Muon
 from megascratch.optim.overlap import Overlap
+from megascratch.optim.precision import Precision
 from megascratch.optim.rule import OwnedRun, UpdateRule
 
 T = TypeVar("T")
@@ -81,6 +83,7 @@ class Optimizer:
 
     def __init__(self, units: Sequence[Unit], mesh: Mesh, optim: OptimConfig, parallel: ParallelConfig) -> None:
         self.mesh, self.clip = mesh, optim.clip
+        precision_of = partial(Precision.of, optim)
         self.buckets = make_buckets(
             units,
             mesh,
@@ -88,11 +91,16 @@ class Optimizer:
             optim.bucket_numel,
             partial(rule_of, optim),
             partial(pace_of, optim),
-            optim.master_weights,
+            precision_of,
         )
         self.overlap = Overlap(self.buckets, units)
         self.runs = [
-            OwnedRun.of(bucket, RULES[bucket.key.rule].state_names, parallel.offload_optimizer, optim.master_remainders)
+            OwnedRun.of(
+                bucket,
+                RULES[bucket.key.rule].state_names,
+                precision_of(bucket.values.dtype),
+                parallel.offload_optimizer,
+            )
             for bucket in self.buckets
         ]
         names = sorted({bucket.key.rule for bucket in self.buckets})

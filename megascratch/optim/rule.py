@@ -11,6 +11,7 @@ from megascratch.config import OptimConfig
 from megascratch.dist.mesh import Mesh
 from megascratch.ops.adamw import halves_of, joined
 from megascratch.optim.buckets import Bucket, host_copy
+from megascratch.optim.precision import Precision
 
 
 @dataclass(eq=False)
@@ -19,8 +20,8 @@ class OwnedRun:
 
     Attributes:
         bucket: whose run it is.
-        values: [run], what a rule updates, in the dtype of the bucket's gradients: a copy where the model is in
-            another, or lies elsewhere, else the run itself. With a remainder, the model's run.
+        values: [run], what a rule updates: a copy where it is wider than the model, or lies elsewhere, else the run
+            itself. With a remainder, the model's run.
         state: one [run] for each of the rule's `state_names`, beside the master values.
         offloaded: whether they are in host memory, and the model's run is not.
         remainder: [run] int16, what the model's bfloat16 values lack of the master values; None where those are whole.
@@ -35,21 +36,21 @@ class OwnedRun:
 
     @classmethod
     def of(
-        cls, bucket: Bucket, state_names: tuple[str, ...], offload: bool = False, in_halves: bool = False
+        cls, bucket: Bucket, state_names: tuple[str, ...], precision: Precision, offload: bool = False
     ) -> "OwnedRun":
         """Take the master values from the model, with a state of zeros.
 
         Args:
-            offload: whether both are kept in host memory. A run that is there itself has them there anyway.
-            in_halves: whether master values of a bfloat16 run are kept as the model's and a remainder.
+            precision: in which both are kept.
+            offload: whether they are kept in host memory. A run that is there itself has them there anyway.
         """
-        run, dtype = bucket.run, bucket.grads.dtype
+        run, dtype = bucket.run, precision.values
         offloaded = offload and not bucket.is_on_host
-        if in_halves and run.dtype == torch.bfloat16:
+        if precision.in_halves:
             values, remainder = run, torch.zeros_like(run, dtype=torch.int16)
         else:
             values, remainder = host_copy(run, dtype) if offloaded else run.to(dtype), None  # no copy of equal dtypes
-        state = {name: torch.zeros_like(values, dtype=dtype) for name in state_names}
+        state = {name: torch.zeros_like(values, dtype=precision.state_dtype(name)) for name in state_names}
         return cls(bucket, values, state, offloaded, remainder)
 
     @property
@@ -69,7 +70,7 @@ class OwnedRun:
     @property
     def has_master(self) -> bool:
         """Whether the master values say more than the model's."""
-        return self.bucket.run.dtype != self.bucket.grads.dtype
+        return self.remainder is not None or self.values.dtype != self.bucket.run.dtype
 
     @property
     def model(self) -> Tensor | None:
@@ -107,8 +108,7 @@ class UpdateRule(Protocol):
         """Move the values, in place.
 
         Args:
-            grads: of each run, on the model's device and in the dtype of its master; times `grad_factor` they are final
-                (averaged and clipped).
+            grads: of each run, on the model's device; times `grad_factor` they are final (averaged and clipped).
             step: number of this update, from 1.
             lr: learning rate.
             grad_factor: multiplies the gradients, which are not changed.

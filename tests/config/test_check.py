@@ -399,6 +399,30 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
             r"offload_optimizer = true +does not go with optim\.master_remainders",
         ),
         (
+            "narrow_gradients",
+            "optim.main_grads_dtype=bf16 train.dtype=fp32",
+            None,
+            r"optim\.main_grads_dtype = bf16 +does not go with train\.dtype = fp32 +use bf16",
+        ),
+        (
+            "narrow_averages",
+            "optim.exp_avg_dtype=bf16 train.dtype=fp64",
+            None,
+            r"optim\.exp_avg_dtype = bf16 +does not go with train\.dtype = fp64 +leave it out",
+        ),
+        (
+            "narrow_averages",
+            "optim.exp_avg_sq_dtype=bf16 optim.beta2=0.999",
+            None,
+            r"optim\.beta2 = 0\.999 +is too near 1 for an average in bf16.* or optim\.exp_avg_sq_dtype = fp32",
+        ),
+        (
+            "narrow_averages",
+            "optim.master_weights=false optim.beta1=0.998 train.dtype=bf16",
+            None,
+            r"optim\.beta1 = 0\.998 .*use at most 0\.996, or optim\.exp_avg_dtype = fp32",
+        ),
+        (
             "_steps",
             "optim.lr=1e-4 optim.min_lr=1e-3",
             None,

@@ -67,6 +67,25 @@ def test_the_memory_is_that_of_the_formulas() -> None:
     assert last.in_flight == 1 and last.has_head and not memory.has_head
 
 
+@pytest.mark.parametrize(
+    ("keys", "gradients", "optimizer"),
+    [
+        ({"master_remainders": True}, 4, 10),
+        ({"master_remainders": True, "main_grads_dtype": "bf16", "exp_avg_dtype": "bf16"}, 2, 8),
+        ({"exp_avg_sq_dtype": "bf16"}, 4, 10),
+        ({"master_weights": False}, 2, 4),
+        ({"master_weights": False, "exp_avg_sq_dtype": "fp32"}, 2, 6),
+    ],
+)
+def test_the_memory_follows_the_optimizers_precision(keys: dict[str, Any], gradients: int, optimizer: int) -> None:
+    config = _config()
+    config = config.model_copy(update={"optim": config.optim.model_copy(update=keys)})
+    model = MemoryModel(*_place(config))
+    memory = model.with_plans({})
+    numel = model.numel["data"]
+    assert (memory.weights, memory.gradients, memory.optimizer) == (2 * numel, gradients * numel, optimizer * numel)
+
+
 def test_auto_takes_the_least_that_fits() -> None:
     memory = MemoryModel(*_place(_config()))
     levels = {

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megascratch.ops import OPERATORS
+from megascratch.ops.adamw import halves_of
 from megascratch.ops.registry import acc_dtype, define
 
 SEEDS = range(12)
@@ -42,12 +43,20 @@ def cases(ops: Any, dtype: torch.dtype) -> dict[str, Callable[[], Outputs]]:
 
     def update() -> Outputs:
         state = [x.clone() for x in adamw]
-        model = state[0].to(dtype)
-        ops.adamw(*state, model, 0.5, 0.99, 0.9, 0.95, 1e-2, 1.0, 1e-6)
-        return [*state, model]
+        model = state[0].to(dtype) if dtype != wide else None
+        ops.adamw(*state, model, None, 0.5, 0.99, 0.9, 0.95, 1e-2, 1.0, 1e-6)
+        return state if model is None else [*state, model]
+
+    def update_halves() -> Outputs:
+        value, grad, exp_avg, exp_avg_sq = adamw
+        nearest, remainder = halves_of(value.float())
+        state = [exp_avg.bfloat16(), exp_avg_sq.bfloat16()]
+        ops.adamw(nearest, grad.bfloat16(), *state, None, remainder, 0.5, 0.99, 0.9, 0.95, 1e-2, 1.0, 1e-6)
+        return [nearest, remainder, *state]
 
     found: dict[str, Callable[[], Outputs]] = {
         "adamw": update,
+        "adamw, halves": update_halves,
         "squared_norm": lambda: ops.squared_norm(draw_once),
         "cast_transpose": lambda: ops.cast_transpose(row, torch.ones(()), False),
         "rope": lambda: ops.rope(q, q[:, :, :2], table, table, None, 0, False, False),
@@ -75,7 +84,7 @@ def cases(ops: Any, dtype: torch.dtype) -> dict[str, Callable[[], Outputs]]:
 
 
 def distinct_results(case: Callable[[], Outputs], seed_schedules: Callable[[Any], object]) -> int:
-    """Count the results of a case over all seeds; a run that ends with an exception is one of them."""
+    """Count the results of a case over all seeds; each run that ends with an exception is one of its own."""
     results = set()
     for seed in SEEDS:
         seed_schedules(ctypes.c_uint64(seed))
@@ -85,7 +94,7 @@ def distinct_results(case: Callable[[], Outputs], seed_schedules: Callable[[Any]
             for x in (outputs,) if isinstance(outputs, Tensor) else outputs:
                 digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         except RuntimeError as error:
-            digest.update(str(error).encode())
+            digest.update(f"{seed} {error}".encode())
         results.add(digest.digest())
     return len(results)
 

@@ -1,5 +1,7 @@
 """The AdamW update against torch's optimizer, and the sum of squares, on every backend."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -47,7 +49,35 @@ def test_what_is_kept_in_half_precision_is_rounded_once(backend, n, dtype):
         torch.testing.assert_close(one, other.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtypes", itertools.product([torch.float32, torch.bfloat16], repeat=4), ids=str)
+def test_each_tensor_is_rounded_once_in_its_own_dtype(backend, dtypes):
+    """Value, gradient and the two averages, of which any may be float32 beside any in bfloat16."""
+    n = 3001
+    kept = [torch.rand(n).to(dtype).to(backend.device) for dtype in dtypes]
+    wide = [x.to(torch.float32, copy=True) for x in kept]
+    for tensors in (kept, wide):
+        backend.ops.adamw(*tensors, None, None, 0.5, *arguments(2))
+    for one, other, dtype in zip(kept, wide, dtypes):
+        assert one.dtype == dtype
+        rounded = other.to(dtype)
+        torch.testing.assert_close(one, rounded, rtol=torch.finfo(dtype).eps, atol=0)
+        assert (one != rounded).float().mean() < (0.01 if dtype == torch.bfloat16 else 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "others"),
+    [(torch.float64, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.float16)],
+)
+def test_dtypes_that_do_not_go_together_are_refused(backend, value, others):
+    if backend.name == "reference":
+        pytest.skip("torch itself takes any")
+    for odd in (1, 2, 3):
+        tensors = [torch.rand(8, device=backend.device).to(others if i == odd else value) for i in range(4)]
+        with pytest.raises(RuntimeError, match="must be float32 or bfloat16, as value is, or else like value"):
+            backend.ops.adamw(*tensors, None, None, 0.5, *arguments(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shift", [0, 1])
 def test_the_model_gets_the_rounded_value(backend, dtype, shift):
     """Also from a run that starts off the 16-byte grid, as ZeRO's may."""
@@ -60,17 +90,20 @@ def test_the_model_gets_the_rounded_value(backend, dtype, shift):
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-def test_values_in_halves_are_the_float32_ones_bit_for_bit(backend, shift):
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
+def test_values_in_halves_are_the_float32_ones_bit_for_bit(backend, shift, kept):
+    """Beside gradients and averages in float32 as in bfloat16."""
     n = 5003 + shift
     value = torch.randn(n, device=backend.device)[shift:]
     nearest, remainder = (torch.empty(n, dtype=d, device=backend.device)[shift:] for d in (torch.bfloat16, torch.int16))
     for half, made in zip((nearest, remainder), halves_of(value)):
         half.copy_(made)
-    whole = [torch.zeros(n, device=backend.device)[shift:] for _ in range(2)]
+    whole = [torch.zeros(n, dtype=kept, device=backend.device)[shift:] for _ in range(2)]
     halved = [state.clone() for state in whole]
     model = torch.zeros_like(nearest)
     for step in (1, 2, 3):
-        grad = torch.randn(n, device=backend.device)[shift:] * 10.0 ** torch.randint(-4, 4, value.shape)
+        grad = torch.randn(n, device=backend.device) * 10.0 ** torch.randint(-4, 4, (n,), device=backend.device)
+        grad = grad.to(kept)[shift:]
         backend.ops.adamw(value, grad, *whole, model, None, 0.5, *arguments(step))
         backend.ops.adamw(nearest, grad, *halved, None, remainder, 0.5, *arguments(step))
         assert torch.equal(joined(nearest, remainder).view(torch.int32), value.view(torch.int32))

@@ -1,6 +1,7 @@
 """Buckets, clipping and loss scaling on one rank; the other layouts are in tests/engine/test_parity.py."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,46 @@ def test_masters_in_halves_are_the_float32_ones_in_steps_and_checkpoints() -> No
     ends = [run_of(halves, 2, want)[1] for halves in (False, True)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in want)
     assert not torch.equal(*(end[next(n for n in want if n.startswith("master"))] for end in (ends[0], want)))
+
+
+AVERAGES = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "grads", "averages", "total"),
+    [
+        ({}, 4, (4, 4), 18),
+        ({"master_remainders": True}, 4, (4, 4), 16),
+        ({"master_remainders": True, **AVERAGES}, 4, (2, 2), 12),
+        ({"master_remainders": True, **AVERAGES, "main_grads_dtype": "bf16"}, 2, (2, 2), 10),
+        ({"exp_avg_sq_dtype": "bf16", "main_grads_dtype": "bf16"}, 2, (4, 2), 14),
+        ({"master_weights": False}, 2, (2, 2), 8),
+        ({"master_weights": False, "main_grads_dtype": "fp32", "exp_avg_sq_dtype": "fp32"}, 4, (2, 4), 12),
+    ],
+)
+def test_bytes_a_parameter(keys: dict[str, Any], grads: int, averages: tuple[int, int], total: int) -> None:
+    """As the table of `precision.py` has them; and whatever is kept how, a step goes the same way."""
+    params, wide = _params(torch.bfloat16), _params(torch.bfloat16)
+    optimizer, reference = (
+        Optimizer([Unit.one(p)], Mesh.serial(), OptimConfig(weight_decay=0.0, **k), ParallelConfig())
+        for p, k in ((params, keys), (wide, {}))
+    )
+    kept = 0
+    for run in optimizer.runs:
+        assert run.bucket.grads.itemsize == grads
+        assert (run.state["exp_avg"].itemsize, run.state["exp_avg_sq"].itemsize) == averages
+        tensors = [run.bucket.values, run.bucket.grads, *run.state.values()]
+        if run.has_master:
+            tensors.append(run.values if run.remainder is None else run.remainder)
+        kept += sum(tensor.nbytes for tensor in tensors)
+    assert kept == total * sum(param.numel() for param in params)
+    for _ in range(3):
+        for some, step in ((params, optimizer), (wide, reference)):
+            step.zero_grads()
+            _backward(some)
+            step.step(lr=0.01, grad_scale=1.0)
+    for got, want in zip(params, wide):
+        torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-8)
 
 
 def test_without_masters_all_is_bf16_and_the_step_torchs() -> None:

@@ -6,8 +6,12 @@
 Every contestant runs in a process of its own (`train_step.py`), round after round, so that a slow minute of the machine
 meets them all. The peers' interpreter is an environment with the same torch and `transformers`, `litgpt`, `torchtitan`
 and `triton`; picotron is a checkout. What is not there is one line under the table. Same shape, same tokens, same
-optimizer; see `train_step.py` for how each peer is set up. Model FLOPs count six for each weight that is multiplied and
-each token, and the half of attention's scores that a causal model needs.
+optimizer; see `train_step.py` for how each is set up. Model FLOPs count six for each weight that is multiplied and each
+token, and the half of attention's scores that a causal model needs.
+
+A step is the median of those after the first. Training starts when all is imported: `build` is making the model and its
+optimizer, `first step` what follows, `beside a step` how much longer the two took than one step. The peak of memory is
+that of the whole process.
 """
 
 import argparse
@@ -23,7 +27,8 @@ from train_step import CONTESTANTS, SHAPES, Shape
 
 from megascratch.log import make_console
 
-OURS = ("ours", "ours-pure")
+OURS = ("ours", "ours-remainder", "ours-pure")
+IN_BF16 = OURS[1:]  # what differs from `ours` in bf16 alone
 CHILD = Path(__file__).with_name("train_step.py")
 
 
@@ -53,7 +58,7 @@ def compare(shape: str, dtype: str, args: argparse.Namespace, console: Any) -> N
     absent: dict[str, str] = {}
     for number in range(args.rounds):
         for name in args.contestants:
-            if name in absent:
+            if name in absent or (dtype != "bf16" and name in IN_BF16):
                 continue
             result = run_child(name, shape, dtype, args)
             if "absent" in result:
@@ -61,24 +66,32 @@ def compare(shape: str, dtype: str, args: argparse.Namespace, console: Any) -> N
                 continue
             runs.setdefault(name, []).append(result)
             console.print(
-                f"round {number + 1} {shape} {dtype} {name}: {statistics.median(result['seconds']):.3f} s a step"
+                f"round {number + 1} {shape} {dtype} {name}: {statistics.median(result['seconds'][1:]):.3f} s a step"
             )
     size = SHAPES[shape]
     n_tokens = size.batch * size.s
-    median = {name: statistics.median(s for run in results for s in run["seconds"]) for name, results in runs.items()}
+    median = {name: statistics.median(s for r in results for s in r["seconds"][1:]) for name, results in runs.items()}
     peers = [seconds for name, seconds in median.items() if name not in OURS]
     table = Table(title=f"{shape}, {dtype}, {args.threads} threads: {size.batch} × {size.s} tokens a step")
-    for column in ("", "s a step", "tokens/s", "GFLOP/s", "first step, s", "peak MiB", "best peer / this"):
+    for column in ("", "s a step", "tokens/s", "GFLOP/s", "best peer / this"):
         table.add_column(column, justify="right" if column else "left")
+    for column in ("build, s", "first step, s", "beside a step, s", "peak MiB"):
+        table.add_column(column, justify="right")
     for name, results in runs.items():
+        build, first, peak = (
+            statistics.median(values)
+            for values in zip(*((run["build_s"], run["seconds"][0], run["peak_mib"]) for run in results))
+        )
         table.add_row(
             name,
             f"{median[name]:.3f}",
             f"{n_tokens / median[name]:,.0f}",
             f"{n_tokens * token_flops(size) / median[name] / 1e9:.0f}",
-            f"{statistics.median(run['first_s'] for run in results):.2f}",
-            f"{statistics.median(run['peak_mib'] for run in results):,.0f}",
             f"{min(peers) / median[name]:.2f}" if peers else "–",
+            f"{build:.2f}",
+            f"{first:.2f}",
+            f"{build + first - median[name]:.2f}",
+            f"{peak:,.0f}",
         )
     console.print(table)
     for name, why in absent.items():

@@ -8,39 +8,41 @@ namespace megascratch {
 
 template <typename Backend>
 struct OptimizerOperators {
+  static bool is_float_or_bfloat16(DType dtype) { return dtype == DType::Float || dtype == DType::BFloat16; }
+
   static void adamw(
       Tensor value, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, std::optional<Tensor> model,
       std::optional<Tensor> remainder, double grad_factor, double keep, double beta1, double beta2, double step_size,
       double root_factor, double eps) {
-    const DType dtype = dtype_of(grad);
-    for (const Tensor* t : {remainder ? &grad : &value, &exp_avg, &exp_avg_sq}) {
-      check_same_shape(grad, *t, "adamw: value, grad, exp_avg and exp_avg_sq");
+    AdamWArguments a{};
+    a.dtype = dtype_of(value), a.grad_dtype = dtype_of(grad);
+    a.exp_avg_dtype = dtype_of(exp_avg), a.exp_avg_sq_dtype = dtype_of(exp_avg_sq);
+    for (DType dtype : {a.grad_dtype, a.exp_avg_dtype, a.exp_avg_sq_dtype}) {
+      STD_TORCH_CHECK(dtype == a.dtype || (is_float_or_bfloat16(dtype) && is_float_or_bfloat16(a.dtype)),
+                      "adamw: grad, exp_avg and exp_avg_sq must be float32 or bfloat16, as value is, or else like value");
     }
     for (const Tensor* t : {&value, &grad, &exp_avg, &exp_avg_sq}) {
-      STD_TORCH_CHECK(t->is_contiguous(), "adamw: tensors must be contiguous");
+      STD_TORCH_CHECK(t->numel() == value.numel() && t->is_contiguous(),
+                      "adamw: grad, exp_avg and exp_avg_sq must be like value, and contiguous");
     }
-    AdamWArguments a{};
     if (remainder) {
-      STD_TORCH_CHECK(!model && dtype == DType::Float && value.scalar_type() == ScalarType::BFloat16 &&
-                          remainder->scalar_type() == ScalarType::Short,
-                      "adamw: a remainder, int16, goes with bfloat16 values, float32 averages and no model");
-      STD_TORCH_CHECK(value.numel() == grad.numel() && remainder->numel() == grad.numel() && remainder->is_contiguous(),
-                      "adamw: value and remainder must be like grad");
+      STD_TORCH_CHECK(!model && a.dtype == DType::BFloat16 && remainder->scalar_type() == ScalarType::Short,
+                      "adamw: a remainder, int16, goes with bfloat16 values and no model");
+      STD_TORCH_CHECK(remainder->numel() == value.numel() && remainder->is_contiguous(),
+                      "adamw: remainder must be like value");
       a.remainder = remainder->mutable_data_ptr();
     }
-    a.value = value.mutable_data_ptr(), a.grad = grad.const_data_ptr();
-    a.exp_avg = exp_avg.mutable_data_ptr(), a.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
     if (model) {
       STD_TORCH_CHECK(model->numel() == value.numel() && model->is_contiguous(), "adamw: model must be like value");
       a.model = model->mutable_data_ptr(), a.model_dtype = dtype_of(*model);
-      STD_TORCH_CHECK(dtype == DType::Float || dtype == DType::Double,
-                      "adamw: values in half precision are the model's own");
-      STD_TORCH_CHECK((dtype == DType::Double) == (a.model_dtype == DType::Double),
-                      "adamw: model must be float64 where value is, and nowhere else");
+      STD_TORCH_CHECK(a.dtype == DType::Float && (a.model_dtype == DType::Half || a.model_dtype == DType::BFloat16),
+                      "adamw: a model in half precision goes with float32 values, and no other model with any");
     }
+    a.value = value.mutable_data_ptr(), a.grad = grad.const_data_ptr();
+    a.exp_avg = exp_avg.mutable_data_ptr(), a.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
     a.n = value.numel();
     a.grad_factor = grad_factor, a.keep = keep, a.beta1 = beta1, a.beta2 = beta2;
-    a.step_size = step_size, a.root_factor = root_factor, a.eps = eps, a.dtype = dtype;
+    a.step_size = step_size, a.root_factor = root_factor, a.eps = eps;
     if (a.n > 0) Backend::run(a, value);
   }
 

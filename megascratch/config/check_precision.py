@@ -1,9 +1,11 @@
-"""Rules of the master weights: what goes without them, and with half of them."""
+"""Rules of the optimizer's precision: what goes without master weights, with half of them, and with narrow state."""
 
 from collections.abc import Iterator
 
 from megascratch.config.schema import Config
 from megascratch.errors import Problem
+
+_BF16 = ("bf16", "fp8")  # values of train.dtype whose model is in bfloat16
 
 
 def master_weights(config: Config, _: int | None) -> Iterator[Problem]:
@@ -23,7 +25,7 @@ def master_remainders(config: Config, _: int | None) -> Iterator[Problem]:
     if not config.optim.master_remainders:
         return
     rule = "does not go with optim.master_remainders"
-    if config.train.dtype not in ("bf16", "fp8"):
+    if config.train.dtype not in _BF16:
         yield Problem(f"train.dtype = {config.train.dtype}", rule, "use bf16, or leave master_remainders out")
     if config.optim.name != "adamw":
         yield Problem(f"optim.name = {config.optim.name}", rule, "use adamw, or leave master_remainders out")
@@ -31,3 +33,24 @@ def master_remainders(config: Config, _: int | None) -> Iterator[Problem]:
         yield Problem("optim.master_weights = false", rule, "leave one of them out")
     if config.parallel.offload_optimizer:
         yield Problem("parallel.offload_optimizer = true", rule, "leave one of them out")
+
+
+def narrow_gradients(config: Config, _: int | None) -> Iterator[Problem]:
+    """A gradient is computed in the model's dtype, so that is its narrowest sum."""
+    if config.optim.main_grads_dtype == "bf16" and config.train.dtype not in _BF16:
+        rule = f"does not go with train.dtype = {config.train.dtype}"
+        yield Problem("optim.main_grads_dtype = bf16", rule, "use bf16, or leave it out")
+
+
+def narrow_averages(config: Config, _: int | None) -> Iterator[Problem]:
+    """β · v rounds to v where 1 − β is less than half of what the last bit of v stands for, 1/512 to 1/256 of it."""
+    optim, dtype = config.optim, config.train.dtype
+    otherwise = "bf16" if dtype in _BF16 and not optim.master_weights else "fp32"
+    for key, beta in (("exp_avg_dtype", "beta1"), ("exp_avg_sq_dtype", "beta2")):
+        if (getattr(optim, key) or otherwise) != "bf16":
+            continue
+        if dtype == "fp64":
+            yield Problem(f"optim.{key} = bf16", "does not go with train.dtype = fp64", "leave it out")
+        if (value := getattr(optim, beta)) > 1 - 2**-8:
+            rule = "is too near 1 for an average in bf16, which would never shrink"
+            yield Problem(f"optim.{beta} = {value:g}", rule, f"use at most 0.996, or optim.{key} = fp32")
