@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from megascratch.dist import comm
 from megascratch.dist.layout import ParamSpec, Split, extents, spec_of
 from megascratch.dist.mesh import Mesh
-from megascratch.dist.rng import initialize
+from megascratch.nn.initialize import initialize
 
 
 def fill(module: nn.Module, mesh: Mesh, seed: int = 7) -> None:

@@ -27,6 +27,7 @@ namespace megascratch {
     static void logit_gradient(const LogitGradientArguments& arguments, int64_t begin, int64_t end);                   \
     /* Rows are parameters. */                                                                                         \
     static void adamw(const AdamWArguments& arguments, int64_t begin, int64_t end);                                    \
+    static void fill_normal(const NormalArguments& arguments, int64_t begin, int64_t end);                             \
     /* Rows are tiles of `cast_transpose_tile()` rows. */                                                              \
     static int64_t cast_transpose_tile();                                                                              \
     static void cast_transpose(const CastTransposeArguments& arguments, int64_t begin, int64_t end);                   \

@@ -14,6 +14,7 @@
 #include "operators/matmul.h"
 #include "operators/norm.h"
 #include "operators/optimizer.h"
+#include "operators/random.h"
 #include "operators/rope.h"
 #include "operators/scaled_softmax.h"
 
@@ -91,6 +92,12 @@ struct Cpu {
         0, a.n, grain_elements, [&](int64_t begin, int64_t end) { Kernels::adamw(a, begin, end); });
   }
 
+  static void run(const NormalArguments& a, const Tensor&) {
+    // A logarithm, a root and a cosine: a number takes as long as eight elements elsewhere.
+    torch::stable::parallel_for(
+        0, a.rows, grain_rows(8 * a.n), [&](int64_t begin, int64_t end) { Kernels::fill_normal(a, begin, end); });
+  }
+
   static void run(const CastTransposeArguments& a, const Tensor&) {
     const int64_t tile = Kernels::cast_transpose_tile();
     torch::stable::parallel_for(
@@ -146,6 +153,7 @@ void add_to(Library& library) {
   ActivationOperators<Cpu<Kernels>>::add_to(library);
   LogitOperators<Cpu<Kernels>>::add_to(library);
   OptimizerOperators<Cpu<Kernels>>::add_to(library);
+  RandomOperators<Cpu<Kernels>>::add_to(library);
   MatmulOperators<Cpu<Kernels>>::add_to(library);
   CastTransposeOperators<Cpu<Kernels>>::add_to(library);
   AttentionOperators<Cpu<Kernels>>::add_to(library);

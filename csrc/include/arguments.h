@@ -137,6 +137,16 @@ struct AdamWArguments {
   DType dtype, grad_dtype, exp_avg_dtype, exp_avg_sq_dtype, model_dtype;
 };
 
+// Rows of normal numbers: mean + std · normal(key, index), where a row's first element has the index `starts` says.
+struct NormalArguments {
+  void* out;              // [rows, n]
+  const int64_t* starts;  // [rows]
+  uint64_t key;
+  int64_t rows, n;
+  double mean, std;
+  DType dtype;
+};
+
 // x · scale in fp8, as it lies and transposed.
 struct CastTransposeArguments {
   const void* x;         // [rows, columns]

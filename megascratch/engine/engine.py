@@ -22,7 +22,6 @@ from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
 from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
-from megascratch.dist.rng import initialize
 from megascratch.engine.graph import cuda_step_graph
 from megascratch.engine.objective import Finding, Objective, Outputs
 from megascratch.engine.recompute import recompute_plans
@@ -42,6 +41,7 @@ from megascratch.nn import (
     require_fp8,
 )
 from megascratch.nn.context import token_index
+from megascratch.nn.initialize import initialize
 from megascratch.optim import LossScale, Optimizer, is_frozen, learning_rate, require_names
 from megascratch.pipeline import Action, Boundary, Kind, configured_routes, configured_schedule, run
 

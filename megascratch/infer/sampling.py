@@ -6,8 +6,8 @@ the second it is 84 %, so two stay: (0.625, 0.375). A uniform number u ≤ 0.625
 
 The order is that of Hugging Face's `transformers`. Nucleus sampling (top-p): Holtzman et al. 2020, arXiv:1904.09751.
 
-The uniform number is a function of (seed, sequence, position) alone (`dist.rng`), so the same seed gives the same text
-whatever the number of ranks or of other sequences, as far as their rounding agrees.
+The uniform number is a function of (seed, sequence, position) alone (`ops.random`), so the same seed gives the same
+text whatever the number of ranks or of other sequences, as far as their rounding agrees.
 
 Legend: `b` rows, `v` vocabulary.
 """
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megascratch.dist.rng import stream_key, uniform
 from megascratch.errors import ConfigError, Problem
+from megascratch.ops.random import stream_key, uniform
 
 _LONGEST = 1 << 32  # positions of a sequence: where the next one's random numbers begin
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from megascratch.dist.rng import keep_mask, random_bits, stream_key
 from megascratch.nn.placement import Placement
+from megascratch.ops.random import keep_mask, random_bits, stream_key
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class Stage(nn.Module):
 
     Args:
         model: resolved shape, vocabulary size included.
-        placement: where the parameters lie; they are allocated, and filled by `dist.rng.initialize`.
+        placement: where the parameters lie; they are allocated, and filled by `initialize`.
         stage, n_stages: which of how many; one of one is the whole model.
         core: attention core, a key of `nn.attention.CORES`.
         recompute: what each layer, by its number, does not keep for backward; layers left out keep everything.

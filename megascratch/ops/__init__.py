@@ -21,6 +21,8 @@ from megascratch.ops.matmul import OPERATORS as matmul_operators
 from megascratch.ops.matmul import matmul, matmul_into
 from megascratch.ops.norm import OPERATORS as norm_operators
 from megascratch.ops.norm import add_rms_norm, layer_norm, rms_norm
+from megascratch.ops.random import OPERATORS as random_operators
+from megascratch.ops.random import fill_normal
 from megascratch.ops.registry import NAMESPACE, acc_dtype, define
 from megascratch.ops.rope import OPERATORS as rope_operators
 from megascratch.ops.rope import rope
@@ -37,6 +39,7 @@ __all__ = [
     "available",
     "backends",
     "cast_transpose",
+    "fill_normal",
     "first_keys",
     "geglu",
     "geglu_tanh",
@@ -65,6 +68,7 @@ OPERATORS = (
     + matmul_operators
     + cast_operators
     + attention_operators
+    + random_operators
 )
 
 # torch unregisters a namespace when its Library object dies; this one lives as long as the process.

@@ -5,9 +5,9 @@ import torch
 
 from megascratch.config import ModelConfig
 from megascratch.dist.mesh import Mesh
-from megascratch.dist.rng import initialize
 from megascratch.nn import Placement, SequenceInfo, Stage, attention
 from megascratch.nn.attention import blocked_core, core_for, softmax_core
+from megascratch.nn.initialize import initialize
 
 S, B = 80, 2
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from megascratch.dist.layout import Init, Matrices, Split, extents, parameter, spec_of
 from megascratch.dist.mesh import Mesh, MeshSpec
-from megascratch.dist.rng import initialize
 from megascratch.dist.testing import distributed
 from megascratch.nn import Placement
+from megascratch.nn.initialize import initialize
 from megascratch.nn.nf4 import QUANTILES, PackedWeight, _dynamic_numbers
 
 CPU = torch.device("cpu")

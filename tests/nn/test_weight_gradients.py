@@ -8,10 +8,10 @@ import torch
 from megascratch.config import ModelConfig
 from megascratch.config.schema import RecomputeModule
 from megascratch.dist.mesh import Axis, Mesh, MeshSpec
-from megascratch.dist.rng import initialize
 from megascratch.dist.testing import distributed
 from megascratch.nn import NOTHING, WHOLE, Placement, Recompute, SequenceInfo, Stage, WeightGradients
 from megascratch.nn.balance import balanced_layers
+from megascratch.nn.initialize import initialize
 from megascratch.nn.linear import column_linear
 
 S, B = 8, 2

@@ -10,14 +10,12 @@ has logical index 2·3 + 1 = 7, and its value is normal(key("w"), 7) on every la
 """
 
 import math
-from collections.abc import Mapping, Sequence
 
 import torch
 import xxhash
 from torch import Tensor
 
-from megascratch.dist.layout import Box, Extent, Init, extents, spec_of
-from megascratch.dist.mesh import Mesh
+from megascratch.ops.registry import Operator
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -59,43 +57,31 @@ def keep_mask(key: int, index: Tensor, dropout: float) -> Tensor:
     return uniform(key, index) >= dropout
 
 
-@torch.no_grad()
-def initialize(params: Mapping[str, Tensor], mesh: Mesh, seed: int) -> None:
-    """Fill this rank's part of each parameter with the values that its `ParamSpec` prescribes; padding becomes 0.
+def fill_normal(out: Tensor, key: int, starts: Tensor, mean: float, std: float) -> None:
+    """Fill rows with normal numbers, mean + std · normal(key, index), computed in float64 and rounded once.
 
     Args:
-        params: parameters made by `layout.parameter`, any dtype; values are drawn in float64 and rounded once.
-        mesh: where this rank stands.
-        seed: of the run.
+        out: [r, n] contiguous, any floating dtype.
+        key: from `stream_key`.
+        starts: [r] int64, index of each row's first element; those of the others follow.
+
+    On one device a number's bits depend on key and index alone; devices differ in the last bits of float64.
     """
-    for param in params.values():
-        spec = spec_of(param)
-        param.zero_()
-        for extent in extents(spec, mesh.spec.sizes, mesh.coords):
-            param[extent.local] = _values(spec.init, stream_key(seed, spec.name), extent, spec.shape, param)
+    torch.ops.megascratch.fill_normal(out, _signed(key), starts, mean, std)
 
 
 _CHUNK = 1 << 17  # elements drawn at once: a megabyte of each temporary stays in the processor's cache
 
 
-def _values(init: Init, key: int, extent: Extent, shape: Sequence[int], like: Tensor) -> Tensor:
-    lengths = [s.stop - s.start for s in extent.logical]
-    out = torch.full(lengths, init.mean, dtype=like.dtype, device=like.device)
-    if init.std:
-        starts = _logical_index(extent.logical[:-1], shape[:-1], like.device).view(-1, 1) * shape[-1]
-        columns = torch.arange(extent.logical[-1].start, extent.logical[-1].stop, device=like.device)
-        rows_at_once = _CHUNK // lengths[-1] + 1
-        for rows, start in zip(out.view(-1, lengths[-1]).split(rows_at_once), starts.split(rows_at_once)):
-            rows.copy_(normal(key, start + columns).mul_(init.std).add_(init.mean))
-    return out
+def _fill_normal_reference(out: Tensor, key: int, starts: Tensor, mean: float, std: float) -> None:
+    columns = torch.arange(out.shape[1], device=out.device)
+    rows_at_once = _CHUNK // max(len(columns), 1) + 1
+    for rows, start in zip(out.split(rows_at_once), starts.split(rows_at_once)):
+        rows.copy_(normal(key % 2**64, start.unsqueeze(1) + columns).mul_(std).add_(mean))
 
 
-def _logical_index(box: Box, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return, in the shape of a box of a logical tensor, each element's index in the flattened tensor (int64)."""
-    index = torch.zeros((), dtype=torch.int64, device=device)
-    for s, n in zip(box, shape):
-        index = index.unsqueeze(-1) * n + torch.arange(s.start, s.stop, device=device)
-    return index
+def _fill_normal_fake(out: Tensor, key: int, starts: Tensor, mean: float, std: float) -> None:
+    return None
 
 
 def _signed(value: int) -> int:
@@ -106,3 +92,12 @@ def _signed(value: int) -> int:
 def _shift_right(x: Tensor, n: int) -> Tensor:
     """Shift without dragging the sign along."""
     return (x >> n).bitwise_and_((1 << (64 - n)) - 1)
+
+
+OPERATORS = (
+    Operator(
+        "fill_normal(Tensor(a!) out, int key, Tensor starts, float mean, float std) -> ()",
+        _fill_normal_reference,
+        _fill_normal_fake,
+    ),
+)
