@@ -113,8 +113,6 @@ class Backtracker {
         }
         for (size_t n_waiting = n_jobs; n_waiting != 0;) {
             for (size_t i = 0; i < n_waiting; ++i) begin_walk(*waiting[i]);
-            for (unsigned step = 0; step < kBlindSteps; ++step)
-                for (size_t i = 0; i < n_waiting; ++i) walk_on(*waiting[i]);
             std::copy_n(waiting, n_waiting, working);
             in_step(working, n_waiting, [&](Turn& turn) { return walk_on(turn); });
             for (size_t i = 0; i < n_waiting; ++i) borders_.touch(waiting[i]->walk.found);
@@ -132,7 +130,6 @@ class Backtracker {
   private:
     static constexpr uint32_t kNone = Token::kNone;
     static constexpr size_t kKeep = 1 << 20;
-    static constexpr unsigned kBlindSteps = 2;  // most matches go on so far that asking costs more than going
 
     /// Where a piece stands among those encoded together. Its job's ids are tokens until it is done.
     struct Turn {

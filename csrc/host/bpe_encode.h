@@ -1,6 +1,6 @@
 // The BPE encoder: text or pre-tokens to ids, over threads.
 //
-//   scanner       cuts 32 pre-tokens ahead and asks the cache line of each into the processor's cache
+//   scanner       cuts pre-tokens ahead and asks the cache line of each into the processor's cache
 //   cache         has nearly all of them, with their ids
 //   vocabulary    has some of the others as a whole
 //   merging       does the rest: by longest matches for a trained vocabulary, else by the book

@@ -1,7 +1,7 @@
 // Walking over text by pre-tokens: sharing it out over threads, and looking some pre-tokens ahead.
 //
-// Whoever looks pre-tokens up in a large table waits for memory at each one. `scan_ahead` cuts 32 of them first and lets
-// the caller ask for the memory of each; by the time the first is looked up, it has come.
+// Whoever looks pre-tokens up in a large table waits for memory at each one. `scan_ahead` lets the caller ask for the
+// memory of each, and cuts some 32 more before the first of those is looked up; by then it has come.
 #pragma once
 
 #include <algorithm>
@@ -83,17 +83,23 @@ template <class Cut, class Touch, class Use>
 void scan_ahead(Cut&& cut, const uint8_t* begin, const uint8_t* readable_end, Touch&& touch, Use&& use) {
     constexpr size_t kAhead = 32;
     const uint8_t* ends[kAhead + kMostCut];
-    ScannedPiece pieces[kAhead + kMostCut];
-    for (const uint8_t* p = begin;;) {
+    ScannedPiece pieces[2][kAhead + kMostCut];
+    const uint8_t* p = begin;
+    const auto cut_some = [&](ScannedPiece* out) {
         size_t n = 0;
         while (n < kAhead) {
             const size_t n_more = cut(ends + n);
             if (n_more == 0) break;
             n += n_more;
         }
-        if (n == 0) return;
-        for (size_t i = 0; i < n; p = ends[i++]) touch(pieces[i] = ScannedPiece(p, ends[i], readable_end));
-        for (size_t i = 0; i < n; ++i) use(pieces[i]);
+        for (size_t i = 0; i < n; p = ends[i++]) touch(out[i] = ScannedPiece(p, ends[i], readable_end));
+        return n;
+    };
+    size_t n = cut_some(pieces[0]);
+    for (size_t half = 0; n != 0; half ^= 1) {
+        const size_t n_next = cut_some(pieces[half ^ 1]);
+        for (size_t i = 0; i < n; ++i) use(pieces[half][i]);
+        n = n_next;
     }
 }
 
