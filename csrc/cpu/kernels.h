@@ -39,6 +39,10 @@ namespace megascratch {
     static void attention_add_parts(const AttentionArguments& arguments, int64_t begin, int64_t end);                  \
     /* The elements of `partial` that a part adds to the gradient of keys, or of values. */                            \
     static int64_t attention_partial(const AttentionArguments& arguments);                                             \
+    /* Rows are sequences' key/value heads. Returns false if a position lies outside the cache. */                      \
+    static bool cached_attention(const CachedAttentionArguments& arguments, int64_t begin, int64_t end);               \
+    /* Rows are sequences. */                                                                                          \
+    static void draw(const DrawArguments& arguments, int64_t begin, int64_t end);                                      \
     /* Rows are blocks of the result. */                                                                               \
     static int64_t matmul_units(const MatmulArguments& arguments);                                                     \
     static void matmul(const MatmulArguments& arguments, int64_t begin, int64_t end);                                  \

@@ -10,6 +10,7 @@
 #include "operators/activation.h"
 #include "operators/attention.h"
 #include "operators/cast_transpose.h"
+#include "operators/decoding.h"
 #include "operators/logits.h"
 #include "operators/matmul.h"
 #include "operators/norm.h"
@@ -136,6 +137,20 @@ struct Cpu {
     });
   }
 
+  static void run(const CachedAttentionArguments& a, const Tensor&) {
+    std::atomic<bool> inside = true;
+    const int64_t grain = grain_rows(a.t * a.d * a.n / a.kv);
+    torch::stable::parallel_for(0, a.b * a.kv, grain, [&](int64_t begin, int64_t end) {
+      if (!Kernels::cached_attention(a, begin, end)) inside = false;
+    });
+    STD_TORCH_CHECK(inside, "cached_attention: a position lies outside the cache's ", a.t);
+  }
+
+  static void run(const DrawArguments& a, const Tensor&) {
+    torch::stable::parallel_for(
+        0, a.rows, grain_rows(a.columns), [&](int64_t begin, int64_t end) { Kernels::draw(a, begin, end); });
+  }
+
   static void run(const MatmulArguments& a, const Tensor&) {
     const int64_t units = Kernels::matmul_units(a);
     // A product of 32 numbers takes as long as an element elsewhere.
@@ -157,6 +172,7 @@ void add_to(Library& library) {
   MatmulOperators<Cpu<Kernels>>::add_to(library);
   CastTransposeOperators<Cpu<Kernels>>::add_to(library);
   AttentionOperators<Cpu<Kernels>>::add_to(library);
+  DecodingOperators<Cpu<Kernels>>::add_to(library);
 }
 
 #ifdef __x86_64__

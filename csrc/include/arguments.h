@@ -188,6 +188,34 @@ struct AttentionArguments {
   DType dtype;
 };
 
+struct CacheHeads {
+  void* at;
+  int64_t stride_t, stride_b, stride_n;
+};
+
+// Attention of one query of each sequence over a cache, which its own key and value are first put into. A task is one
+// sequence's key/value head.
+struct CachedAttentionArguments {
+  AttentionHeads q, k, v;     // [1, b, n or kv, d]
+  CacheHeads keys, values;    // [t, b, kv, d]
+  void* out;                  // [b, n, d]
+  const int64_t* positions;   // [b], of the query: it sees itself and the `window` − 1 tokens before
+  int64_t positions_stride;
+  int64_t t, b, n, kv, d, window;
+  double scale, softcap;      // softcap 0: none
+  DType dtype;
+};
+
+// A column of each row of logits, by the share u of Σ exp(logit / temperature) that the columns up to it reach.
+struct DrawArguments {
+  const void* logits;  // [rows, columns]
+  const double* u;     // [rows]
+  int64_t* drawn;      // [rows]
+  int64_t rows, columns, stride;
+  double temperature;
+  DType dtype;
+};
+
 // out = a b, or added to it: [m, n] = [m, k] [k, n], a and b of any strides; out's rows are contiguous.
 struct MatmulArguments {
   const void *a, *b;

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megascratch import ops
 from megascratch.errors import ConfigError, Problem
 from megascratch.ops.random import stream_key, uniform
 
@@ -93,6 +94,6 @@ def sample(logits: Tensor, sampling: Sampling, position: int | Tensor, sequence:
         return logits.argmax(-1)
     sequence = torch.arange(len(logits), device=logits.device) if sequence is None else sequence
     u = uniform(stream_key(sampling.seed, "sample"), sequence * _LONGEST + position)
-    cumulative = filtered(logits, sampling).softmax(-1).cumsum(-1)
-    # The first token whose cumulative probability reaches u · total: never one without probability, since u > 0.
-    return torch.searchsorted(cumulative, u.unsqueeze(-1) * cumulative[:, -1:]).squeeze(-1)
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return ops.draw(logits, u, sampling.temperature)
+    return ops.draw(filtered(logits, sampling), u)

@@ -190,8 +190,23 @@ class HeadAttention(nn.Module):
         self.first_head = placement.tp.rank * (n_heads // placement.tp.size)
         self.dropout = Dropout(f"{site}.probabilities", dropout)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo) -> Tensor:
-        """Return [s, b, n·d] from q [s, b, n, d] and k, v [t, b, k, d]; it can be computed again in backward."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
+        """Attend; it can be computed again in backward.
+
+        Args:
+            q: [s, b, n, d].
+            k, v: [t, b, k, d]; of the same tokens as q, where there is a cache.
+            info: positions and documents.
+            cache: what came before, to read and extend.
+
+        Returns: [s, b, n·d].
+        """
+        if cache is not None:
+            if len(q) == 1 and info.positions is not None and self.core is blocked_core:
+                how, places = self.scores, info.positions.squeeze(1)
+                both = cache.keys, cache.values
+                return ops.cached_attention(q, k, v, *both, places, how.window, how.scale, how.softcap).flatten(2)
+            k, v = cache.extend(k, v, info)
         attend = partial(self._attend, info=info)
         return self.placement.activations.part("core_attn", attend, q, k, v)
 
@@ -300,9 +315,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = ops.rope(q, k, *rotary, offset=info.offset, positions=info.positions)
-        if cache is not None:
-            k, v = cache.extend(k, v, info)
-        return self.proj(self.heads(q, k, v, info))
+        return self.proj(self.heads(q, k, v, info, cache))
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take [s, b, k·(g+2)·d] apart into q [s, b, n, d] and k, v [s, b, k, d]."""

@@ -15,6 +15,8 @@ from megascratch.ops.attention import attention, first_keys
 from megascratch.ops.backend import Backend, load
 from megascratch.ops.cast_transpose import OPERATORS as cast_operators
 from megascratch.ops.cast_transpose import cast_transpose
+from megascratch.ops.decoding import OPERATORS as decoding_operators
+from megascratch.ops.decoding import cached_attention, draw
 from megascratch.ops.logits import OPERATORS as logit_operators
 from megascratch.ops.logits import logit_gradient, logit_statistics
 from megascratch.ops.matmul import OPERATORS as matmul_operators
@@ -38,7 +40,9 @@ __all__ = [
     "attention",
     "available",
     "backends",
+    "cached_attention",
     "cast_transpose",
+    "draw",
     "fill_normal",
     "first_keys",
     "geglu",
@@ -68,6 +72,7 @@ OPERATORS = (
     + matmul_operators
     + cast_operators
     + attention_operators
+    + decoding_operators
     + random_operators
 )
 
