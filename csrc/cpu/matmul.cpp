@@ -13,6 +13,10 @@
 //       pack the block's rows of a           only where its rows are not contiguous operands already
 //       for each panel: pack b; for each tile of rows: multiply_tile
 //
+// Where a has few rows, as in generation, packing b would take as long as multiplying it. Then the result is computed
+// lying on its side, outᵀ = bᵀ aᵀ, if the columns of b can be read as they lie: b goes through once, a tile of columns at
+// a time, and it is a that is packed.
+//
 // bfloat16 is multiplied as it is by processors with AVX512-BF16, and widened as it is packed by others, as float16 is.
 
 #include "buffer.h"
@@ -27,6 +31,7 @@ namespace {
 // holds beside the panel.
 constexpr int64_t most_direct_rows = 4096, most_packed_rows = 480;
 constexpr int64_t most_steps = 512;
+constexpr int64_t few_rows = 96;
 
 int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 int64_t larger(int64_t x, int64_t y) { return x < y ? y : x; }
@@ -163,7 +168,7 @@ struct Matmul {
     return divided_up(divided_up(a.m, blocks), tile_rows) * tile_rows;
   }
 
-  static int64_t units(const MatmulArguments& a) { return divided_up(a.m, block_rows(a)) * divided_up(a.n, columns); }
+  int64_t units() const { return divided_up(a.m, block_rows(a)) * divided_up(a.n, columns); }
 
   void run(int64_t begin, int64_t end) const {
     const int64_t panels = divided_up(a.n, columns), most_rows = block_rows(a);
@@ -219,14 +224,75 @@ struct Matmul {
   }
 };
 
-// Call `f` with the Matmul that the dtypes and the processor ask for.
+// The same product, lying on its side. A unit is a tile of columns of b.
+template <typename P, typename T, typename O>
+struct SideMatmul {
+  using Sum = typename Operand<P>::Sum;
+  static constexpr int columns = tile_columns_of<Sum>;
+  const MatmulArguments a;  // of the product that is computed
+  const int64_t out_column, steps = divided_up(a.k, Operand<P>::width);
+
+  explicit SideMatmul(const MatmulArguments& x) : a(on_its_side(x)), out_column(x.out_row) {}
+
+  static MatmulArguments on_its_side(MatmulArguments x) {
+    return {x.b, x.a, x.out, x.n, x.m, x.k, x.b_column, x.b_row, x.a_column, x.a_row, 1, x.add, x.wide_result, x.dtype};
+  }
+
+  // Pairs are multiplied so fast that writing across the rows would be half of the time.
+  static bool serves(const MatmulArguments& x) {
+    const bool is_few = x.m <= few_rows && x.n >= few_rows;
+    return is_few && Operand<P>::width == 1 && Matmul<P, T, O>::reads_directly(on_its_side(x));
+  }
+
+  int64_t units() const { return divided_up(a.m, tile_rows); }
+
+  void run(int64_t begin, int64_t end) const {
+    const int64_t depth = __is_same(O, Sum) ? smaller(steps, most_steps) : steps, panels = divided_up(a.n, columns);
+    const Buffer<P> packed(panels * columns * depth), last_rows(tile_rows * depth);
+    int64_t step = 0;
+    do {
+      const int64_t count = smaller(depth, steps - step);
+      for (int64_t i = 0; i < panels; ++i) {
+        const int64_t width = smaller(columns, a.n - i * columns);
+        pack_columns<P, T>(a, i * columns, width, step, count, packed + i * columns * count);
+      }
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t row = unit * tile_rows, height = smaller(tile_rows, a.m - row);
+        const P* left = reinterpret_cast<const P*>(static_cast<const T*>(a.a) + row * a.a_row + step * Operand<P>::width);
+        int64_t left_row = a.a_row / Operand<P>::width, left_step = 1;
+        if (height < tile_rows) {
+          pack_rows<P, T>(a, row, height, step, count, last_rows);
+          left = last_rows, left_row = 1, left_step = tile_rows;
+        }
+        for (int64_t i = 0; i < panels; ++i) {
+          Sum sums[tile_rows * columns];
+          multiply_tile<false>(left, left_row, left_step, packed + i * columns * count, count, sums, columns);
+          write(sums, row, i * columns, height, a.add || step > 0);
+        }
+      }
+      step += count;
+    } while (step < steps);
+  }
+
+  void write(const Sum* sums, int64_t row, int64_t column, int64_t height, bool add) const {
+    const int64_t end = smaller(column + columns, a.n);
+    for (O* out = static_cast<O*>(a.out) + column * out_column + row; column < end; ++column, ++sums, out += out_column) {
+      for (int64_t i = 0; i < height; ++i) out[i] = store<O>((add ? load(out[i]) : Sum(0)) + sums[i * columns]);
+    }
+  }
+};
+
+// Call `f` with the product that the operands, the dtypes and the processor ask for.
 template <typename F>
 auto for_matmul(const MatmulArguments& a, const F& f) {
-  const auto with_result = [&]<typename P, typename T>(P, T) {
-    return a.wide_result ? f(Matmul<P, T, float>{a}) : f(Matmul<P, T, T>{a});
+  const auto chosen = [&]<typename P, typename T, typename O>(P, T, O) {
+    return SideMatmul<P, T, O>::serves(a) ? f(SideMatmul<P, T, O>(a)) : f(Matmul<P, T, O>{a});
   };
-  if (a.dtype == DType::Double) return f(Matmul<double, double, double>{a});
-  if (a.dtype == DType::Float) return f(Matmul<float, float, float>{a});
+  const auto with_result = [&]<typename P, typename T>(P operand, T stored) {
+    return a.wide_result ? chosen(operand, stored, float{}) : chosen(operand, stored, stored);
+  };
+  if (a.dtype == DType::Double) return chosen(double{}, double{}, double{});
+  if (a.dtype == DType::Float) return chosen(float{}, float{}, float{});
   if (a.dtype == DType::Half) return with_result(float{}, Half{});
 #ifdef __AVX512F__
   if (multiplies_pairs()) return with_result(BFloat16Pair{}, BFloat16{});
@@ -237,7 +303,7 @@ auto for_matmul(const MatmulArguments& a, const F& f) {
 }  // namespace
 
 int64_t Kernels::matmul_units(const MatmulArguments& a) {
-  return for_matmul(a, [](const auto& product) { return product.units(product.a); });
+  return for_matmul(a, [](const auto& product) { return product.units(); });
 }
 
 void Kernels::matmul(const MatmulArguments& a, int64_t begin, int64_t end) {

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megascratch.ops.registry import Operator
 
-# Rows of the result that repay packing b, and the least of products.
-_LEAST_ROWS, _LEAST_PRODUCTS = 32, 32 * 32 * 32
+# Rows of the result that repay packing b, or reading its columns as they lie; and the least of products.
+_LEAST_ROWS, _LEAST_DIRECT_ROWS, _LEAST_PRODUCTS = 32, 16, 32 * 32 * 32
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def _pays(a: Tensor, b: Tensor) -> bool:
     return (
         a.device.type == "cpu"
         and a.dtype in _FAST_DTYPES
-        and m >= _LEAST_ROWS
+        and m >= (_LEAST_DIRECT_ROWS if b.stride(0) == 1 and a.dtype != torch.bfloat16 else _LEAST_ROWS)
         and m * k * b.shape[1] >= _LEAST_PRODUCTS
     )
 

@@ -7,8 +7,10 @@ import torch
 
 from megascratch import ops
 
-# Of a tile and its remainders, of k beyond one step of packing, odd k (half a pair of bfloat16), and of nothing.
+# Of a tile and its remainders, of k beyond one step of packing, odd k (half a pair of bfloat16), of few rows and many
+# columns, and of nothing.
 SIZES = [(1, 1, 1), (12, 32, 8), (13, 33, 17), (100, 70, 65), (64, 96, 1030), (500, 40, 3), (3, 0, 4), (5, 6, 0)]
+SIZES += [(40, 101, 530), (7, 300, 0)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
