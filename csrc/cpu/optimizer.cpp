@@ -1,5 +1,6 @@
 // The AdamW update and the sum of squares on the CPU, one pass over flat tensors.
 
+#include "adamw.h"
 #include "dispatch.h"
 #include "kernels.h"
 
@@ -21,17 +22,16 @@ void adamw_run(const AdamWArguments& a, int64_t begin, int64_t end) {
   E* __restrict exp_avg = static_cast<E*>(a.exp_avg);
   S* __restrict exp_avg_sq = static_cast<S*>(a.exp_avg_sq);
   const G* __restrict grad = static_cast<const G*>(a.grad);
-  const A grad_factor = static_cast<A>(a.grad_factor), keep = static_cast<A>(a.keep), eps = static_cast<A>(a.eps);
-  const A new1 = static_cast<A>(1 - a.beta1), beta2 = static_cast<A>(a.beta2), new2 = static_cast<A>(1 - a.beta2);
-  const A step_size = static_cast<A>(a.step_size), root_factor = static_cast<A>(a.root_factor);
+  const AdamWStep<A> now(a);
+  if (!now.taken) return;
 #pragma omp simd
   for (int64_t i = begin; i < end; ++i) {
-    const A g = load(grad[i]) * grad_factor;
-    const A mean = load(exp_avg[i]) + new1 * (g - load(exp_avg[i]));
-    const A square = beta2 * load(exp_avg_sq[i]) + new2 * g * g;
+    const A g = load(grad[i]) * now.grad_factor;
+    const A mean = load(exp_avg[i]) + now.new1 * (g - load(exp_avg[i]));
+    const A square = now.beta2 * load(exp_avg_sq[i]) + now.new2 * g * g;
     A old = load(value[i]);
     if constexpr (in_halves) old = joined(old, load(remainder[i]));
-    const A next = keep * old - step_size * mean / (square_root(square) * root_factor + eps);
+    const A next = now.keep * old - now.step_size * mean / (square_root(square) * now.root_factor + now.eps);
     exp_avg[i] = store<E>(mean), exp_avg_sq[i] = store<S>(square);
     if constexpr (in_halves) {
       const Halves halves = halves_of(next);

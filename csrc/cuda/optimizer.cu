@@ -3,6 +3,7 @@
 // A thread takes 8 parameters at a time: 128-bit accesses for float32 values as for 16-bit model values, where
 // everything is aligned; one at a time otherwise, and for the last few.
 
+#include "adamw.h"
 #include "dispatch.h"
 #include "launchers.h"
 #include "reduce.h"
@@ -63,7 +64,7 @@ __device__ __forceinline__ void write_either(void* to, DType dtype, int64_t i, c
 // S is what values are stored in, UpperHalf where they lie in two halves, M the type of the model's values, void for
 // none. Gradient and averages are stored in T, or in bfloat16 in its place where T is float.
 template <typename S, typename M, typename T, int V>
-__device__ __forceinline__ void adamw_run(const AdamWArguments& a, int64_t i) {
+__device__ __forceinline__ void adamw_run(const AdamWArguments& a, const AdamWStep<Acc<T>>& now, int64_t i) {
   using A = Acc<T>;
   constexpr bool wide = V > 1;
   A value[V], grad[V], exp_avg[V], exp_avg_sq[V];
@@ -71,14 +72,13 @@ __device__ __forceinline__ void adamw_run(const AdamWArguments& a, int64_t i) {
   read_either<T, wide>(a.grad, a.grad_dtype, i, grad);
   read_either<T, wide>(a.exp_avg, a.exp_avg_dtype, i, exp_avg);
   read_either<T, wide>(a.exp_avg_sq, a.exp_avg_sq_dtype, i, exp_avg_sq);
-  const A new1 = static_cast<A>(1 - a.beta1), beta2 = static_cast<A>(a.beta2), new2 = static_cast<A>(1 - a.beta2);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    const A g = grad[j] * static_cast<A>(a.grad_factor);
-    exp_avg[j] += new1 * (g - exp_avg[j]);
-    exp_avg_sq[j] = beta2 * exp_avg_sq[j] + new2 * g * g;
-    const A root = square_root(exp_avg_sq[j]) * static_cast<A>(a.root_factor) + static_cast<A>(a.eps);
-    value[j] = static_cast<A>(a.keep) * value[j] - static_cast<A>(a.step_size) * exp_avg[j] / root;
+    const A g = grad[j] * now.grad_factor;
+    exp_avg[j] += now.new1 * (g - exp_avg[j]);
+    exp_avg_sq[j] = now.beta2 * exp_avg_sq[j] + now.new2 * g * g;
+    const A root = square_root(exp_avg_sq[j]) * now.root_factor + now.eps;
+    value[j] = now.keep * value[j] - now.step_size * exp_avg[j] / root;
   }
   write_either<T, wide>(a.exp_avg, a.exp_avg_dtype, i, exp_avg);
   write_either<T, wide>(a.exp_avg_sq, a.exp_avg_sq_dtype, i, exp_avg_sq);
@@ -89,11 +89,15 @@ __device__ __forceinline__ void adamw_run(const AdamWArguments& a, int64_t i) {
 // Two blocks a multiprocessor at least: told nothing, nvcc aims at 64 registers, where values in halves spill.
 template <typename S, typename M, typename T>
 __global__ void __launch_bounds__(threads, 2) adamw_kernel(AdamWArguments a, bool wide) {
+  const AdamWStep<Acc<T>> now(a);
+  if (!now.taken) return;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t n_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t n_wide = wide ? a.n / run_length * run_length : 0;
-  for (int64_t i = thread * run_length; i < n_wide; i += n_threads * run_length) adamw_run<S, M, T, run_length>(a, i);
-  for (int64_t i = n_wide + thread; i < a.n; i += n_threads) adamw_run<S, M, T, 1>(a, i);
+  for (int64_t i = thread * run_length; i < n_wide; i += n_threads * run_length) {
+    adamw_run<S, M, T, run_length>(a, now, i);
+  }
+  for (int64_t i = n_wide + thread; i < a.n; i += n_threads) adamw_run<S, M, T, 1>(a, now, i);
 }
 
 template <typename S, typename M, typename T>

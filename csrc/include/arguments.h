@@ -132,8 +132,9 @@ struct AdamWArguments {
   void* remainder;                     // [n] or null: of float32 values whose nearest bfloat16 numbers `value` holds
   const void* grad;                    // [n]
   void* model;                         // [n] or null: the new float32 values, rounded to half precision
+  const double* step;  // [5]: factor of the gradients, lr, 1 / (1 − β₁ᵗ), 1 / √(1 − β₂ᵗ), and 0 if nothing is to change
   int64_t n;
-  double grad_factor, keep, beta1, beta2, step_size, root_factor, eps;
+  double lr_scale, weight_decay, beta1, beta2, eps;
   DType dtype, grad_dtype, exp_avg_dtype, exp_avg_sq_dtype, model_dtype;
 };
 

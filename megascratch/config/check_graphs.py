@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from megascratch.config.check_batch import data_parallel
 from megascratch.config.schema import Config
 from megascratch.errors import Problem
 
@@ -29,18 +28,18 @@ def compiled(config: Config, _: int | None) -> Iterator[Problem]:
     yield from (Problem(key, rule, "leave one of them out") for key, is_given in given.items() if is_given)
 
 
-def cuda_graph(config: Config, world_size: int | None) -> Iterator[Problem]:
-    """What a recording would leave out: steps whose work Python decides anew each time."""
+def cuda_graph(config: Config, _: int | None) -> Iterator[Problem]:
+    """What a recording would leave out: work that Python or the processor decides anew in each step."""
     if not config.train.cuda_graph:
         return
     parallel, model = config.parallel, config.model
-    dp = data_parallel(config, world_size)
-    for name, value, only in (("pp", parallel.pp, 1), ("cp", parallel.cp, 1), ("dp", dp, 1)):
-        if value != only:
-            yield Problem(f"parallel.{name} = {value}", "does not go with train.cuda_graph", "leave cuda_graph out")
-    if config.train.dtype == "fp16":
-        rule = "does not go with train.cuda_graph: its loss scale changes"
-        yield Problem("train.dtype = fp16", rule, "use bf16, or leave cuda_graph out")
-    if model.moe is not None:
-        rule = "do not go with train.cuda_graph: how many tokens each gets changes"
-        yield Problem(f"model.moe: {model.moe.num_experts} experts", rule, "leave cuda_graph out")
+    reasons = {
+        f"parallel.pp = {parallel.pp}": (parallel.pp > 1, "stages tell each other in words what they measured"),
+        "parallel.zero = 3": (parallel.zero == 3, "weights come and go in memory that Python gives out"),
+        "parallel.offload_optimizer = true": (parallel.offload_optimizer, "the processor updates the weights"),
+        "train.debug_collectives = true": (config.train.debug_collectives, "a replay has no collective to compare"),
+        "model.moe": (model.moe is not None, "how many tokens each expert gets changes"),
+    }
+    for key, (is_given, why) in reasons.items():
+        if is_given:
+            yield Problem(key, f"does not go with train.cuda_graph: {why}", "leave one of them out")

@@ -226,7 +226,7 @@ class TrainConfig(Section):
     seed: Whole = 1234
     attention: Literal["auto", "softmax", "sdpa", "blocked"] = "auto"  # auto: blocked on a CPU, sdpa on CUDA
     compile: bool = False  # torch.compile of the layers around the fused operators; the first step takes seconds more
-    cuda_graph: bool = False  # replay forward and backward of the whole batch as one CUDA graph; GPUs only
+    cuda_graph: bool = False  # replay whole steps as one CUDA graph; GPUs only
     timeout_s: Count = 600  # a collective that waits longer ends the run
     debug_collectives: bool = False  # before each, its ranks compare where they are; slow, and names who is astray
 

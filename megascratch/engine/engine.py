@@ -5,6 +5,9 @@
 
 A micro-batch's loss is a sum. It is differentiated as it is (times a constant that keeps 16-bit gradients in range),
 and everything is divided once by the weight of the whole global batch: no layout can weigh a token differently.
+
+The host writes what a step depends on, queues all of it, and reads what it did: between the two it asks the device for
+nothing, so that on a GPU the whole may be one recording (`graph.py`).
 """
 
 import math
@@ -22,12 +25,12 @@ from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
 from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
-from megascratch.engine.graph import cuda_step_graph
+from megascratch.engine.graph import StepGraph, cuda_step_graph
 from megascratch.engine.objective import Finding, Objective, Outputs
 from megascratch.engine.recompute import recompute_plans
 from megascratch.engine.router_notes import RouterNotes, metrics_of, move_biases
 from megascratch.engine.stages import compile_layers, make_stages, units_of
-from megascratch.engine.totals import Sums, Totals, add_up, means_of, note_found, take_found, tell_pipeline
+from megascratch.engine.totals import DeviceTotals, Queued, Sums, Totals, add_up, tell_pipeline, totals_of
 from megascratch.nn import (
     Adapter,
     Placement,
@@ -98,7 +101,7 @@ class Engine:
         parallel, train = config.parallel, config.train
         if train.dtype == "fp8":
             require_fp8(mesh.device)
-        self.graph = cuda_step_graph(mesh.device) if train.cuda_graph else None
+        self.graph: StepGraph[Queued] | None = cuda_step_graph(mesh.device) if train.cuda_graph else None
         self.weight_gradients = WeightGradients()
         placement = Placement.of(config, mesh, self.weight_gradients)
         core = core_for(train.attention, mesh.device)
@@ -166,7 +169,7 @@ class Engine:
         microbatches: Sequence[Microbatch],
         objective: Objective,
         on_event: Callable[[Action, bool], None] | None = None,
-        accepts: Callable[[float, float], bool] = lambda loss, grad_norm: math.isfinite(grad_norm),
+        loss_limit: float = math.inf,
         function: Finding | None = None,
     ) -> StepReport:
         """Run one step: forward and backward of this rank's micro-batches, then the update.
@@ -175,7 +178,7 @@ class Engine:
             microbatches: of this data-parallel rank, all of one length; none makes a step that learns nothing.
             objective: to minimise.
             on_event: called before and after every action of the pipeline; see `pipeline.run`.
-            accepts: says from loss and gradient norm whether to update.
+            loss_limit: with a larger loss nothing is updated, as with a loss or gradient that is not finite.
             function: as for `compute`, of the same forward pass, before the update.
         """
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
@@ -186,30 +189,33 @@ class Engine:
             stage.train()
         if self.mesh.roll_call is not None:
             self.mesh.roll_call.step = self.step + 1
-        with self.mesh.clock.region("optimizer"):
-            self.optimizer.zero_grads()
-        # Sums over a global batch overflow 16 bits where means would not; the exact weight is known only at the end.
-        nominal = float(self.config.train.global_batch * self.config.data.seq_length)
-        scale = self.loss_scale.value
-        totals, found = self._run(microbatches, objective, scale / nominal, on_event, function)
+        clock, scale = self.mesh.clock, self.loss_scale.value
+        self.optimizer.begin_step(lr, scale, loss_limit)
+        moved, queue = self._moved(microbatches), partial(self._queue_step, objective, function)
+        if self.graph is None or on_event is not None:  # an observer has to see every action
+            queued = queue(moved, on_event)
+        else:
+            with clock.region("graph"), clock.paused():
+                queued = self.graph(queue, moved)
+        totals, grad_norm, taken = queued.read()
+        found = () if function is None else tell_pipeline(queued.found, len(moved), self.mesh)
+        self.optimizer.end_step(taken)
+        self.loss_scale.update(overflow=not math.isfinite(grad_norm))
         routers = self.router_notes.reports(totals.weight)
-        with self.mesh.clock.region("optimizer"):
-            grad_scale = nominal / (scale * totals.weight)
-            result = self.optimizer.step(lr, grad_scale, partial(accepts, totals.loss))
-        self.loss_scale.update(overflow=not math.isfinite(result.grad_norm))
-        if not result.skipped:
+        if taken:
             for stage in self.stages.values():
                 move_biases(stage, routers)
         self.step += 1
         metrics = {**totals.metrics, **metrics_of(routers)}
-        return StepReport(totals.loss, metrics, result.grad_norm, lr, scale, result.skipped, found)
+        return StepReport(totals.loss, metrics, grad_norm, lr, scale, not taken, found)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch], objective: Objective) -> Totals:
         """Return the means over a global batch, without gradients and with dropout off."""
         for stage in self.stages.values():
             stage.eval()
-        return self._run(microbatches, objective, grad_seed=None)[0]
+        totals, _ = self._totals(objective, None, self._moved(microbatches), grad_seed=None)
+        return totals.means(totals.values.tolist())
 
     @torch.no_grad()
     def compute(self, microbatches: Sequence[Microbatch], function: Finding) -> list[Tensor]:
@@ -231,43 +237,64 @@ class Engine:
             results[index] = function(outputs, microbatch)
             return results[index]
 
-        self._drive([microbatch.to(self.mesh.device) for microbatch in microbatches], end, grad_seed=None)
+        self._drive(self._moved(microbatches), end, grad_seed=None)
         return tell_pipeline(results, len(microbatches), self.mesh)
 
-    def _run(
+    def _moved(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
+        """Return the micro-batches on the device."""
+        with self.mesh.clock.region("data"):
+            return [microbatch.to(self.mesh.device) for microbatch in microbatches]
+
+    def _queue_step(
         self,
-        microbatches: Sequence[Microbatch],
         objective: Objective,
-        grad_seed: float | None,
+        function: Finding | None,
+        microbatches: Sequence[Microbatch],
         on_event: Callable[[Action, bool], None] | None = None,
-        function: Finding | None = None,
-    ) -> tuple[Totals, Sequence[Tensor]]:
+    ) -> Queued:
+        """Queue all that a step does, from forgetting the last one's gradients to giving out the new values."""
+        optimizer, clock = self.optimizer, self.mesh.clock
+        with clock.region("optimizer"):
+            optimizer.zero_grads()
+        # Sums over a global batch overflow 16 bits where means would not; the exact weight is known only at the end.
+        nominal = float(self.config.train.global_batch * self.config.data.seq_length)
+        grad_seed = optimizer.inputs.loss_scale / nominal
+        totals, found = self._totals(objective, function, microbatches, grad_seed, on_event)
+        with clock.region("optimizer"):
+            result = optimizer.step(nominal / (optimizer.inputs.loss_scale * totals.weight), totals.loss)
+            if self.graph is not None:  # what a recording starts must end in it
+                optimizer.overlap.settle()
+        return Queued(totals, found, result)
+
+    def _totals(
+        self,
+        objective: Objective,
+        function: Finding | None,
+        microbatches: Sequence[Microbatch],
+        grad_seed: Tensor | None,
+        on_event: Callable[[Action, bool], None] | None = None,
+    ) -> tuple[DeviceTotals, dict[int, Tensor]]:
         """Drive the pipeline over the micro-batches; `grad_seed` is the gradient of the loss, or None without one."""
         self.router_notes.forget()
-        clock = self.mesh.clock
-        with clock.region("data"):
-            moved = [microbatch.to(self.mesh.device) for microbatch in microbatches]
+        sums: Sums = {}
+        found: dict[int, Tensor] = {}
 
-        def drive(moved: Sequence[Microbatch]) -> dict[str, Tensor]:
-            sums: Sums = {}
-            self._drive(moved, partial(self._add_up, objective, function, sums, grad_seed), grad_seed, on_event)
-            return {name: torch.stack(values) for name, values in sums.items()}
+        def end(outputs: Outputs, microbatch: Microbatch, index: int) -> Tensor:
+            loss = objective(outputs, microbatch)
+            add_up(sums, loss)
+            if function is not None:
+                found[index] = function(outputs, microbatch).detach()
+            total = loss.total if loss.besides is None else loss.total + loss.besides
+            return total * grad_seed.to(total.dtype) if grad_seed is not None else total
 
-        # An observer has to see every action, so a step that has one is not replayed.
-        if self.graph is None or grad_seed is None or on_event is not None:
-            sums = drive(moved)
-        else:
-            with clock.region("graph"), clock.paused():
-                sums = dict(self.graph(drive, moved))
-        found = take_found(sums)
-        told = () if function is None else tell_pipeline(found, len(microbatches), self.mesh)
-        return means_of(sums, self.mesh), told
+        self._drive(microbatches, end, grad_seed, on_event)
+        return totals_of(sums, self.mesh), found
 
     def _drive(
         self,
         microbatches: Sequence[Microbatch],
         end: "_End",
-        grad_seed: float | None,
+        grad_seed: Tensor | None,
         on_event: Callable[[Action, bool], None] | None = None,
     ) -> None:
         """Run the pipeline's actions on microbatches that are on the device; `end` takes the last stage's outputs."""
@@ -307,7 +334,7 @@ class Engine:
         stage: Stage,
         microbatches: Sequence["_Views"],
         end: "_End",
-        grad_seed: float | None,
+        grad_seed: Tensor | None,
         x: Tensor | None,
         index: int,
     ) -> Tensor:
@@ -343,24 +370,6 @@ class Engine:
             outputs = replace(outputs, ahead=ahead, ahead_factor=stage.model.mtp_loss_scaling_factor)
         self.router_notes.add(info.notes)
         return end(outputs, microbatch, index)
-
-    def _add_up(
-        self,
-        objective: Objective,
-        function: Finding | None,
-        sums: Sums,
-        grad_seed: float | None,
-        outputs: Outputs,
-        microbatch: Microbatch,
-        index: int,
-    ) -> Tensor:
-        """Add what the objective says of a micro-batch to `sums`, and return the scalar to differentiate."""
-        loss = objective(outputs, microbatch)
-        add_up(sums, loss)
-        if function is not None:
-            note_found(sums, index, function(outputs, microbatch))
-        total = loss.total if loss.besides is None else loss.total + loss.besides
-        return total * grad_seed if grad_seed is not None else total
 
     def _views(self, microbatch: Microbatch) -> "_Views":
         """Return what the stages read of a micro-batch."""

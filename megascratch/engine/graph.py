@@ -1,17 +1,25 @@
-"""Forward and backward of a whole global batch as one CUDA graph: recorded once, then replayed without Python.
+"""A whole training step as one CUDA graph: recorded once, then replayed without Python.
 
-    steps 1, 2   run as usual, on a side stream: libraries allocate their workspaces
-    step 3       the same calls are recorded, reading microbatches from buffers that stay
-    from then    copy the microbatches into the buffers, replay, read the sums from where the recording left them
+    steps 1, 2   run as usual, on a side stream: libraries allocate their workspaces, ranks connect
+    step 3       the same calls are recorded, reading micro-batches from buffers that stay
+    from then    copy the micro-batches into the buffers, replay, read what the step found where the recording left it
 
-A step of many small kernels is bound by the processor that launches them; a graph launches them all at once. The
-optimizer stays outside: it needs numbers that change with each step, and is a handful of launches. So do the reductions
-over data-parallel ranks, which begin during backward: those layouts are refused (`config.check`).
+A step of many small kernels is bound by the processor that launches them; a graph launches them all at once: zeroing of
+gradients, forward, backward, the sums over ranks, norm and clipping, the update and what gives its values to other
+ranks. Three rules make that possible, for all steps whether recorded or not:
+
+- a number that changes from step to step is read from the device (`optim.inputs`), never computed with by Python;
+- whether the step is taken is decided on the device: one with an infinite gradient runs to its end and changes nothing;
+- what a step leaves in Python's own state (whether a bucket is reduced, what travels) is the same after every step.
+
+What cannot keep them is refused (`config.check_graphs`). Other threads of the process go on while a step is recorded:
+NCCL's watchdog asks for events, autograd runs backward.
 
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture
 """
 
 from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,49 +29,76 @@ from megascratch.errors import ConfigError, Problem
 
 _WARM_UP_STEPS = 2
 
-Sums = dict[str, Tensor]
-Drive = Callable[[Sequence[Microbatch]], Sums]
-"""Forward and backward of microbatches: gradients are added to their buffers, and the loss's sums are returned."""
-Record = Callable[[Callable[[], Sums]], tuple[Sums, Callable[[], None]]]
-"""Records what a function would do, without doing it: returns where its results will lie, and what does it."""
+T = TypeVar("T")
 
 
-class StepGraph:
-    """Runs a step's forward and backward; from the third time on by replaying a recording.
+class Recorder(Protocol):
+    """How a device records: for a GPU `_CudaRecorder`, for a test whatever keeps to the same rules."""
+
+    def warm_up(self, step: Callable[[], T]) -> T:
+        """Run one of the steps before the recording."""
+        ...
+
+    def record(self, step: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        """Record what a step would do, without doing it: return where its results will lie, and what does it."""
+        ...
+
+
+class StepGraph(Generic[T]):
+    """Runs steps; from the third time on by replaying a recording.
 
     Args:
-        warm_up: runs the first steps, given a function without arguments.
-        record: see `Record`.
+        recorder: of the device.
     """
 
-    def __init__(self, warm_up: Callable[[Callable[[], Sums]], Sums], record: Record) -> None:
-        self._warm_up, self._record = warm_up, record
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
         self._steps = 0
         self._static: list[Microbatch] = []
-        self._sums: Sums = {}
-        self._replay: Callable[[], None] | None = None
+        self._recorded: tuple[T, Callable[[], None]] | None = None
 
-    def __call__(self, drive: Drive, microbatches: Sequence[Microbatch]) -> Sums:
-        """Run `drive` on the microbatches, or its recording. What it returns holds until the next call.
+    def __call__(self, step: Callable[[Sequence[Microbatch]], T], microbatches: Sequence[Microbatch]) -> T:
+        """Run a step on micro-batches, or its recording. What it returns holds until the next call.
 
         Args:
-            drive: the same computation at every call.
+            step: the same computation at every call.
             microbatches: as many as before, of the shapes and on the device of before.
         """
         self._steps += 1
         if self._steps <= _WARM_UP_STEPS:
-            return self._warm_up(lambda: drive(microbatches))
-        if self._replay is None:
+            return self._recorder.warm_up(lambda: step(microbatches))
+        if self._recorded is None:
             self._static = [microbatch.apply(Tensor.clone) for microbatch in microbatches]
-            self._sums, self._replay = self._record(lambda: drive(self._static))
+            self._recorded = self._recorder.record(lambda: step(self._static))
         for static, microbatch in zip(self._static, microbatches, strict=True):
             for own, given in zip(static.tensors(), microbatch.tensors(), strict=True):
                 own.copy_(given)
-        self._replay()
-        return self._sums
+        results, replay = self._recorded
+        replay()
+        return results
 
 
-def cuda_step_graph(device: torch.device) -> StepGraph:
+class _CudaRecorder:
+    """Records on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.side = device, torch.cuda.Stream(device)
+
+    def warm_up(self, step: Callable[[], T]) -> T:
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):
+            results = step()
+        torch.cuda.current_stream(self.device).wait_stream(self.side)
+        return results
+
+    def record(self, step: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = step()
+        return results, graph.replay
+
+
+def cuda_step_graph(device: torch.device) -> StepGraph[T]:
     """Return a graph that records on a GPU.
 
     Raises: ConfigError: on any other device.
@@ -71,19 +106,4 @@ def cuda_step_graph(device: torch.device) -> StepGraph:
     if device.type != "cuda":
         problem = Problem("train.cuda_graph = true", f"needs a GPU; this run is on the {device.type}", "leave it out")
         raise ConfigError(problem)
-    side = torch.cuda.Stream(device)
-
-    def warm_up(drive: Callable[[], Sums]) -> Sums:
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            sums = drive()
-        torch.cuda.current_stream(device).wait_stream(side)
-        return sums
-
-    def record(drive: Callable[[], Sums]) -> tuple[Sums, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            sums = drive()
-        return sums, graph.replay
-
-    return StepGraph(warm_up, record)
+    return StepGraph(_CudaRecorder(device))

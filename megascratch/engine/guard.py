@@ -63,14 +63,12 @@ class Guard:
         """Return what the next step's decision depends on, for the checkpoint."""
         return {_STATE: {"recent": list(self._recent), "in_a_row": self._in_a_row, "skipped": self._skipped}}
 
-    def accepts(self, loss: float, grad_norm: float) -> bool:
-        """Return whether a step may be taken, before it is."""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            return False
+    def loss_limit(self) -> float:
+        """Return the largest loss with which the next step may be taken."""
         factor = self.config.spike_factor
         if factor is None or len(self._recent) < min(_LEAST_SEEN, self.config.spike_window):
-            return True
-        return loss <= factor * statistics.median(self._recent)
+            return math.inf
+        return factor * statistics.median(self._recent)
 
     def after_step(self, report: StepReport, microbatches: Sequence[Microbatch], busy_s: float) -> dict[str, Any]:
         """Take note of a step.

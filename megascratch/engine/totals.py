@@ -6,6 +6,7 @@ Only the last stage sees an objective's outputs, and which metrics it has: names
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from megascratch.dist import comm
 from megascratch.dist.mesh import Mesh
 from megascratch.dist.sums import exact_sum
 from megascratch.engine.objective import Loss, Ratio
+from megascratch.optim import StepResult
 
 # Names of sums that no metric has: a metric's weight is called _WEIGHT and its name.
-_LOSS, _WEIGHT, _FOUND = "", "\t", "\n"
+_LOSS, _WEIGHT = "", "\t"
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,7 @@ class Totals:
 
 
 Sums = dict[str, list[Tensor]]
-"""By name, what each micro-batch has added, a float64 scalar; they are added up at the end, to the same bits always.
-What was found of a micro-batch travels with them, under its number."""
+"""By name, what each micro-batch has added, a float64 scalar; they are added up at the end, to the same bits always."""
 
 
 def add_up(sums: Sums, loss: Loss) -> None:
@@ -64,22 +65,64 @@ def add_up(sums: Sums, loss: Loss) -> None:
         sums.setdefault(name, []).append(value.detach().double())
 
 
-def note_found(sums: Sums, index: int, found: Tensor) -> None:
-    """Note what was found of micro-batch `index`."""
-    sums[f"{_FOUND}{index}"] = [found.detach()]
+@dataclass(frozen=True)
+class DeviceTotals:
+    """Sums over a global batch, equal on every rank, on the device.
+
+    Attributes:
+        names: those of `Sums`.
+        values: [n] float64, one a name.
+    """
+
+    names: list[str]
+    values: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """Of what is minimised, a scalar."""
+        return self.values[self.names.index(_WEIGHT)]
+
+    @property
+    def loss(self) -> Tensor:
+        """Its mean, a scalar."""
+        return self.values[self.names.index(_LOSS)] / self.weight
+
+    def means(self, values: Sequence[float]) -> Totals:
+        """Divide each sum by its weight, once `values` were read."""
+        totals = dict(zip(self.names, values, strict=True))
+        loss, weight = totals.pop(_LOSS), totals.pop(_WEIGHT)
+        weights = {name.removeprefix(_WEIGHT): value for name, value in totals.items() if name.startswith(_WEIGHT)}
+        weights = {name: value for name, value in weights.items() if value != 0}
+        return Totals(loss / weight, weight, {name: totals[name] / weights[name] for name in weights}, weights)
 
 
-def take_found(sums: dict[str, Tensor]) -> dict[int, Tensor]:
-    """Take what was found of each micro-batch, [1, …], out of the stacked sums."""
-    names = [name for name in sums if name.startswith(_FOUND)]
-    return {int(name.removeprefix(_FOUND)): sums.pop(name)[0] for name in names}
+class Queued(NamedTuple):
+    """What a training step will have found, once the device has done it.
+
+    Attributes:
+        totals: sums over the global batch.
+        found: of micro-batches by number, on the last stage, what was asked for.
+        result: of the update.
+    """
+
+    totals: DeviceTotals
+    found: Mapping[int, Tensor]
+    result: StepResult
+
+    def read(self) -> tuple[Totals, float, bool]:
+        """Wait for it: the means, the gradient's norm, and whether the step was taken."""
+        norm, taken = self.result
+        *values, grad_norm, was_taken = torch.cat([self.totals.values, torch.stack([norm, taken.double()])]).tolist()
+        return self.totals.means(values), grad_norm, was_taken > 0
 
 
-def means_of(sums: Mapping[str, Tensor], mesh: Mesh) -> Totals:
-    """Add the sums up over micro-batches and data-parallel ranks, divide each by its weight, and tell every rank.
+def totals_of(sums: Mapping[str, list[Tensor]], mesh: Mesh) -> DeviceTotals:
+    """Add the sums up over micro-batches and data-parallel ranks, and tell every rank.
+
+    Without a pipeline nothing is asked of the device.
 
     Args:
-        sums: by name, of each micro-batch that has one, [n].
+        sums: see `Sums`.
         mesh: this rank's place.
     """
     names = list(sums)
@@ -87,12 +130,8 @@ def means_of(sums: Mapping[str, Tensor], mesh: Mesh) -> Totals:
         everyone = comm.gather_bytes("\n".join(names).encode(), mesh.pp, mesh.device)
         names = max(everyone, key=len).decode().split("\n")  # empty where there is no last stage
     nothing = torch.zeros(1, dtype=torch.float64, device=mesh.device)
-    values = pad_sequence([sums.get(name, nothing) for name in names], batch_first=True)
-    totals = dict(zip(names, exact_sum(values, mesh.pp, mesh.data).tolist()))
-    loss, weight = totals.pop(_LOSS), totals.pop(_WEIGHT)
-    weights = {name.removeprefix(_WEIGHT): value for name, value in totals.items() if name.startswith(_WEIGHT)}
-    weights = {name: value for name, value in weights.items() if value != 0}
-    return Totals(loss / weight, weight, {name: totals[name] / weights[name] for name in weights}, weights)
+    values = pad_sequence([torch.stack(sums[name]) if name in sums else nothing for name in names], batch_first=True)
+    return DeviceTotals(names, exact_sum(values, mesh.pp, mesh.data))
 
 
 def tell_pipeline(results: Mapping[int, Tensor], n: int, mesh: Mesh) -> list[Tensor]:

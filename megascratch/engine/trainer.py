@@ -118,7 +118,7 @@ class Trainer:
         with self._traced(step):
             with clock.region("data"):
                 microbatches = next(batches)
-            report = self.engine.train_step(microbatches, self.task.objective, recorder, self.guard.accepts)
+            report = self.engine.train_step(microbatches, self.task.objective, recorder, self.guard.loss_limit())
             phases = clock.read()
             cost = self.meter.values(n_samples, time.perf_counter() - start, phases)
         if recorder is not None:

@@ -57,13 +57,13 @@ class _WithLoss(torch.autograd.Function):
     """Hand x on; backward differentiates a loss besides, so that it need not travel to the last stage."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, seed: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, loss: Tensor, seed: float | Tensor) -> Tensor:
         ctx.seed = seed
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, grad.new_tensor(ctx.seed), None
+        return grad, torch.as_tensor(ctx.seed, dtype=grad.dtype, device=grad.device), None
 
 
 class Router(nn.Module):

@@ -25,7 +25,7 @@ class SequenceInfo:
         seed: of dropout.
         loss_tokens: [b], tokens of each whole sequence that count in the loss: what a layer's own loss weighs it by.
             None where nothing is learned.
-        loss_seed: gradient of the loss that a layer's own loss is added to.
+        loss_seed: gradient of the loss that a layer's own loss is added to, a scalar.
         notes: where layers leave statistics, by their global name. Running a layer again leaves the same ones.
     """
 
@@ -37,7 +37,7 @@ class SequenceInfo:
     sample_ids: Tensor | None = None
     seed: int = 0
     loss_tokens: Tensor | None = None
-    loss_seed: float = 1.0
+    loss_seed: float | Tensor = 1.0
     notes: dict[str, Tensor] = field(default_factory=dict)
 
 

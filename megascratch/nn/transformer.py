@@ -159,6 +159,7 @@ class Stage(nn.Module):
         super().__init__()
         assert model.vocab_size is not None
         self.model, self.placement = model, placement
+        self.embedding_scale = torch.tensor(math.sqrt(model.hidden), dtype=placement.dtype, device="cpu").item()
         self.is_first, self.is_last = stage == 0, stage == n_stages - 1
         self.recompute = recompute or {}
         indices = layer_range(model.n_layers, stage, n_stages, layers_per_stage)
@@ -307,9 +308,7 @@ class Stage(nn.Module):
 
     def _scaled(self, embedded: Tensor) -> Tensor:
         """Multiply by √h, rounded to the embedding's type as Gemma was trained with, where the model does so."""
-        if not self.model.scale_embeddings:
-            return embedded
-        return embedded * torch.tensor(math.sqrt(self.model.hidden), dtype=embedded.dtype).item()
+        return embedded * self.embedding_scale if self.model.scale_embeddings else embedded
 
     def _embed(self, tokens: Tensor, info: SequenceInfo) -> Tensor:
         x = self._scaled(self.embed(tokens))

@@ -9,7 +9,7 @@ import torch
 from megascratch.ops.activation import OPERATORS as activation_operators
 from megascratch.ops.activation import geglu, geglu_tanh, gelu, gelu_tanh, relu_squared, swiglu
 from megascratch.ops.adamw import OPERATORS as optimizer_operators
-from megascratch.ops.adamw import adamw, squared_norm
+from megascratch.ops.adamw import adamw, adamw_step, squared_norm
 from megascratch.ops.attention import OPERATORS as attention_operators
 from megascratch.ops.attention import attention, first_keys
 from megascratch.ops.backend import Backend, load
@@ -36,6 +36,7 @@ __all__ = [
     "Backend",
     "acc_dtype",
     "adamw",
+    "adamw_step",
     "add_rms_norm",
     "attention",
     "available",

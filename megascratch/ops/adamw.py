@@ -6,7 +6,8 @@ With g = factor · grad, at step t:
     v ← β₂ v + (1 − β₂) g²             model ← value, rounded
 
 Each of the tensors has a dtype of its own: what is kept in half precision is widened as it is read, and rounded once as
-it is written.
+it is written. What changes from step to step is read from memory (`adamw_step`), so that a recording of the step can be
+replayed; so is whether there is anything to be updated at all.
 
 A float32 value beside its bfloat16 copy needs 16 bits more, not 32: those that rounding took away. The first of them
 tells which way it was rounded, where halves are rounded away from zero, as `model` is not: it rounds them to even.
@@ -17,8 +18,6 @@ tells which way it was rounded, where halves are rounded away from zero, as `mod
 
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2.
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -31,14 +30,13 @@ def adamw(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    step: Tensor,
     *,
-    step: int,
-    lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    grad_factor: float = 1.0,
+    lr_scale: float = 1.0,
     model: Tensor | None = None,
     remainder: Tensor | None = None,
 ) -> None:
@@ -48,30 +46,33 @@ def adamw(
         value: [n] contiguous, any floating dtype.
         grad, exp_avg, exp_avg_sq: [n] contiguous; each in float32 or bfloat16 where value is in one of them, else in
             value's dtype. The gradient is not changed.
-        step: number of this update, from 1.
-        lr, beta1, beta2, eps, weight_decay: as in the formula.
-        grad_factor: multiplies the gradient as it is read.
+        step: what `adamw_step` made, on value's device.
+        beta1, beta2, eps, weight_decay: as in the formula.
+        lr_scale: multiplies the step's learning rate.
         model: [n] contiguous, in half precision, beside float32 values; may be None.
         remainder: [n] contiguous int16. The values are then float32 numbers, of which `value` holds the nearest
             bfloat16 ones, and there is no model.
     """
-    step_size, root_factor = lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
-    keep = 1.0 - lr * weight_decay
+    assert step.device == value.device
+    averages = exp_avg, exp_avg_sq
     torch.ops.megascratch.adamw(
-        value,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        model,
-        remainder,
-        grad_factor,
-        keep,
-        beta1,
-        beta2,
-        step_size,
-        root_factor,
-        eps,
+        value, grad, *averages, model, remainder, step, lr_scale, weight_decay, beta1, beta2, eps
     )
+
+
+def adamw_step(lr: Tensor, number: Tensor, grad_factor: Tensor, taken: Tensor, *, beta1: float, beta2: float) -> Tensor:
+    """Return what `adamw` reads of a step, [5] float64, without asking the device.
+
+    Args:
+        lr: learning rate, a scalar as all of these are.
+        number: of this update, t, from 1.
+        grad_factor: multiplies the gradient as it is read.
+        taken: whether there is an update; where it is false, nothing changes, whatever the gradient holds.
+        beta1, beta2: as in the formula.
+    """
+    number = number.double()
+    first, second = 1.0 - torch.pow(beta1, number), 1.0 - torch.pow(beta2, number)
+    return torch.stack([grad_factor.double(), lr.double(), 1.0 / first, second.rsqrt(), taken.double()])
 
 
 def joined(nearest: Tensor, remainder: Tensor) -> Tensor:
@@ -98,27 +99,25 @@ def _adamw_reference(
     exp_avg_sq: Tensor,
     model: Tensor | None,
     remainder: Tensor | None,
-    grad_factor: float,
-    keep: float,
+    step: Tensor,
+    lr_scale: float,
+    weight_decay: float,
     beta1: float,
     beta2: float,
-    step_size: float,
-    root_factor: float,
     eps: float,
 ) -> None:
     dtype = acc_dtype(value)
+    grad_factor, lr, first, root_factor, taken = step.unbind()
+    lr, taken = lr * lr_scale, taken != 0
     scaled = grad.to(dtype) * grad_factor
     mean = exp_avg.to(dtype).lerp(scaled, 1.0 - beta1)
     square = (exp_avg_sq.to(dtype) * beta2).addcmul_(scaled, scaled, value=1.0 - beta2)
     old = value.to(dtype) if remainder is None else joined(value, remainder)
-    new = (old * keep).addcdiv_(mean, square.sqrt().mul_(root_factor).add_(eps), value=-step_size)
-    if remainder is None:
-        value.copy_(new)
-    else:
-        for half, made in zip((value, remainder), halves_of(new)):
-            half.copy_(made)
-    exp_avg.copy_(mean)
-    exp_avg_sq.copy_(square)
+    move = mean.mul(lr * first).div_(square.sqrt().mul_(root_factor).add_(eps))
+    new = (old * (1.0 - lr * weight_decay)).sub_(move)
+    halves = {value: new} if remainder is None else dict(zip((value, remainder), halves_of(new)))
+    for kept, made in {**halves, exp_avg: mean, exp_avg_sq: square}.items():
+        kept.copy_(torch.where(taken, made.to(kept.dtype), kept))
     if model is not None:
         model.copy_(value)
 
@@ -138,8 +137,8 @@ def _squared_norm_fake(x: Tensor) -> Tensor:
 OPERATORS = (
     Operator(
         "adamw(Tensor(a!) value, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? model, "
-        "Tensor(e!)? remainder, float grad_factor, float keep, float beta1, float beta2, float step_size, "
-        "float root_factor, float eps) -> ()",
+        "Tensor(e!)? remainder, Tensor step, float lr_scale, float weight_decay, float beta1, float beta2, "
+        "float eps) -> ()",
         _adamw_reference,
         _adamw_fake,
     ),

@@ -13,7 +13,7 @@ from torch import Tensor
 from megascratch import ops
 from megascratch.config import OptimConfig
 from megascratch.dist.mesh import Mesh
-from megascratch.optim.rule import OwnedRun
+from megascratch.optim.rule import OwnedRun, Update
 
 
 class AdamW:
@@ -31,25 +31,24 @@ class AdamW:
         self.optim, self.runs = optim, runs
 
     @torch.no_grad()
-    def update(self, grads: Sequence[Tensor], *, step: int, lr: float, grad_factor: float) -> None:
+    def update(self, grads: Sequence[Tensor], now: Update) -> None:
         """Update values and state in place; see `UpdateRule`."""
         optim = self.optim
+        step = ops.adamw_step(now.lr, now.number, now.grad_factor, now.taken, beta1=optim.beta1, beta2=optim.beta2)
         for run, grad in zip(self.runs, grads):
             ops.adamw(
                 run.values,
                 grad.to(run.values.device),
                 run.state["exp_avg"],
                 run.state["exp_avg_sq"],
-                step=step,
-                lr=lr * run.bucket.key.pace.lr_scale,
+                step.to(run.values.device),
                 beta1=optim.beta1,
                 beta2=optim.beta2,
                 eps=optim.eps,
                 weight_decay=run.bucket.key.pace.weight_decay,
-                grad_factor=grad_factor,
+                lr_scale=run.bucket.key.pace.lr_scale,
                 model=run.model,
                 remainder=run.remainder,
             )
-            run.forget_whole()
             if run.offloaded:
                 run.publish()

@@ -31,7 +31,7 @@ from megascratch import ops
 from megascratch.config import OptimConfig
 from megascratch.dist.layout import Matrices
 from megascratch.dist.mesh import Mesh
-from megascratch.optim.rule import OwnedRun
+from megascratch.optim.rule import OwnedRun, Update
 from megascratch.optim.whole import Held, WholeTensors
 
 _STEPS = 5
@@ -84,28 +84,31 @@ class Muon:
         self.wholes = WholeTensors(runs, mesh, axis, runs[0].bucket.values.dtype)
 
     @torch.no_grad()
-    def update(self, grads: Sequence[Tensor], *, step: int, lr: float, grad_factor: float) -> None:
-        """Update values and state in place; see `UpdateRule`."""
-        lr *= (self.optim.muon_lr or self.optim.lr) / self.optim.lr
+    def update(self, grads: Sequence[Tensor], now: Update) -> None:
+        """Update values and state in place; see `UpdateRule`.
+
+        A step that is not taken is one of learning rate 0 in which every gradient is the momentum.
+        """
+        lr = torch.where(now.taken, now.lr, 0.0) * ((self.optim.muon_lr or self.optim.lr) / self.optim.lr)
         for run in self.runs:
             pace = run.bucket.key.pace
             run.master.mul_(1.0 - lr * pace.lr_scale * pace.weight_decay)
         for names in self.wholes.rounds:
             here = {name: held for name in names if (held := self.wholes.held.get(name)) is not None}
-            ahead = {name: self._look_ahead(held, grads[held.run], grad_factor) for name, held in here.items()}
+            ahead = {name: self._look_ahead(held, grads[held.run], now) for name, held in here.items()}
             directions = self._directions(self.wholes.collect(names, ahead))
             for name, piece in self.wholes.distribute(names, directions).items():
                 held = here[name]
                 run = self.runs[held.run]
-                run.master[held.piece].sub_(piece, alpha=lr * run.bucket.key.pace.lr_scale)
+                run.master[held.piece].addcmul_(piece, lr * run.bucket.key.pace.lr_scale, value=-1.0)
         for run in self.runs:
             if run.model is not None:
                 run.model.copy_(run.master)
 
-    def _look_ahead(self, held: Held, grad: Tensor, grad_factor: float) -> Tensor:
+    def _look_ahead(self, held: Held, grad: Tensor, now: Update) -> Tensor:
         """Move the momentum of a piece by its gradient, in place, and return where the next one alike would take it."""
         share, momentum = self.optim.muon_momentum, self.runs[held.run].state["momentum"][held.piece]
-        grad = grad[held.piece].to(momentum.dtype) * grad_factor
+        grad = torch.where(now.taken, grad[held.piece].to(momentum.dtype) * now.grad_factor, momentum)
         momentum.lerp_(grad, 1.0 - share)
         return grad.lerp(momentum, share).to(self.wholes.dtype)
 

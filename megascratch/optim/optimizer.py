@@ -8,10 +8,10 @@ gradients and averages are beside them, `precision.py` says.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ from megascratch.dist.sums import exact_sum
 from megascratch.optim.adamw import AdamW
 from megascratch.optim.buckets import Bucket, Unit, make_buckets
 from megascratch.optim.groups import pace_of
+from megascratch.optim.inputs import StepInputs
 from megascratch.optim.muon import Muon
 from megascratch.optim.overlap import Overlap
 from megascratch.optim.precision import Precision
-from megascratch.optim.rule import OwnedRun, UpdateRule
+from megascratch.optim.rule import OwnedRun, Update, UpdateRule
 
 T = TypeVar("T")
 
@@ -39,12 +40,11 @@ def rule_of(optim: OptimConfig, spec: ParamSpec) -> str:
     return optim.name if spec.matrices is not None else "adamw"
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What a step did: the global gradient norm before clipping, and whether the update was skipped."""
+class StepResult(NamedTuple):
+    """What a step did, scalars on the device: the gradient's global norm before clipping, and whether it was taken."""
 
-    grad_norm: float
-    skipped: bool
+    grad_norm: Tensor
+    taken: Tensor
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class Optimizer:
         parallel: ZeRO stage, order of sums, and what is kept in host memory.
 
     Attributes:
+        inputs: what the step depends on besides gradients.
         overlap: to be told of what the pipeline does. Without it, `step` reduces and gathers everything itself.
+        updates: how many steps were taken.
     """
 
     def __init__(self, units: Sequence[Unit], mesh: Mesh, optim: OptimConfig, parallel: ParallelConfig) -> None:
@@ -105,8 +107,21 @@ class Optimizer:
         ]
         names = sorted({bucket.key.rule for bucket in self.buckets})
         self.rules = {name: RULES[name](optim, self._of(name, self.runs), mesh) for name in names}
+        self.inputs = StepInputs(mesh.device)
         self.updates = 0
         self.overlap.release()
+
+    def begin_step(self, lr: float, loss_scale: float = 1.0, loss_limit: float = math.inf) -> None:
+        """Tell the device what the next step depends on.
+
+        Args:
+            lr: learning rate.
+            loss_scale: factor on the loss, which the gradients have too.
+            loss_limit: a step whose loss is larger is not taken.
+        """
+        self.inputs.write(lr, self.updates + 1, loss_scale, loss_limit)
+        for run in self.runs:
+            run.forget_whole()
 
     def zero_grads(self) -> None:
         """Forget the gradients of the last step."""
@@ -114,33 +129,37 @@ class Optimizer:
             bucket.zero_grads()
 
     @torch.no_grad()
-    def step(self, lr: float, grad_scale: float, accepts: Callable[[float], bool] = math.isfinite) -> StepResult:
-        """Update every parameter from the accumulated gradients.
+    def step(self, grad_scale: Tensor, loss: Tensor) -> StepResult:
+        """Update every parameter from the accumulated gradients, unless loss or norm are not finite or too large.
+
+        Nothing is asked of the device, so it may be recorded. `begin_step` comes before, `end_step` after it.
 
         Args:
-            lr: learning rate.
-            grad_scale: factor that turns accumulated sums into the gradient of the mean loss.
-            accepts: whether to update with a gradient of this norm; the same on every rank.
+            grad_scale: factor that turns accumulated sums into the gradient of the mean loss, a scalar.
+            loss: of the global batch, a scalar.
 
-        Returns: the norm of the scaled gradient.
+        Returns: the norm of the scaled gradient, and whether the step was taken, the same on every rank.
         """
         reduced = [bucket.reduced_grads() for bucket in self.buckets]
         norm = self._global_norm(reduced) * grad_scale
-        if not accepts(norm):
-            return StepResult(norm, skipped=True)
-        factor = grad_scale * (min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0)
-        self.updates += 1
+        taken = norm.isfinite() & loss.isfinite() & (loss <= self.inputs.loss_limit)
+        factor = grad_scale * (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip > 0 else grad_scale
+        now = Update(self.inputs.number, self.inputs.lr, factor, taken)
         for name, rule in self.rules.items():
-            rule.update(self._of(name, reduced), step=self.updates, lr=lr, grad_factor=factor)
+            rule.update(self._of(name, reduced), now)
         self.overlap.publish()
-        return StepResult(norm, skipped=False)
+        return StepResult(norm, taken)
+
+    def end_step(self, taken: bool) -> None:
+        """Take note of whether a step was taken."""
+        self.updates += taken
 
     def _of(self, rule: str, values: list[T]) -> list[T]:
         """Pick, from one value a bucket, those of the buckets that a rule updates."""
         return [value for bucket, value in zip(self.buckets, values) if bucket.key.rule == rule]
 
-    def _global_norm(self, reduced: list[Tensor]) -> float:
-        """Return the norm over every logical parameter once, whatever the layout replicates.
+    def _global_norm(self, reduced: list[Tensor]) -> Tensor:
+        """Return the norm, a float64 scalar, over every logical parameter once, whatever the layout replicates.
 
         Each parameter's square is summed by itself, and those exactly: neither what shares a bucket nor which rank
         has what changes a bit.
@@ -153,7 +172,7 @@ class Optimizer:
             if span.start < bucket.stop and span.stop > bucket.start
         ]
         own = torch.stack(squares) if squares else torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
-        return math.sqrt(exact_sum(own, self.mesh.world).item())
+        return exact_sum(own, self.mesh.world).sqrt()
 
     def state_parts(self) -> Iterator[StatePart]:
         """Yield this rank's part of the optimizer state of every parameter that it updates."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class OwnedRun:
 
     @property
     def master(self) -> Tensor:
-        """The master values [run]. Those in halves are joined here for a checkpoint, and kept until the next update or
+        """The master values [run]. Those in halves are joined here for a checkpoint, and kept until the next step or
         `publish`, so that it can write into them."""
         if self.remainder is None:
             return self.values
@@ -97,6 +97,22 @@ class OwnedRun:
             self.forget_whole()
 
 
+class Update(NamedTuple):
+    """What a rule is told of a step: scalars on the device, which it does not ask for their values.
+
+    Attributes:
+        number: of this update, from 1.
+        lr: learning rate.
+        grad_factor: multiplies the gradients, which are not changed: it averages and clips them.
+        taken: whether there is an update. Where it is false nothing may change, whatever the gradients hold.
+    """
+
+    number: Tensor
+    lr: Tensor
+    grad_factor: Tensor
+    taken: Tensor
+
+
 class UpdateRule(Protocol):
     """A rule with the runs that it moves. Every rank makes it, and updates, at the same point."""
 
@@ -104,13 +120,11 @@ class UpdateRule(Protocol):
 
     def __init__(self, optim: OptimConfig, runs: Sequence[OwnedRun], mesh: Mesh) -> None: ...
 
-    def update(self, grads: Sequence[Tensor], *, step: int, lr: float, grad_factor: float) -> None:
+    def update(self, grads: Sequence[Tensor], now: Update) -> None:
         """Move the values, in place.
 
         Args:
-            grads: of each run, on the model's device; times `grad_factor` they are final (averaged and clipped).
-            step: number of this update, from 1.
-            lr: learning rate.
-            grad_factor: multiplies the gradients, which are not changed.
+            grads: of each run, on the model's device.
+            now: what the step is.
         """
         ...

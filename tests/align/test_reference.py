@@ -14,7 +14,7 @@ from megascratch.align.sources import batches_of, open_sets
 from megascratch.config import Config
 from megascratch.dist.mesh import Mesh
 from megascratch.engine import Engine, Loss, Ratio, Totals
-from megascratch.engine.totals import add_up, means_of
+from megascratch.engine.totals import add_up, totals_of
 from megascratch.log import make_console
 
 
@@ -77,6 +77,7 @@ def test_a_mean_over_batches_is_no_mean_of_means() -> None:
         sums: dict[str, list[torch.Tensor]] = {}
         loss = Loss(torch.tensor(total), torch.tensor(weight), {"hit": Ratio(torch.tensor(hits), torch.tensor(weight))})
         add_up(sums, loss)
-        batches.append(means_of({name: torch.stack(values) for name, values in sums.items()}, Mesh.serial()))
+        totals = totals_of(sums, Mesh.serial())
+        batches.append(totals.means(totals.values.tolist()))
     assert Totals.over(batches).metrics["hit"] == pytest.approx(9 / 12)
     assert Totals.over(batches).loss == pytest.approx(36 / 12)

@@ -5,10 +5,11 @@ from contextlib import nullcontext
 from unittest.mock import patch
 
 import pytest
+import torch
 from layouts import Layout, make_engine, train_steps
 
 from megascratch.dist.testing import RankPool
-from megascratch.engine import Totals
+from megascratch.engine.totals import DeviceTotals
 from megascratch.errors import CollectiveError
 
 
@@ -17,7 +18,8 @@ def _train_in_debug_mode(layout: Layout, astray: bool) -> str:
     engine = make_engine(layout.config(debug_collectives=True))
     try:
         train_steps(engine, 1)
-        forgotten = patch("megascratch.engine.engine.means_of", lambda sums, mesh: Totals(0.0, 1.0, {}, {}))
+        alone = DeviceTotals(["", "\t"], torch.tensor([0.0, 1.0], dtype=torch.float64))
+        forgotten = patch("megascratch.engine.engine.totals_of", lambda sums, mesh: alone)
         with forgotten if astray and engine.mesh.rank == 1 else nullcontext():
             train_steps(engine, 1)
     except CollectiveError as error:
@@ -44,4 +46,4 @@ def test_debug_mode_names_the_ranks_the_line_and_the_step(pool: RankPool) -> Non
     messages = pool.run(layout.world, _train_in_debug_mode, layout, True)
     for message in messages:
         assert re.search(r"rank 1  step 2: all_reduce over \w+ .* at optim/", message)
-        assert re.search(r"rank 3  step 2: all_reduce over data .* at engine/totals\.py:\d+ means_of", message)
+        assert re.search(r"rank 3  step 2: all_reduce over data .* at engine/totals\.py:\d+ totals_of", message)

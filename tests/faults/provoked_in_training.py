@@ -29,13 +29,13 @@ NUMBERS, RANKS, STOPS = "Numbers", "Ranks that differ or lag", "Requests to stop
 
 
 def spoil_loss(ground: Ground, factor: float, steps: range) -> None:
-    """Multiply the loss that some steps are judged by."""
-    original = Guard.accepts
+    """Judge some steps as if their loss were so many times larger."""
+    original = Guard.loss_limit
 
-    def accepts(self: Guard, loss: float, grad_norm: float) -> bool:
-        return original(self, loss * (factor if self.engine.step + 1 in steps else 1), grad_norm)
+    def loss_limit(self: Guard) -> float:
+        return original(self) / (factor if self.engine.step + 1 in steps else 1)
 
-    ground.monkeypatch.setattr(Guard, "accepts", accepts)
+    ground.monkeypatch.setattr(Guard, "loss_limit", loss_limit)
 
 
 def how_ranks_end(config: Config) -> str:

@@ -38,20 +38,21 @@ def cases(ops: Any, dtype: torch.dtype) -> dict[str, Callable[[], Outputs]]:
     # Rows in packets and, one element longer, element by element.
     row, odd, narrow = draw(3, 1288), draw(3, 1289), draw(40, 64)
     adamw = [torch.rand(3001, dtype=wide) for _ in range(4)]
+    rule = torch.tensor([0.5, 1e-2, 1.0, 1.0, 1.0], dtype=torch.float64), 1.0, 0.1, 0.9, 0.95, 1e-6
     scores, labels, per_row = draw(1, 1, 2, 1100), torch.tensor([3, 2000, 1]), torch.rand(3).to(wide)
     q, table, logits = draw(3, 2, 4, 64), torch.rand(5, 32).to(wide), draw(3, 2063)
 
     def update() -> Outputs:
         state = [x.clone() for x in adamw]
         model = state[0].to(dtype) if dtype != wide else None
-        ops.adamw(*state, model, None, 0.5, 0.99, 0.9, 0.95, 1e-2, 1.0, 1e-6)
+        ops.adamw(*state, model, None, *rule)
         return state if model is None else [*state, model]
 
     def update_halves() -> Outputs:
         value, grad, exp_avg, exp_avg_sq = adamw
         nearest, remainder = halves_of(value.float())
         state = [exp_avg.bfloat16(), exp_avg_sq.bfloat16()]
-        ops.adamw(nearest, grad.bfloat16(), *state, None, remainder, 0.5, 0.99, 0.9, 0.95, 1e-2, 1.0, 1e-6)
+        ops.adamw(nearest, grad.bfloat16(), *state, None, remainder, *rule)
         return [nearest, remainder, *state]
 
     found: dict[str, Callable[[], Outputs]] = {

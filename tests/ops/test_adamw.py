@@ -12,11 +12,11 @@ SIZES = (0, 1, 7, 64, 3001, 40000)
 SETTINGS = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "lr": 0.01, "weight_decay": 0.3}
 
 
-def arguments(step: int) -> tuple[float, ...]:
-    """keep, beta1, beta2, step_size, root_factor, eps, as `ops.adamw` makes them."""
-    beta1, beta2, lr = SETTINGS["beta1"], SETTINGS["beta2"], SETTINGS["lr"]
-    keep = 1 - lr * SETTINGS["weight_decay"]
-    return keep, beta1, beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, SETTINGS["eps"]
+def arguments(backend, number: int, grad_factor: float = 1.0, taken: bool = True) -> tuple[torch.Tensor | float, ...]:
+    """step, lr_scale, weight_decay, beta1, beta2, eps."""
+    numbers = torch.tensor([SETTINGS["lr"] / 2, number, grad_factor, taken], dtype=torch.float64, device=backend.device)
+    betas = {key: SETTINGS[key] for key in ("beta1", "beta2")}
+    return ops.adamw_step(*numbers, **betas), 2.0, SETTINGS["weight_decay"], *betas.values(), SETTINGS["eps"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -33,7 +33,7 @@ def test_every_backend_updates_as_torch_does(backend, n, dtype):
         grad = torch.randn(n, dtype=torch.float64)
         theirs.grad = grad * 0.5
         reference.step()
-        backend.ops.adamw(value, grad.to(dtype).to(backend.device), *state, None, None, 0.5, *arguments(step))
+        backend.ops.adamw(value, grad.to(dtype).to(backend.device), *state, None, None, *arguments(backend, step, 0.5))
         rtol, atol = (1e-13, 1e-14) if dtype == torch.float64 else (2e-6, 1e-6)
         torch.testing.assert_close(value.cpu().double(), theirs.detach(), rtol=rtol, atol=atol)
 
@@ -44,7 +44,7 @@ def test_what_is_kept_in_half_precision_is_rounded_once(backend, n, dtype):
     kept = [torch.rand(n).to(dtype).to(backend.device) for _ in range(4)]
     wide = [x.float() for x in kept]
     for tensors in (kept, wide):
-        backend.ops.adamw(*tensors, None, None, 0.5, *arguments(2))
+        backend.ops.adamw(*tensors, None, None, *arguments(backend, 2, 0.5))
     for one, other in zip(kept, wide):
         torch.testing.assert_close(one, other.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
 
@@ -56,7 +56,7 @@ def test_each_tensor_is_rounded_once_in_its_own_dtype(backend, dtypes):
     kept = [torch.rand(n).to(dtype).to(backend.device) for dtype in dtypes]
     wide = [x.to(torch.float32, copy=True) for x in kept]
     for tensors in (kept, wide):
-        backend.ops.adamw(*tensors, None, None, 0.5, *arguments(2))
+        backend.ops.adamw(*tensors, None, None, *arguments(backend, 2, 0.5))
     for one, other, dtype in zip(kept, wide, dtypes):
         assert one.dtype == dtype
         rounded = other.to(dtype)
@@ -74,7 +74,7 @@ def test_dtypes_that_do_not_go_together_are_refused(backend, value, others):
     for odd in (1, 2, 3):
         tensors = [torch.rand(8, device=backend.device).to(others if i == odd else value) for i in range(4)]
         with pytest.raises(RuntimeError, match="must be float32 or bfloat16, as value is, or else like value"):
-            backend.ops.adamw(*tensors, None, None, 0.5, *arguments(1))
+            backend.ops.adamw(*tensors, None, None, *arguments(backend, 1, 0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -84,7 +84,7 @@ def test_the_model_gets_the_rounded_value(backend, dtype, shift):
     value, grad, exp_avg, exp_avg_sq = (torch.rand(1000 + shift, device=backend.device)[shift:] for _ in range(4))
     model = torch.zeros(1000 + shift, dtype=dtype, device=backend.device)[shift:]
     before = value.clone()
-    backend.ops.adamw(value, grad, exp_avg, exp_avg_sq, model, None, 1.0, *arguments(1))
+    backend.ops.adamw(value, grad, exp_avg, exp_avg_sq, model, None, *arguments(backend, 1))
     assert not torch.equal(value, before)
     assert torch.equal(model, value.to(dtype))
 
@@ -104,13 +104,30 @@ def test_values_in_halves_are_the_float32_ones_bit_for_bit(backend, shift, kept)
     for step in (1, 2, 3):
         grad = torch.randn(n, device=backend.device) * 10.0 ** torch.randint(-4, 4, (n,), device=backend.device)
         grad = grad.to(kept)[shift:]
-        backend.ops.adamw(value, grad, *whole, model, None, 0.5, *arguments(step))
-        backend.ops.adamw(nearest, grad, *halved, None, remainder, 0.5, *arguments(step))
+        backend.ops.adamw(value, grad, *whole, model, None, *arguments(backend, step, 0.5))
+        backend.ops.adamw(nearest, grad, *halved, None, remainder, *arguments(backend, step, 0.5))
         assert torch.equal(joined(nearest, remainder).view(torch.int32), value.view(torch.int32))
         for one, other in zip(halved, whole):
             assert torch.equal(one, other)
         ties = value.view(torch.int32) & 0xFFFF == 0x8000
         assert torch.equal(nearest[~ties], model[~ties])
+
+
+@pytest.mark.parametrize("kept", ["whole", "beside the model", "in halves"])
+def test_a_step_that_is_not_taken_changes_nothing(backend, kept):
+    """Whatever the gradients hold: those of a step that overflowed are infinite or no numbers."""
+    value, exp_avg, exp_avg_sq = (torch.rand(1003, device=backend.device) for _ in range(3))
+    grad = torch.full_like(value, torch.nan)
+    model = value.bfloat16() if kept == "beside the model" else None
+    remainder = None
+    if kept == "in halves":
+        value, remainder = halves_of(value)
+    tensors = [x for x in (value, exp_avg, exp_avg_sq, model, remainder) if x is not None]
+    before = [x.clone() for x in tensors]
+    backend.ops.adamw(
+        value, grad, exp_avg, exp_avg_sq, model, remainder, *arguments(backend, 1, torch.nan, taken=False)
+    )
+    assert all(torch.equal(x, was) for x, was in zip(tensors, before))
 
 
 def test_every_number_has_its_halves():
@@ -161,10 +178,10 @@ def test_opcheck(backend):
     value, grad, exp_avg, exp_avg_sq = (torch.rand(9, device=backend.device) for _ in range(4))
     model = torch.zeros(9, dtype=torch.bfloat16, device=backend.device)
     torch.library.opcheck(
-        backend.ops.adamw.default, (value, grad, exp_avg, exp_avg_sq, model, None, 1.0, *arguments(1))
+        backend.ops.adamw.default, (value, grad, exp_avg, exp_avg_sq, model, None, *arguments(backend, 1))
     )
     nearest, remainder = halves_of(value)
     torch.library.opcheck(
-        backend.ops.adamw.default, (nearest, grad, exp_avg, exp_avg_sq, None, remainder, 1.0, *arguments(1))
+        backend.ops.adamw.default, (nearest, grad, exp_avg, exp_avg_sq, None, remainder, *arguments(backend, 1))
     )
     torch.library.opcheck(backend.ops.squared_norm.default, (value,))

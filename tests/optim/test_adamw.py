@@ -1,6 +1,7 @@
 """AdamW against torch's own."""
 
 import torch
+from stepping import take_step
 
 from megascratch.config import OptimConfig, ParallelConfig
 from megascratch.dist.layout import parameter
@@ -27,14 +28,12 @@ def test_the_update_is_torchs() -> None:
         reference.step()
         optimizer.zero_grads()
         ours.backward(grad)
-        optimizer.step(lr=0.01, grad_scale=1.0)
+        take_step(optimizer, lr=0.01)
         torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-13, atol=1e-15)
 
 
 def test_decay_can_be_left_out() -> None:
     params = [_parameter(torch.ones(3), decay) for decay in (False, True)]
-    Optimizer([Unit.one(params)], Mesh.serial(), OptimConfig(weight_decay=0.5), ParallelConfig()).step(
-        lr=0.1, grad_scale=1.0
-    )
+    take_step(Optimizer([Unit.one(params)], Mesh.serial(), OptimConfig(weight_decay=0.5), ParallelConfig()), lr=0.1)
     assert params[0].tolist() == [1, 1, 1]
     torch.testing.assert_close(params[1].detach(), torch.full((3,), 0.95))

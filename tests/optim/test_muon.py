@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from logical import to_local
+from stepping import take_step
 
 from megascratch.config import OptimConfig, ParallelConfig
 from megascratch.dist.layout import Matrices, Split, name_parameters, parameter
@@ -68,7 +69,7 @@ def _our_steps(dtype: torch.dtype, optim: OptimConfig, mesh: Mesh, zero: int = 0
         grads = _grads(step)
         for name, param in model.named_parameters():
             param.backward(to_local(grads[name], WEIGHTS[name][2], mesh).to(dtype) / mesh.data.size)
-        optimizer.step(lr=0.01 * step, grad_scale=2.0)
+        take_step(optimizer, lr=0.01 * step, grad_scale=2.0)
     return optimizer
 
 
@@ -184,5 +185,5 @@ def test_scales_by_their_definition(scale: str, rms: float) -> None:
     optim = OptimConfig.model_validate({"name": "muon", "muon_scale": scale, "weight_decay": 0.0})
     optimizer = Optimizer([Unit.one([param])], Mesh.serial(), optim, ParallelConfig())
     param.backward(torch.randn(64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
-    optimizer.step(lr=1.0, grad_scale=1.0)
+    take_step(optimizer, lr=1.0)
     assert param.detach().square().mean().sqrt().item() == pytest.approx(rms, rel=0.15)

@@ -153,7 +153,9 @@ def adamw_columns(n: int, dtype: torch.dtype, compiled: bool) -> tuple[dict[str,
     """The update of n parameters in float32, written back in `dtype`; torch's own fused optimizer is the eager peer."""
     value, grad, exp_avg, exp_avg_sq = (torch.rand(n) for _ in range(4))
     model = None if dtype == torch.float32 else value.to(dtype)
-    rule = {"step": 10, "lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    betas = {"beta1": 0.9, "beta2": 0.95}
+    rule = {"eps": 1e-8, "weight_decay": 0.1, **betas}
+    step = ops.adamw_step(*torch.tensor([1e-3, 10, 1, 1], dtype=torch.float64), **betas)
     theirs = torch.nn.Parameter(value.clone())
     theirs.grad = grad.clone()
     fused = torch.optim.AdamW([theirs], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -164,7 +166,7 @@ def adamw_columns(n: int, dtype: torch.dtype, compiled: bool) -> tuple[dict[str,
             model.copy_(theirs.detach())
 
     columns: dict[str, Callable[[], object]] = {
-        "ours": lambda: ops.adamw(value, grad, exp_avg, exp_avg_sq, model=model, **rule),
+        "ours": lambda: ops.adamw(value, grad, exp_avg, exp_avg_sq, step, model=model, **rule),
         "eager": torch_step,
     }
     if compiled:

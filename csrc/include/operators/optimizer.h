@@ -12,8 +12,8 @@ struct OptimizerOperators {
 
   static void adamw(
       Tensor value, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, std::optional<Tensor> model,
-      std::optional<Tensor> remainder, double grad_factor, double keep, double beta1, double beta2, double step_size,
-      double root_factor, double eps) {
+      std::optional<Tensor> remainder, Tensor step, double lr_scale, double weight_decay, double beta1, double beta2,
+      double eps) {
     AdamWArguments a{};
     a.dtype = dtype_of(value), a.grad_dtype = dtype_of(grad);
     a.exp_avg_dtype = dtype_of(exp_avg), a.exp_avg_sq_dtype = dtype_of(exp_avg_sq);
@@ -38,11 +38,13 @@ struct OptimizerOperators {
       STD_TORCH_CHECK(a.dtype == DType::Float && (a.model_dtype == DType::Half || a.model_dtype == DType::BFloat16),
                       "adamw: a model in half precision goes with float32 values, and no other model with any");
     }
+    STD_TORCH_CHECK(step.numel() == 5 && step.is_contiguous() && step.scalar_type() == ScalarType::Double,
+                    "adamw: step must be 5 numbers in float64");
     a.value = value.mutable_data_ptr(), a.grad = grad.const_data_ptr();
     a.exp_avg = exp_avg.mutable_data_ptr(), a.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
+    a.step = step.template const_data_ptr<double>();
     a.n = value.numel();
-    a.grad_factor = grad_factor, a.keep = keep, a.beta1 = beta1, a.beta2 = beta2;
-    a.step_size = step_size, a.root_factor = root_factor, a.eps = eps;
+    a.lr_scale = lr_scale, a.weight_decay = weight_decay, a.beta1 = beta1, a.beta2 = beta2, a.eps = eps;
     if (a.n > 0) Backend::run(a, value);
   }
 
