@@ -50,7 +50,9 @@ class Forward : Task<T, P> {
       }
       Base::add_over_keys(rows, block, probabilities, values, out);
     }
-    for (int64_t row = 0; row < rows.count; ++row) write(row, Base::place(begin + row / z.g, row % z.g));
+    Base::for_rows(begin, rows, [&](int64_t row, int64_t query, int64_t member) {
+      write(row, Base::place(query, member));
+    });
   }
 
   // Scores to probabilities, up to the division by their sum.
@@ -96,8 +98,7 @@ class Forward : Task<T, P> {
     const A* from = out + row * z.d_padded;
     // The largest score counts exp(0): a sum below 1 is that of a query that saw no key.
     const A factor = total[row] < 1 ? A(1) : 1 / total[row];
-#pragma omp simd
-    for (int64_t j = 0; j < z.d; ++j) to[j] = store<T>(from[j] * factor);
+    for_vectors<A>(z.d, [&](int64_t j, int64_t count) { store_vector(to + j, load_vector(from + j) * factor, count); });
     static_cast<A*>(a.lse)[place] = peak[row] + logarithm(total[row]);
   }
 

@@ -10,7 +10,7 @@ class Backward : Task<T, P> {
   using Base = Task<T, P>;
   using typename Base::A;
   using typename Base::Stored;
-  using Base::a, Base::z, Base::width;
+  using Base::a, Base::z, Base::width, Base::columns;
 
  public:
   explicit Backward(const AttentionArguments& a)
@@ -18,12 +18,13 @@ class Backward : Task<T, P> {
         keys(z.d_steps * z.t_padded),
         values(z.d_steps * z.t_padded),
         keys_over(z.t_steps * z.d_padded),
-        grads_left(z.rows * z.d_steps),
-        queries_over(z.row_steps * z.d_padded),
-        grads_over(z.row_steps * z.d_padded),
+        grads_left(z.rows * z.d_steps + columns),
+        queries_packed(width == 1 ? 0 : z.row_steps * z.d_padded),
+        grads_packed(width == 1 ? 0 : z.row_steps * z.d_padded),
         grads(z.rows * z.keys),
         weights(width == 1 ? 0 : 3 * z.row_steps * z.keys),
         grad_q(z.rows * z.d_padded),
+        own_grads(a.parts == 1 ? 2 * z.partial() : 0),
         delta(z.rows),
         lse(z.rows) {}
 
@@ -33,9 +34,17 @@ class Backward : Task<T, P> {
     pack(View<T>{k.at, k.column, k.row}, z.d, a.t, static_cast<P*>(keys));
     pack(View<T>{v.at, v.column, v.row}, z.d, a.t, static_cast<P*>(values));
     pack(k, a.t, z.d, static_cast<P*>(keys_over));
-    grad_k = static_cast<A*>(a.partial) + task * 2 * z.partial(), grad_v = grad_k + z.partial();
+    // What a task alone adds up stays in its cache.
+    const bool alone = a.parts == 1;
+    grad_k = alone ? static_cast<A*>(own_grads) : static_cast<A*>(a.partial) + task * 2 * z.partial();
+    grad_v = grad_k + z.partial();
     memset(static_cast<void*>(grad_k), 0, sizeof(A) * 2 * z.partial());
     for (int64_t begin = Base::part * z.queries(); begin < a.s; begin += a.parts * z.queries()) attend(begin);
+    for (int64_t key = 0; alone && key < a.t; ++key) {
+      const int64_t at = ((key * a.b + Base::sample) * a.kv + Base::head) * z.d;
+      write(grad_k + key * z.d_padded, static_cast<T*>(a.grad_k) + at);
+      write(grad_v + key * z.d_padded, static_cast<T*>(a.grad_v) + at);
+    }
   }
 
  private:
@@ -43,13 +52,13 @@ class Backward : Task<T, P> {
     const Rows rows = Base::look(begin);
     Base::gather(a.q, begin, rows, Base::queries_left);
     Base::gather(a.grad, begin, rows, grads_left);
-    pack_rows(Base::queries_left, rows, queries_over), pack_rows(grads_left, rows, grads_over);
-    for (int64_t row = 0; row < rows.count; ++row) read_row(row, begin + row / z.g, row % z.g);
+    const Right queries_over = turn(Base::queries_left, rows, queries_packed);
+    const Right grads_over = turn(grads_left, rows, grads_packed);
+    Base::for_rows(begin, rows, [&](int64_t row, int64_t query, int64_t member) { read_row(row, query, member); });
     memset(static_cast<void*>(grad_q), 0, sizeof(A) * rows.padded * z.d_padded);
     P* const p = width == 1 ? reinterpret_cast<P*>(static_cast<A*>(Base::scores)) : weights;
     P* const turned = width == 1 ? reinterpret_cast<P*>(static_cast<A*>(grads)) : p + z.row_steps * z.keys;
     P* const ds = width == 1 ? turned : turned + z.row_steps * z.keys;
-    const int64_t columns = Base::columns;
     for (int64_t key = rows.seen.begin / columns * columns; key < rows.seen.end; key += block_keys) {
       const Range block{key, smaller(key + block_keys, rows.seen.end)};
       Base::multiply_by_keys(rows, block, Base::queries_left, keys, Base::scores);
@@ -59,26 +68,37 @@ class Backward : Task<T, P> {
       add_over_rows(rows, block, turned, queries_over, grad_k);
       Base::add_over_keys(rows, block, ds, keys_over, grad_q);
     }
-    for (int64_t row = 0; row < rows.count; ++row) {
-      T* to = static_cast<T*>(a.result) + Base::place(begin + row / z.g, row % z.g) * z.d;
-#pragma omp simd
-      for (int64_t j = 0; j < z.d; ++j) to[j] = store<T>(grad_q[row * z.d_padded + j]);
-    }
+    Base::for_rows(begin, rows, [&](int64_t row, int64_t query, int64_t member) {
+      write(grad_q + row * z.d_padded, static_cast<T*>(a.result) + Base::place(query, member) * z.d);
+    });
   }
 
-  // Pack a left operand [rows, d] as a right one.
-  void pack_rows(const P* left, const Rows& rows, P* packed) const {
+  // A right operand of products: `step` leads from step to step, `panel` to the next columns of a tile.
+  struct Right {
+    const P* at;
+    int64_t step, panel;
+  };
+
+  // A left operand [rows, d] as a right one. Of numbers it is the same; pairs of neighbours in d become pairs of rows.
+  Right turn(const P* left, const Rows& rows, P* packed) const {
+    if constexpr (width == 1) return {left, z.d_steps, columns};
     pack(View<Stored>{reinterpret_cast<const Stored*>(left), z.d_steps * width, 1}, rows.padded, z.d, packed);
+    return {packed, columns, rows.padded / width * columns};
   }
 
   // Σ probability × its gradient over a row is the row of dO times that of O.
   void read_row(int64_t row, int64_t query, int64_t member) {
     const T* o = Base::row_of(a.out, query, member);
     const T* g = Base::row_of(a.grad, query, member);
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < z.d; ++j) sum += load(o[j]) * load(g[j]);
-    delta[row] = sum, lse[row] = static_cast<const A*>(a.lse)[Base::place(query, member)];
+    A sums[1];
+    sum_vectors<A, 1>(z.d, sums, [&](int64_t j, int64_t count, VectorOf<A>* sum) {
+      sum[0] += load_vector(o + j, count) * load_vector(g + j, count);
+    });
+    delta[row] = sums[0], lse[row] = static_cast<const A*>(a.lse)[Base::place(query, member)];
+  }
+
+  void write(const A* from, T* to) const {
+    for_vectors<A>(z.d, [&](int64_t j, int64_t count) { store_vector(to + j, load_vector(from + j), count); });
   }
 
   struct Gradient {
@@ -127,15 +147,15 @@ class Backward : Task<T, P> {
   }
 
   // out [keys of the block, d] += turned weights [keys, rows] times the packed [rows, d].
-  void add_over_rows(const Rows& rows, Range block, const P* turned, const P* packed, A* out) const {
-    for (int64_t panel = 0; panel < z.d_panels; ++panel, packed += rows.padded / width * Base::columns) {
+  void add_over_rows(const Rows& rows, Range block, const P* turned, Right right, A* out) const {
+    for (int64_t panel = 0; panel < z.d_panels; ++panel, right.at += right.panel) {
       for (int64_t key = block.begin; key < block.end; key += tile_rows) {
         const Range range = rows_that_see(rows, key);
         if (range.begin == range.end) continue;
         const int64_t begin = range.begin / width, end = range.end / width;
-        multiply_tile<true>(
-            turned + begin * z.keys + key - block.begin, 1, z.keys, packed + begin * Base::columns, end - begin,
-            out + key * z.d_padded + panel * Base::columns, z.d_padded);
+        multiply_rows<true, 2>(
+            block.end - key, turned + begin * z.keys + key - block.begin, 1, z.keys, right.at + begin * right.step,
+            right.step, end - begin, out + key * z.d_padded + panel * columns, z.d_padded);
       }
     }
   }
@@ -147,14 +167,14 @@ class Backward : Task<T, P> {
     };
     Range range{0, rows.padded};
     while (range.begin < range.end && !sees(range.begin)) range.begin += tile_rows;
-    while (range.begin < range.end && !sees(range.end - tile_rows)) range.end -= tile_rows;
+    while (range.begin < range.end && !sees(range.end - 1)) range.end = (range.end - 1) / tile_rows * tile_rows;
     return range;
   }
 
-  const Buffer<P> keys, values, keys_over, grads_left, queries_over, grads_over;
+  const Buffer<P> keys, values, keys_over, grads_left, queries_packed, grads_packed;
   const Buffer<A> grads;
   const Buffer<P> weights;
-  const Buffer<A> grad_q, delta, lse;
+  const Buffer<A> grad_q, own_grads, delta, lse;
   A *grad_k = nullptr, *grad_v = nullptr;
 };
 

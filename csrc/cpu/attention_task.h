@@ -30,9 +30,7 @@ namespace {
 constexpr float minus_infinity = -__builtin_inff();
 constexpr int64_t block_rows = 192, block_keys = 512;
 
-int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
-int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+int64_t round_up(int64_t x, int64_t multiple) { return divided_up(x, multiple) * multiple; }
 
 // tanh by the exponential of a negative number.
 template <typename A>
@@ -55,7 +53,7 @@ struct Range {
 
 // Some rows and the keys [begin, end) that any of them sees, and the same for each tile of rows.
 struct Rows {
-  int64_t queries, count, padded;  // `padded` to whole tiles
+  int64_t queries, count, padded;  // `padded` to whole units of a tile's rows
   Range seen;
   Range* of_row;
   Range* of_tile;
@@ -66,24 +64,25 @@ template <typename P>
 struct Shape {
   using A = typename Operand<P>::Sum;
   static constexpr int64_t width = Operand<P>::width, columns = tile_columns_of<A>;
-  int64_t g, d, d_steps, d_panels, d_padded, t_steps, t_padded, rows, row_steps, keys;
+  int64_t g, d, d_steps, d_panels, d_padded, t_steps, t_padded, t_rows, rows, row_steps, keys;
 
   explicit Shape(const AttentionArguments& a)
       : g(a.n / a.kv),
         d(a.d),
-        d_steps((d + width - 1) / width),
-        d_panels((d + columns - 1) / columns),
+        d_steps(divided_up(d, width)),
+        d_panels(divided_up(d, columns)),
         d_padded(d_panels * columns),
-        t_steps((a.t + width - 1) / width),
+        t_steps(divided_up(a.t, width)),
         t_padded(round_up(a.t, columns)),
-        rows(round_up(smaller(larger(block_rows / g, 1), a.s) * g, tile_rows)),
+        t_rows(round_up(a.t, row_unit)),
+        rows(round_up(smaller(larger(block_rows / g, 1), a.s) * g, row_unit)),
         row_steps(rows / width),
         // Room for whole tiles and panels beyond the last key; and no multiple of the cache's page.
         keys(round_up(smaller(block_keys, a.t), columns) + columns) {}
 
   int64_t queries() const { return larger(block_rows / g, 1); }
-  // What a task adds to the gradient of its keys, or values.
-  int64_t partial() const { return (t_padded + tile_rows) * d_padded; }
+  // The elements that a task adds to the gradient of its keys, or values.
+  int64_t partial() const { return t_rows * d_padded; }
 };
 
 // One task: what it reads of q, k, v and the rest, and the scratch memory of its blocks.
@@ -95,7 +94,11 @@ class Task {
   static constexpr int64_t width = Operand<P>::width, lanes = lanes_of<A>, columns = tile_columns_of<A>;
 
   explicit Task(const AttentionArguments& a)
-      : a(a), z(a), queries_left(z.rows * z.d_steps), scores(z.rows * z.keys), ranges(2 * z.rows) {}
+      : a(a),
+        z(a),
+        queries_left(z.rows * z.d_steps + columns),  // the last row as a right operand is read by whole panels
+        scores(z.rows * z.keys),
+        ranges(2 * z.rows) {}
 
   void enter(int64_t task) {
     part = task % a.parts, head = task / a.parts % a.kv, sample = task / a.parts / a.kv;
@@ -112,24 +115,30 @@ class Task {
   // Where a row stands among [s, b, n].
   int64_t place(int64_t query, int64_t member) const { return (query * a.b + sample) * a.n + head * z.g + member; }
 
+  // Visit the rows of queries from `begin` on: `visit(row, query, member)`. Dividing a row by g would take longer.
+  template <typename Visit>
+  void for_rows(int64_t begin, const Rows& rows, const Visit& visit) const {
+    int64_t row = 0;
+    for (int64_t query = begin; query < begin + rows.queries; ++query) {
+      for (int64_t member = 0; member < z.g; ++member) visit(row++, query, member);
+    }
+  }
+
   // Find what the queries [begin, begin + rows.queries) see.
   Rows look(int64_t begin) {
     Rows rows{smaller(z.queries(), a.s - begin), 0, 0, {a.t, 0}, ranges, ranges + z.rows};
-    rows.count = rows.queries * z.g, rows.padded = round_up(rows.count, tile_rows);
-    for (int64_t row = 0; row < rows.padded; ++row) {
-      Range& tile = rows.of_tile[row / tile_rows];
-      if (row % tile_rows == 0) tile = {a.t, 0};
-      Range seen{0, 0};
-      if (row < rows.count) {
-        const int64_t query = begin + row / z.g;
-        seen.end = larger(0, a.t - a.s + query + 1);
-        if (a.first) seen.begin = larger(0, a.first[sample * a.first_stride_b + query * a.first_stride_s]);
-      }
+    rows.count = rows.queries * z.g, rows.padded = round_up(rows.count, row_unit);
+    for (int64_t row = 0; row < rows.padded; row += tile_rows) rows.of_tile[row / tile_rows] = {a.t, 0};
+    for (int64_t row = rows.count; row < rows.padded; ++row) rows.of_row[row] = {0, 0};
+    for_rows(begin, rows, [&](int64_t row, int64_t query, int64_t) {
+      Range seen{0, larger(0, a.t - a.s + query + 1)};
+      if (a.first) seen.begin = larger(0, a.first[sample * a.first_stride_b + query * a.first_stride_s]);
       rows.of_row[row] = seen;
-      if (seen.begin >= seen.end) continue;
+      if (seen.begin >= seen.end) return;
+      Range& tile = rows.of_tile[row / tile_rows];
       tile = {smaller(tile.begin, seen.begin), larger(tile.end, seen.end)};
       rows.seen = {smaller(rows.seen.begin, seen.begin), larger(rows.seen.end, seen.end)};
-    }
+    });
     return rows;
   }
 
@@ -138,25 +147,31 @@ class Task {
     Stored* out = reinterpret_cast<Stored*>(left);
     const int64_t stride = z.d_steps * width;
     if (rows.count < rows.padded || stride > z.d) memset(static_cast<void*>(left), 0, sizeof(P) * rows.padded * z.d_steps);
-    for (int64_t row = 0; row < rows.count; ++row, out += stride) {
-      const T* from = row_of(x, begin + row / z.g, row % z.g);
-      if constexpr (__is_same(T, Stored)) {
-        memcpy(static_cast<void*>(out), from, sizeof(T) * z.d);
-      } else {
-        for (int64_t j = 0; j < z.d; ++j) out[j] = load(from[j]);
+    for_rows(begin, rows, [&](int64_t row, int64_t query, int64_t member) {
+      const T* from = row_of(x, query, member);
+      for (int64_t j = 0; j < z.d; ++j) {
+        if constexpr (__is_same(T, Stored)) out[row * stride + j] = from[j];
+        else out[row * stride + j] = load(from[j]);
       }
-    }
+    });
   }
 
-  // out [rows, keys of the block] = left times the packed [d, keys], where rows see keys.
+  // out [rows, keys of the block] = left times the packed [d, keys], where rows see keys: in both vectors of a panel,
+  // or in one.
   void multiply_by_keys(const Rows& rows, Range block, const P* left, const P* packed, A* out) const {
     for (int64_t j = block.begin; j < block.end; j += columns) {
       const P* panel = packed + j / columns * z.d_steps * columns;
       for (int64_t row = 0; row < rows.padded; row += tile_rows) {
         const Range seen = rows.of_tile[row / tile_rows];
         if (seen.begin >= j + columns || seen.end <= j) continue;
-        multiply_tile<false>(
-            left + row * z.d_steps, z.d_steps, 1, panel, z.d_steps, out + row * z.keys + j - block.begin, z.keys);
+        const P* a = left + row * z.d_steps;
+        A* to = out + row * z.keys + j - block.begin;
+        if (seen.begin < j + lanes && seen.end > j + lanes) {
+          multiply_rows<false, 2>(rows.padded - row, a, z.d_steps, 1, panel, columns, z.d_steps, to, z.keys);
+        } else {
+          const int64_t at = seen.begin < j + lanes ? 0 : lanes;
+          multiply_rows<false, 1>(rows.padded - row, a, z.d_steps, 1, panel + at, columns, z.d_steps, to + at, z.keys);
+        }
       }
     }
   }
@@ -168,11 +183,11 @@ class Task {
       for (int64_t row = 0; row < rows.padded; row += tile_rows) {
         const Range seen = rows.of_tile[row / tile_rows];
         const int64_t begin = larger(seen.begin, block.begin) / width;
-        const int64_t end = (smaller(seen.end, block.end) + width - 1) / width;
+        const int64_t end = divided_up(smaller(seen.end, block.end), width);
         if (begin >= end) continue;
-        multiply_tile<true>(
-            weights + row * stride + begin - block.begin / width, stride, 1, packed + begin * columns, end - begin,
-            out + row * z.d_padded + panel * columns, z.d_padded);
+        multiply_rows<true, 2>(
+            rows.padded - row, weights + row * stride + begin - block.begin / width, stride, 1, packed + begin * columns,
+            columns, end - begin, out + row * z.d_padded + panel * columns, z.d_padded);
       }
     }
   }

@@ -33,40 +33,6 @@ constexpr int64_t most_direct_rows = 4096, most_packed_rows = 480;
 constexpr int64_t most_steps = 512;
 constexpr int64_t few_rows = 96;
 
-int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
-int64_t larger(int64_t x, int64_t y) { return x < y ? y : x; }
-int64_t divided_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
-// The operand of step i of k: where a pair ends with the last k, it is filled up with zero.
-template <typename P, typename T>
-MEGASCRATCH_DEVICE P operand(const T* at, int64_t stride, int64_t i, int64_t k) {
-  if constexpr (Operand<P>::width == 1) {
-    return load(at[i * stride]);
-  } else {
-    return {at[2 * i * stride], 2 * i + 1 < k ? at[(2 * i + 1) * stride] : T{}};
-  }
-}
-
-// The same for neighbouring rows or columns, `n` of them.
-template <int n, typename P, typename T>
-MEGASCRATCH_DEVICE void operands(const T* at, int64_t stride, int64_t i, int64_t k, P* to) {
-  if constexpr (Operand<P>::width == 1) {
-#pragma omp simd
-    for (int j = 0; j < n; ++j) to[j] = load(at[i * stride + j]);
-  } else {
-    const T* even = at + 2 * i * stride;
-    const T* odd = even + stride;
-    uint32_t pairs[n];
-    if (2 * i + 1 < k) {
-#pragma omp simd
-      for (int j = 0; j < n; ++j) pairs[j] = even[j].bits | static_cast<uint32_t>(odd[j].bits) << 16;
-    } else {
-      for (int j = 0; j < n; ++j) pairs[j] = even[j].bits;
-    }
-    memcpy(static_cast<void*>(to), pairs, sizeof pairs);
-  }
-}
-
 // Rows [row, row + rows) and steps [step, step + steps) of a, in panels of tile_rows rows, padded with zeros. Where a
 // runs along m, a few steps go through all panels before the next: each cache line is then fetched once.
 template <typename P, typename T>
@@ -92,30 +58,11 @@ void pack_rows(const MatmulArguments& a, int64_t row, int64_t rows, int64_t step
   }
 }
 
-// Columns [column, column + count) and steps [step, step + steps) of b, padded with zeros.
+// Columns [column, column + count) and steps [step, step + steps) of b.
 template <typename P, typename T>
 void pack_columns(const MatmulArguments& a, int64_t column, int64_t count, int64_t step, int64_t steps, P* packed) {
-  const T* from = static_cast<const T*>(a.b) + column * a.b_column;
-  constexpr int columns = tile_columns_of<typename Operand<P>::Sum>;
-  int64_t i = step;
-  if (count == columns && a.b_row == 1 && sizeof(P) == 4 && sizeof(typename Operand<P>::Stored) == sizeof(T)) {
-    const int64_t whole = step + smaller(steps, a.k / Operand<P>::width - step) / 8 * 8;
-    for (; i < whole; i += 8, packed += 8 * columns) {
-      for (int64_t j = 0; j < columns; j += 8) {
-        transpose_eight(
-            reinterpret_cast<const char*>(from + j * a.b_column + i * Operand<P>::width),
-            a.b_column * static_cast<int64_t>(sizeof(T)), reinterpret_cast<uint32_t*>(packed + j), columns);
-      }
-    }
-  }
-  for (; i < step + steps; ++i, packed += columns) {
-    if (count == columns && a.b_column == 1) {
-      operands<columns>(from, a.b_row, i, a.k, packed);
-    } else {
-      for (int64_t j = 0; j < count; ++j) packed[j] = operand<P>(from + j * a.b_column, a.b_row, i, a.k);
-      for (int64_t j = count; j < columns; ++j) packed[j] = P{};
-    }
-  }
+  const View<T> columns{static_cast<const T*>(a.b) + column * a.b_column, a.b_row, a.b_column};
+  pack_panel(columns, a.k, count, step, steps, packed);
 }
 
 // A tile of sums to the result, rounded, or added to it.
@@ -208,13 +155,13 @@ struct Matmul {
       int64_t width, bool add) const {
     if constexpr (is_wide) {
       if (height == tile_rows && width == columns) {
-        add ? multiply_tile<true>(left, left_row, left_step, panel, count, out, a.out_row)
-            : multiply_tile<false>(left, left_row, left_step, panel, count, out, a.out_row);
+        add ? multiply_tile<true>(left, left_row, left_step, panel, columns, count, out, a.out_row)
+            : multiply_tile<false>(left, left_row, left_step, panel, columns, count, out, a.out_row);
         return;
       }
     }
     Sum sums[tile_rows * columns];
-    multiply_tile<false>(left, left_row, left_step, panel, count, sums, columns);
+    multiply_tile<false>(left, left_row, left_step, panel, columns, count, sums, columns);
 #ifdef __AVX512F__
     if constexpr (__is_same(P, BFloat16Pair) && __is_same(O, BFloat16)) {
       if (width == columns && !add) return write_tile(sums, out, a.out_row, height);
@@ -266,7 +213,7 @@ struct SideMatmul {
         }
         for (int64_t i = 0; i < panels; ++i) {
           Sum sums[tile_rows * columns];
-          multiply_tile<false>(left, left_row, left_step, packed + i * columns * count, count, sums, columns);
+          multiply_tile<false>(left, left_row, left_step, packed + i * columns * count, columns, count, sums, columns);
           write(sums, row, i * columns, height, a.add || step > 0);
         }
       }

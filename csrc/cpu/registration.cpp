@@ -132,6 +132,7 @@ struct Cpu {
     }
     torch::stable::parallel_for(
         0, tasks, grain_rows(scores), [&](int64_t begin, int64_t end) { Kernels::attention_backward(a, begin, end); });
+    if (a.parts == 1) return;
     torch::stable::parallel_for(0, a.t * a.b * a.kv, grain_rows(a.d), [&](int64_t begin, int64_t end) {
       Kernels::attention_add_parts(a, begin, end);
     });

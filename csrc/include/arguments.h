@@ -180,7 +180,7 @@ struct AttentionArguments {
   void* result;              // [s, b, n, d]: the output, or the gradient of q
   void* lse;                 // [s, b, n], log Σ exp(score), in the accumulation type: written forward, read backward
   void *grad_k, *grad_v;     // [t, b, k, d]; null in the forward pass
-  void* partial;             // [b, k, parts, 2, t_padded, d_padded], in the accumulation type: what parts add to them
+  void* partial;             // [b, k, parts, 2, t_rows, d_padded], in the accumulation type: what several parts add to them
   const int64_t* first;      // [b or 1, s], the first key that each query sees; null: key 0
   int64_t first_stride_b, first_stride_s;
   int64_t s, t, b, n, kv, d;

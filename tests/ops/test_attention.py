@@ -17,6 +17,7 @@ SHAPES = {
     "training": (70, 70, 2, 6, 2, 16),
     "one group": (40, 40, 1, 4, 1, 8),
     "no groups": (33, 33, 2, 3, 3, 5),
+    "whole panels": (64, 64, 3, 2, 2, 64),
     "several blocks of queries and parts": (530, 530, 1, 6, 2, 8),
     "several blocks of keys": (90, 1100, 1, 2, 1, 8),
     "wide heads": (30, 30, 1, 2, 1, 70),

@@ -2,8 +2,9 @@
 """Time causal attention on a CPU, forward and backward: ours in blocks, torch's fused one, and whole products.
 
 The three run in turn, several times, and the best time of each counts. Time is that of this thread's processor, so that
-other work on the machine takes none of it away (it still takes cache and clock). GFLOP/s count what a causal model
-needs: half of the scores, seven products forward and backward, whatever is computed besides.
+other work on the machine takes none of it away (it still takes cache and clock). Freed memory is kept, for all of them,
+as it is when training. GFLOP/s count what a causal model needs, half of the scores and seven products forward and
+backward, whatever is computed besides.
 
     OMP_NUM_THREADS=1 python tools/bench/attention.py
     OMP_NUM_THREADS=1 python tools/bench/attention.py --lengths 512 --heads 12 --kv-heads 4 --dtypes bf16
@@ -18,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megascratch import ops
+from megascratch.dist.launch import keep_freed_memory
 from megascratch.log import make_console
 from megascratch.nn import DTYPES
 from megascratch.nn.attention import blocked_core, sdpa_core, softmax_core
@@ -52,7 +54,7 @@ def measure(s: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--dtypes", choices=["fp32", "bf16"], nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--kv-heads", type=int, default=2)
@@ -61,6 +63,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     console = make_console()
     table = Table(title="causal attention, forward + backward: GFLOP/s, and times the speed of torch's SDPA")
     for name in ("dtype", "length", *COLUMNS):

@@ -37,8 +37,8 @@ struct AttentionOperators {
     a.result = grad_q.mutable_data_ptr(), a.lse = lse.mutable_data_ptr();
     a.grad_k = grad_k.mutable_data_ptr(), a.grad_v = grad_v.mutable_data_ptr();
     a.parts = Backend::attention_parts(a);
-    Tensor partial =
-        torch::stable::new_empty(q, {a.b, a.kv, a.parts, 2, Backend::attention_partial(a)}, acc_type(a.dtype));
+    const int64_t kept = a.parts > 1 ? a.parts * 2 * Backend::attention_partial(a) : 0;
+    Tensor partial = torch::stable::new_empty(q, {a.b, a.kv, kept}, acc_type(a.dtype));
     a.partial = partial.mutable_data_ptr();
     Backend::run(a, q);
     return {grad_q, grad_k, grad_v};
