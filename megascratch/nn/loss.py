@@ -187,8 +187,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad_x, grad_weight), total = ctx.saved_tensors, main_grad(ctx.weight)
-        if total is not None:  # the largest tensor here has no third copy
-            total.addcmul_(grad_weight, grad)
+        if total is not None:
+            # A few rows at a time: of a sum in another dtype, torch would copy the whole, the largest tensor here.
+            for rows, made in zip(total.split(CHUNK_TOKENS), grad_weight.split(CHUNK_TOKENS)):
+                rows.addcmul_(made, grad)
             return grad_x * grad, None, None, None, None, None, None, None
         # Rounded as it is scaled, for the same reason.
         scaled = torch.mul(grad_weight, grad, out=torch.empty_like(ctx.weight))
