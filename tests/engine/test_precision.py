@@ -18,11 +18,9 @@ NARROW = {**AVERAGES, "main_grads_dtype": "bf16"}
 IN_TEN_BYTES = {**NARROW, "master_remainders": True}
 
 
-def config_of(
-    keys: dict[str, Any], parallel: dict[str, Any] | None = None, optim: str = "adamw", **train: Any
-) -> Config:
+def config_of(keys: dict[str, Any], parallel: dict[str, Any] | None = None, **others: Any) -> Config:
     """Without clipping, which would make every weight depend on the last bit of a norm."""
-    config = make_config("llama", parallel, n_layers=2, optim=optim, **{"dtype": "bf16", **train})
+    config = make_config(parallel=parallel, **{"dtype": "bf16", "n_layers": 2, **others})
     return config.model_copy(update={"optim": config.optim.model_copy(update={"clip": 0.0, **keys})})
 
 
@@ -38,25 +36,30 @@ def assert_bitwise(one: list[Trained], other: list[Trained]) -> None:
     assert all(torch.equal(weight, wanted[name]) for name, weight in whole_weights(one).items())
 
 
-# Layouts that sum gradients in one order: of the first of each group, whose micro-batches are added one by one, or of
-# two ranks with one micro-batch each.
+ZERO = [{"dp": 2, "zero": stage} for stage in (0, 1, 2, 3)]
+EXPERTS = [{"dp": 2, "ep": 2}, {"dp": 2, "ep": 2, "zero": 1}]
+
+
+# Layouts that sum gradients in one order: that of the micro-batches, or of two ranks with one micro-batch each.
 @pytest.mark.parametrize(
-    ("keys", "optim", "micro_batch", "layouts"),
+    ("keys", "others", "layouts"),
     [
-        (IN_TEN_BYTES, "adamw", 2, [{}, {"pp": 2}, {"pp": 2, "schedule": "zb-h1"}]),
-        (IN_TEN_BYTES, "adamw", 4, [{"dp": 2, "zero": stage} for stage in (0, 1, 2, 3)]),
-        (IN_TEN_BYTES, "adamw", 2, [{"deterministic_dp": True}, {"dp": 2, "deterministic_dp": True}]),
-        (NARROW, "adamw", 4, [{}, {"offload_optimizer": True}]),
-        (NARROW, "muon", 2, [{}, {"pp": 2}]),
+        (IN_TEN_BYTES, {"micro_batch": 2}, [{}, {"pp": 2}, {"pp": 2, "schedule": "zb-h1"}]),
+        (IN_TEN_BYTES, {"micro_batch": 4}, [*ZERO, {"dp": 2, "zero": 3, "offload_parameters": True}]),
+        (IN_TEN_BYTES, {"micro_batch": 4, "model": "moe"}, EXPERTS),
+        (IN_TEN_BYTES, {"micro_batch": 2}, [{"deterministic_dp": True}, {"dp": 2, "deterministic_dp": True}]),
+        (NARROW, {"micro_batch": 4}, [{}, {"offload_optimizer": True}]),
+        (NARROW, {"micro_batch": 2, "optim": "muon"}, [{}, {"pp": 2}]),
+        (AVERAGES, {"micro_batch": 2, "dtype": "fp16"}, [{}, {"pp": 2}]),
     ],
 )
 def test_layouts_that_add_in_one_order_agree_bit_for_bit(
-    keys: dict[str, Any], optim: str, micro_batch: int, layouts: list[dict[str, Any]], pool: RankPool
+    keys: dict[str, Any], others: dict[str, Any], layouts: list[dict[str, Any]], pool: RankPool
 ) -> None:
-    first, *others = (run_on(pool, config_of(keys, layout, optim, micro_batch=micro_batch)) for layout in layouts)
-    for other in others:
+    first, *rest = (run_on(pool, config_of(keys, layout, **others)) for layout in layouts)
+    for other in rest:
         assert_bitwise(other, first)
-    wide = run_on(pool, config_of({}, layouts[0], optim, micro_batch=micro_batch))
+    wide = run_on(pool, config_of({}, layouts[0], **others))
     assert wide[0].reports != first[0].reports, "narrow numbers must have been at work"
 
 

@@ -78,10 +78,12 @@ def test_dtypes_that_do_not_go_together_are_refused(backend, value, others):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shift", [0, 1])
-def test_the_model_gets_the_rounded_value(backend, dtype, shift):
-    """Also from a run that starts off the 16-byte grid, as ZeRO's may."""
+def test_the_model_gets_the_rounded_value(backend, dtype, kept, shift):
+    """Also from a run that starts off the 16-byte grid, as ZeRO's may, and beside averages in either precision."""
     value, grad, exp_avg, exp_avg_sq = (torch.rand(1000 + shift, device=backend.device)[shift:] for _ in range(4))
+    exp_avg, exp_avg_sq = exp_avg.to(kept), exp_avg_sq.to(kept)
     model = torch.zeros(1000 + shift, dtype=dtype, device=backend.device)[shift:]
     before = value.clone()
     backend.ops.adamw(value, grad, exp_avg, exp_avg_sq, model, None, *arguments(backend, 1))
