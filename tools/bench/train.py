@@ -10,8 +10,8 @@ optimizer; see `train_step.py` for how each is set up. Model FLOPs count six for
 token, and the half of attention's scores that a causal model needs.
 
 A step is the median of those after the first. Training starts when all is imported: `build` is making the model and its
-optimizer, `first step` what follows, `beside a step` how much longer the two took than one step. The peak of memory is
-that of the whole process.
+optimizer, `first` the step that follows, `more` how much longer the two took than a step. The peak of memory is that
+of the whole process.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from megascratch.log import make_console
 
 OURS = ("ours", "ours-remainder", "ours-pure")
 IN_BF16 = OURS[1:]  # what differs from `ours` in bf16 alone
+COLUMNS = ("s a step", "tokens a s", "GFLOP a s", "best peer / this", "build, s", "first, s", "more, s", "peak MiB")
 CHILD = Path(__file__).with_name("train_step.py")
 
 
@@ -72,10 +73,10 @@ def compare(shape: str, dtype: str, args: argparse.Namespace, console: Any) -> N
     n_tokens = size.batch * size.s
     median = {name: statistics.median(s for r in results for s in r["seconds"][1:]) for name, results in runs.items()}
     peers = [seconds for name, seconds in median.items() if name not in OURS]
-    table = Table(title=f"{shape}, {dtype}, {args.threads} threads: {size.batch} × {size.s} tokens a step")
-    for column in ("", "s a step", "tokens/s", "GFLOP/s", "best peer / this"):
-        table.add_column(column, justify="right" if column else "left")
-    for column in ("build, s", "first step, s", "beside a step, s", "peak MiB"):
+    title = f"{shape}, {dtype}, {args.threads} threads: {size.batch} × {size.s} tokens a step"
+    table = Table(title=title, padding=(0, 1, 0, 0))  # fits 80 columns
+    table.add_column("", no_wrap=True)
+    for column in COLUMNS:
         table.add_column(column, justify="right")
     for name, results in runs.items():
         build, first, peak = (
