@@ -1,9 +1,9 @@
 // The pre-token cache: what the encoder made of recent pre-tokens, in a table of fixed size.
 //
-// Most of a text is pre-tokens seen before, so the time of encoding is the time of these lookups. A short pre-token is
-// its own key, so there is no pointer to follow and no string to compare. Two entries share a cache line; the newer one
-// pushes the older one out, so memory is bounded whatever the text holds. Long pre-tokens (rules of dashes, indentation,
-// sentences without spaces) and those of many ids have a table of their own; the longest are not kept.
+// It is asked for those that are not one token (bpe_whole.h). A short pre-token is its own key, so there is no pointer to
+// follow and no string to compare. Two entries share a cache line; the newer one pushes the older one out, so memory is
+// bounded whatever the text holds. Long pre-tokens (rules of dashes, indentation, sentences without spaces) and those of
+// many ids have a table of their own; the longest are not kept.
 #pragma once
 
 #include <algorithm>

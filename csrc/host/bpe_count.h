@@ -104,10 +104,15 @@ class PieceCounter {
         if (tables_.size() < n_threads) tables_.resize(n_threads);
         work_off(shares.size(), n_threads, [&](size_t share, size_t thread) {
             PieceTable& table = tables_[thread];
+            const auto batches = std::make_unique<ScannedBatch[]>(3);
             for_each_stretch(shares[share], ends, [&](int64_t begin, int64_t end, bool) {
                 const Text stretch(text + begin, text + end);
-                scan_ahead(Cutter<Scanner>(stretch, readable_end), stretch.begin, readable_end,
-                           [&](const ScannedPiece& piece) { table.touch(piece); }, [&](const ScannedPiece& piece) { table.add(piece); });
+                scan_ahead(
+                    batches.get(), Cutter<Scanner>(stretch, readable_end), stretch.begin, readable_end,
+                    [&](const ScannedPiece& piece) { table.touch(piece); }, [](const ScannedBatch&) {},
+                    [&](const ScannedBatch& batch) {
+                        for (size_t i = 0; i < batch.n; ++i) table.add(batch.pieces[i]);
+                    });
             });
         });
     }

@@ -1,77 +1,29 @@
 // The BPE encoder: text or pre-tokens to ids, over threads.
 //
-//   scanner       cuts pre-tokens ahead and asks the cache line of each into the processor's cache
-//   cache         has nearly all of them, with their ids
-//   vocabulary    has some of the others as a whole
-//   merging       does the rest: by longest matches for a trained vocabulary, else by the book
+//   scanner        cuts pre-tokens, some way ahead of those that are looked up, and asks for the memory of each
+//   whole tokens   are nineteen of twenty of them
+//   cache          has nearly all others, with their ids
+//   vocabulary     has some of what is left as a whole
+//   merging        does the rest: by longest matches for a trained vocabulary, else by the book
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <stdexcept>
 #include <string_view>
 #include <vector>
 
 #include "bpe_backtrack.h"
 #include "bpe_cache.h"
+#include "bpe_ids.h"
 #include "bpe_merge.h"
+#include "bpe_whole.h"
 #include "scan_ahead.h"
 
 namespace megascratch::bpe {
-
-/// Ids that grow without being cleared first; uint16 or uint32, as the file or model wants them.
-template <class Id>
-class IdBuffer {
-  public:
-    /// Make room for `more` ids and return where they go.
-    Id* reserve(size_t more) {
-        if (size_ + more > capacity_) {
-            capacity_ = std::max(size_ + more, capacity_ + capacity_ / 2);
-            void* grown = std::realloc(data_.get(), capacity_ * sizeof(Id));
-            if (!grown) throw std::bad_alloc();
-            data_.release();
-            data_.reset(static_cast<Id*>(grown));
-        }
-        return data_.get() + size_;
-    }
-    /// Expect about so many ids: their memory comes in huge pages, which the kernel hands out faster.
-    void expect(size_t n) {
-        reserve(n);
-        wish_huge_pages(data_.get(), capacity_ * sizeof(Id));
-    }
-    /// Give back what was expected in vain.
-    void trim() {
-        if (size_ == 0 || size_ == capacity_) return;
-        if (void* const kept = std::realloc(data_.get(), size_ * sizeof(Id))) {
-            data_.release();
-            data_.reset(static_cast<Id*>(kept));
-            capacity_ = size_;
-        }
-    }
-    void advance(size_t n) { size_ += n; }
-    size_t size() const { return size_; }
-    const Id* data() const { return data_.get(); }
-    Id* release() { return data_.release(); }
-
-  private:
-    struct Free {
-        void operator()(void* p) const { std::free(p); }
-    };
-    std::unique_ptr<Id[], Free> data_;
-    size_t size_ = 0, capacity_ = 0;
-};
-
-/// The ids of some documents end to end, and the number of ids up to each document's end.
-template <class Id>
-struct Encoded {
-    IdBuffer<Id> ids;
-    std::vector<int64_t> ends;
-};
 
 class Encoder {
   public:
@@ -89,6 +41,7 @@ class Encoder {
         if (std::count(std::begin(id_of_byte), std::end(id_of_byte), -1) != 0)
             throw std::invalid_argument("the tokens lack some of the 256 single bytes");
         backtracker_ = Backtracker::make(tokens, id_of_byte, pairs, rules);
+        whole_tokens_ = std::make_unique<WholeTokens>(tokens.size());
         std::vector<bool> merges_find(tokens.size());
         if (backtracker_)
             merges_find = backtracker_->reachable(tokens.size());
@@ -112,10 +65,10 @@ class Encoder {
     template <class Id, class Scanner>
     Encoded<Id> encode_documents(Scanner, const char* text, const int64_t* ends, size_t n_documents,
                                  size_t n_threads) const {
-        const std::vector<Share> shares = share_out(text, ends, n_documents, n_threads);
-        const uint8_t* const readable_end = bytes(text + (n_documents == 0 ? 0 : ends[n_documents - 1]));
-        return run<Id>(shares.size(), n_threads, [&](size_t share, Output<Id>& output) {
-            output.made.ids.expect(size_t(shares[share].end - shares[share].begin) / 4);
+        const std::vector<Share> shares = share_out(text, ends, n_documents, n_threads, kShareBytes);
+        const int64_t n_bytes = n_documents == 0 ? 0 : ends[n_documents - 1];
+        const uint8_t* const readable_end = bytes(text + n_bytes);
+        return run<Id>(shares.size(), n_threads, size_t(n_bytes), [&](size_t share, Output<Id>& output) {
             for_each_stretch(shares[share], ends, [&](int64_t begin, int64_t end, bool whole) {
                 const Text stretch(text + begin, text + end);
                 encode_stretch(Cutter<Scanner>(stretch, readable_end), stretch.begin, readable_end, output);
@@ -133,7 +86,8 @@ class Encoder {
         const auto pieces_until = [&](size_t document) { return document == 0 ? int64_t(0) : document_ends[document - 1]; };
         const auto offset = [&](int64_t piece) { return text + (piece == 0 ? int64_t(0) : ends[piece - 1]); };
         const size_t n_shares = std::min(n_documents, n_threads == 1 ? 1 : n_threads * 4);
-        return run<Id>(n_shares, n_threads, [&](size_t share, Output<Id>& output) {
+        const size_t n_bytes = n_documents == 0 ? 0 : size_t(offset(pieces_until(n_documents)) - text);
+        return run<Id>(n_shares, n_threads, n_bytes, [&](size_t share, Output<Id>& output) {
             const size_t last = n_documents * (share + 1) / n_shares;
             for (size_t document = n_documents * share / n_shares; document < last; ++document) {
                 int64_t piece = pieces_until(document);
@@ -161,10 +115,19 @@ class Encoder {
         uint32_t job;
     };
 
+    /// Pieces, and the ids of those that are whole tokens.
+    struct Batch : ScannedBatch {
+        static constexpr size_t kAtOnce = 8;  // ids that are copied together
+        uint32_t ids[kMost + kAtOnce];
+        uint8_t others[kMost + 1];  // the places of the pieces that are not
+        size_t n_others;
+    };
+
     /// What one thread needs to itself.
     struct Workspace {
         static constexpr size_t kMostJobs = Backtracker::kMostJobs, kMostGaps = 1024;
         PieceCache cache;
+        Batch batches[3];
         BacktrackScratch scratch;
         std::vector<uint32_t> ids;
         std::vector<ScannedPiece> awaited;  // piece i is that of jobs[i]
@@ -178,56 +141,82 @@ class Encoder {
         Workspace* space = nullptr;
     };
 
+    static constexpr int64_t kShareBytes = 1 << 18;  // whose ids are still near when they are put with the others
+
     template <class Id, class Work>
-    Encoded<Id> run(size_t n_shares, size_t n_threads, const Work& work) const {
-        std::vector<Output<Id>> outputs(n_shares);
-        work_off(n_shares, n_threads, [&](size_t share, size_t) {
+    Encoded<Id> run(size_t n_shares, size_t n_threads, size_t n_bytes, const Work& work) const {
+        const size_t n_ids_expected = n_bytes / 4;
+        const auto make = [&](size_t share, Output<Id>& output) {
             std::unique_ptr<Workspace> space = borrow();
-            outputs[share].space = space.get();
-            work(share, outputs[share]);
-            settle(outputs[share]);
+            output.space = space.get();
+            work(share, output);
+            settle(output);
             give_back(std::move(space));
-        });
-        if (n_shares == 0) return {};
-        if (n_shares == 1) {
-            outputs[0].made.ids.trim();
-            return std::move(outputs[0].made);
-        }
-        size_t n_ids = 0;
-        for (const Output<Id>& output : outputs) n_ids += output.made.ids.size();
+        };
         Encoded<Id> all;
-        all.ids.reserve(n_ids);
-        for (Output<Id>& output : outputs) {
-            const Encoded<Id> part = std::move(output.made);
-            for (int64_t end : part.ends) all.ends.push_back(int64_t(all.ids.size()) + end);
-            if (part.ids.size() == 0) continue;
-            std::memcpy(all.ids.reserve(part.ids.size()), part.ids.data(), part.ids.size() * sizeof(Id));
-            all.ids.advance(part.ids.size());
+        if (n_shares == 1) {
+            Output<Id> output;
+            output.made.ids.expect(n_ids_expected);
+            make(0, output);
+            all = std::move(output.made);
+        } else if (n_shares > 1) {
+            Collector<Id> collector(n_shares, n_ids_expected);
+            work_off(n_shares, n_threads, [&](size_t share, size_t) {
+                Output<Id> output;
+                output.made.ids.reserve(n_ids_expected / n_shares);
+                make(share, output);
+                collector.add(share, std::move(output.made));
+            });
+            all = collector.take();
         }
+        all.ids.trim();
         return all;
     }
 
     template <class Id, class Cut>
     void encode_stretch(Cut&& cut, const uint8_t* begin, const uint8_t* readable_end, Output<Id>& output) const {
         const PieceCache& cache = output.space->cache;
-        IdBuffer<Id>& ids = output.made.ids;
-        const auto touch = [&](const ScannedPiece& piece) { cache.touch(piece); };
-        scan_ahead(cut, begin, readable_end, touch, [&](const ScannedPiece& piece) {
-            if (piece.has_key()) {
-                const PieceCache::Entry* const entry = cache.find(piece);
-                if (!entry) return encode_new(piece, output);
-                if (entry->n_ids() == 0) return leave_gap(entry->job(), output);
-                if (entry->n_ids() <= PieceCache::kMaxIds) {
-                    write_four(entry->ids, ids.reserve(PieceCache::kMaxIds));  // however many there are
-                    return ids.advance(entry->n_ids());
-                }
+        const auto touch = [&](const ScannedPiece& piece) { whole_tokens_->touch(piece); };
+        const auto look = [&](Batch& batch) {
+            batch.n_others = 0;
+            for (size_t i = 0; i < batch.n; ++i) {  // without branches on what is found
+                batch.ids[i] = whole_tokens_->find(batch.pieces[i]);
+                batch.others[batch.n_others] = uint8_t(i);
+                batch.n_others += batch.ids[i] == WholeTokens::kAbsent;
             }
-            if (const PieceCache::LongEntry* const entry = cache.find_long(piece)) {
-                if (entry->n_ids == 0) return leave_gap(entry->ids[0], output);
-                return append(entry->ids, entry->n_ids, ids);
+            for (size_t i = 0; i < batch.n_others; ++i) cache.touch(batch.pieces[batch.others[i]]);
+        };
+        scan_ahead(output.space->batches, cut, begin, readable_end, touch, look, [&](const Batch& batch) {
+            size_t done = 0;
+            for (size_t i = 0; i < batch.n_others; ++i) {
+                const size_t other = batch.others[i];
+                append_from_batch(batch.ids + done, other - done, output.made.ids);
+                encode_other(batch.pieces[other], output);
+                done = other + 1;
             }
-            encode_new(piece, output);
+            append_from_batch(batch.ids + done, batch.n - done, output.made.ids);
         });
+    }
+
+    /// Encode a piece that is not one of `whole_tokens_`.
+    template <class Id>
+    void encode_other(const ScannedPiece& piece, Output<Id>& output) const {
+        const PieceCache& cache = output.space->cache;
+        IdBuffer<Id>& ids = output.made.ids;
+        if (piece.has_key()) {
+            const PieceCache::Entry* const entry = cache.find(piece);
+            if (!entry) return encode_new(piece, output);
+            if (entry->n_ids() == 0) return leave_gap(entry->job(), output);
+            if (entry->n_ids() <= PieceCache::kMaxIds) {
+                write_four(entry->ids, ids.reserve(PieceCache::kMaxIds));  // however many there are
+                return ids.advance(entry->n_ids());
+            }
+        }
+        if (const PieceCache::LongEntry* const entry = cache.find_long(piece)) {
+            if (entry->n_ids == 0) return leave_gap(entry->ids[0], output);
+            return append(entry->ids, entry->n_ids, ids);
+        }
+        encode_new(piece, output);
     }
 
     template <class Id>
@@ -269,6 +258,14 @@ class Encoder {
     template <class Id>
     static void append(const uint32_t* ids, size_t n, IdBuffer<Id>& out) {
         std::copy_n(ids, n, out.reserve(n));
+        out.advance(n);
+    }
+
+    /// Append n ids, of which there is room behind to read some more: that is quicker than to stop where they end.
+    template <class Id>
+    static void append_from_batch(const uint32_t* ids, size_t n, IdBuffer<Id>& out) {
+        Id* const to = out.reserve(n + Batch::kAtOnce);
+        for (size_t i = 0; i < n; i += Batch::kAtOnce) std::copy_n(ids + i, Batch::kAtOnce, to + i);
         out.advance(n);
     }
 
@@ -328,10 +325,12 @@ class Encoder {
 
     /// Note that a token, as a pre-token, is itself.
     void own_piece(std::string_view token, uint32_t id) {
-        if (token.size() <= PieceKey::kMaxBytes) own_entries_.push_back(PieceCache::entry_of(token, id));
+        if (token.size() > PieceKey::kMaxBytes) return;
+        const PieceCache::Entry entry = PieceCache::entry_of(token, id);
+        if (token.size() > WholeTokens::kMaxBytes || !whole_tokens_->insert(entry.key, id)) own_entries_.push_back(entry);
     }
 
-    /// A workspace whose cache has the tokens that may be pre-tokens: most text is made of them.
+    /// A workspace whose cache has the tokens for which there is no place among the whole ones.
     std::unique_ptr<Workspace> new_workspace() const {
         auto space = std::make_unique<Workspace>();
         for (const PieceCache::Entry& entry : own_entries_) space->cache.keep(entry);
@@ -347,7 +346,8 @@ class Encoder {
     std::unique_ptr<Merger> merger_;
     StringTable whole_;  // tokens taken as a whole that merging might not yield
     std::vector<uint32_t> whole_ids_;
-    std::vector<PieceCache::Entry> own_entries_;  // of tokens that, as pre-tokens, are themselves
+    std::unique_ptr<WholeTokens> whole_tokens_;   // tokens that, as pre-tokens, are themselves
+    std::vector<PieceCache::Entry> own_entries_;  // and those of them for which there is no place there
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Workspace>> idle_;  // at most as many as have ever run at once
 };

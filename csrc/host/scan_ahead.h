@@ -1,7 +1,8 @@
 // Walking over text by pre-tokens: sharing it out over threads, and looking some pre-tokens ahead.
 //
 // Whoever looks pre-tokens up in a large table waits for memory at each one. `scan_ahead` lets the caller ask for the
-// memory of each, and cuts some 32 more before the first of those is looked up; by then it has come.
+// memory of each, and cuts some 32 more before the first of those is looked up; by then it has come. And once again, for
+// those that need a second look.
 #pragma once
 
 #include <algorithm>
@@ -72,35 +73,46 @@ struct ScannedPiece {
     std::string_view view() const { return {reinterpret_cast<const char*>(at), length}; }
 };
 
-/// Walk over a text by its pieces, some at a time.
+/// Pieces that are cut, and looked up, together.
+struct ScannedBatch {
+    static constexpr size_t kEnough = 32, kMost = kEnough - 1 + kMostCut;
+    size_t n = 0;
+    ScannedPiece pieces[kMost];
+};
+
+/// Walk over a text by its pieces, in batches that go through three stages, each while the others are in another.
 ///
 /// Args:
+///   batches: room for three of `ScannedBatch`, or of something that is one.
 ///   cut(ends): write the ends of the next pieces, kMostCut at most, and return how many; 0 at the end of the text.
 ///   begin: where the first piece begins.
 ///   readable_end: where reading must stop, at or after the end of the text.
-///   touch(piece): ask for the memory that use(piece) will need.
-template <class Cut, class Touch, class Use>
-void scan_ahead(Cut&& cut, const uint8_t* begin, const uint8_t* readable_end, Touch&& touch, Use&& use) {
-    constexpr size_t kAhead = 32;
-    const uint8_t* ends[kAhead + kMostCut];
-    ScannedPiece pieces[2][kAhead + kMostCut];
+///   touch(piece): ask for the memory that `look` will need.
+///   look(batch): ask for what else `use` will need.
+///   use(batch): the batches come in order.
+template <class Batch, class Cut, class Touch, class Look, class Use>
+void scan_ahead(Batch* batches, Cut&& cut, const uint8_t* begin, const uint8_t* readable_end, Touch&& touch, Look&& look,
+                Use&& use) {
+    const uint8_t* ends[ScannedBatch::kMost];
     const uint8_t* p = begin;
-    const auto cut_some = [&](ScannedPiece* out) {
+    for (size_t i = 0; i < 3; ++i) batches[i].n = 0;
+    Batch *newest = batches, *middle = batches + 1, *oldest = batches + 2;
+    do {
         size_t n = 0;
-        while (n < kAhead) {
+        while (n < ScannedBatch::kEnough) {
             const size_t n_more = cut(ends + n);
             if (n_more == 0) break;
             n += n_more;
         }
-        for (size_t i = 0; i < n; p = ends[i++]) touch(out[i] = ScannedPiece(p, ends[i], readable_end));
-        return n;
-    };
-    size_t n = cut_some(pieces[0]);
-    for (size_t half = 0; n != 0; half ^= 1) {
-        const size_t n_next = cut_some(pieces[half ^ 1]);
-        for (size_t i = 0; i < n; ++i) use(pieces[half][i]);
-        n = n_next;
-    }
+        for (size_t i = 0; i < n; p = ends[i++]) touch(newest->pieces[i] = ScannedPiece(p, ends[i], readable_end));
+        newest->n = n;
+        if (middle->n != 0) look(*middle);
+        if (oldest->n != 0) use(*oldest);
+        Batch* const used = oldest;
+        oldest = middle;
+        middle = newest;
+        newest = used;
+    } while (oldest->n != 0 || middle->n != 0);
 }
 
 /// What one thread does at a time: bytes [begin, end) of the text, in which the documents [first, last) end.
@@ -111,8 +123,12 @@ struct Share {
 
 /// Share out documents, of which document i is text[ends[i-1], ends[i]). A long one is cut where no piece of any pattern
 /// can lie: between a letter or digit and the line feed after it.
-inline std::vector<Share> share_out(const char* text, const int64_t* ends, size_t n_documents, size_t n_threads) {
-    constexpr int64_t kSharesPerThread = 4;   // so that a thread with the easier text takes more of it
+///
+/// Args: share_bytes: about how large shares are where there are many; each thread gets some, so that one with the easier
+///   text takes more of it.
+inline std::vector<Share> share_out(const char* text, const int64_t* ends, size_t n_documents, size_t n_threads,
+                                    int64_t share_bytes = INT64_MAX) {
+    constexpr int64_t kSharesPerThread = 4;
     constexpr int64_t kShareBytes = 1 << 16;  // below this a thread costs more than it brings
     const auto border_after = [text](int64_t at, int64_t end) {
         for (; at < end; ++at) {
@@ -123,7 +139,7 @@ inline std::vector<Share> share_out(const char* text, const int64_t* ends, size_
         return at;
     };
     const int64_t size = n_documents == 0 ? 0 : ends[n_documents - 1];
-    const int64_t most = n_threads == 1 ? 1 : int64_t(n_threads) * kSharesPerThread;
+    const int64_t most = n_threads == 1 ? 1 : std::max(int64_t(n_threads) * kSharesPerThread, size / share_bytes);
     const int64_t n_shares = std::max<int64_t>(1, std::min(most, size / kShareBytes));
     std::vector<Share> shares;
     int64_t begin = 0;

@@ -1,0 +1,96 @@
+// The ids that encoding makes: a buffer of them, those of some documents, and those of many threads put together.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "huge_pages.h"
+
+namespace megascratch::bpe {
+
+/// Ids that grow without being cleared first; uint16 or uint32, as the file or model wants them.
+template <class Id>
+class IdBuffer {
+  public:
+    /// Make room for `more` ids and return where they go.
+    Id* reserve(size_t more) {
+        if (size_ + more > capacity_) {
+            capacity_ = std::max(size_ + more, capacity_ + capacity_ / 2);
+            void* grown = std::realloc(data_.get(), capacity_ * sizeof(Id));
+            if (!grown) throw std::bad_alloc();
+            data_.release();
+            data_.reset(static_cast<Id*>(grown));
+        }
+        return data_.get() + size_;
+    }
+    /// Expect about so many ids: their memory comes in huge pages, which the kernel hands out faster.
+    void expect(size_t n) {
+        reserve(n);
+        wish_huge_pages(data_.get(), capacity_ * sizeof(Id));
+    }
+    /// Give back what was expected in vain.
+    void trim() {
+        if (size_ == 0 || size_ == capacity_) return;
+        if (void* const kept = std::realloc(data_.get(), size_ * sizeof(Id))) {
+            data_.release();
+            data_.reset(static_cast<Id*>(kept));
+            capacity_ = size_;
+        }
+    }
+    void advance(size_t n) { size_ += n; }
+    size_t size() const { return size_; }
+    const Id* data() const { return data_.get(); }
+    Id* release() { return data_.release(); }
+
+  private:
+    struct Free {
+        void operator()(void* p) const { std::free(p); }
+    };
+    std::unique_ptr<Id[], Free> data_;
+    size_t size_ = 0, capacity_ = 0;
+};
+
+/// The ids of some documents end to end, and the number of ids up to each document's end.
+template <class Id>
+struct Encoded {
+    IdBuffer<Id> ids;
+    std::vector<int64_t> ends;
+};
+
+/// The ids of shares of a text, put together in order while others are still being made.
+template <class Id>
+class Collector {
+  public:
+    Collector(size_t n_shares, size_t n_ids_expected) : waiting_(n_shares), is_here_(n_shares) {
+        all_.ids.expect(n_ids_expected);
+    }
+    void add(size_t share, Encoded<Id>&& made) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        waiting_[share] = std::move(made);
+        is_here_[share] = true;
+        for (; next_ < waiting_.size() && is_here_[next_]; ++next_) {
+            const Encoded<Id> part = std::move(waiting_[next_]);
+            const size_t n_before = all_.ids.size();
+            for (int64_t end : part.ends) all_.ends.push_back(int64_t(n_before) + end);
+            std::copy_n(part.ids.data(), part.ids.size(), all_.ids.reserve(part.ids.size()));
+            all_.ids.advance(part.ids.size());
+        }
+    }
+    Encoded<Id> take() { return std::move(all_); }
+
+  private:
+    std::mutex mutex_;
+    Encoded<Id> all_;
+    std::vector<Encoded<Id>> waiting_;
+    std::vector<bool> is_here_;
+    size_t next_ = 0;
+};
+
+}  // namespace megascratch::bpe
