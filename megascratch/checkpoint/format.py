@@ -82,6 +82,7 @@ class Shard:
         replica: number of this copy among the ranks that hold the same, and share the writing.
         replicas: how many of them there are.
         casts: whether numbers of another floating-point dtype may be loaded into it, and are converted.
+        optional: whether loading leaves the tensor as it is where a checkpoint has none of the name.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Shard:
     replica: int = 0
     replicas: int = 1
     casts: bool = False
+    optional: bool = False
 
     def part(self, extent: Extent) -> Tensor:
         """Return a view of the local storage with the shape of the extent's logical box."""

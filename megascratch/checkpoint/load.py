@@ -61,8 +61,9 @@ def load(path: Path, shards: Sequence[Shard], *, cast: bool = False) -> None:
         read; after damage in a piece, the contents of the shards are undefined.
     """
     reader = Reader(find(path))
-    reader.check_fit(shards, cast=cast)
-    reader.fill(shards)
+    wanted = [shard for shard in shards if not shard.optional or shard.name in reader.manifest.tensors]
+    reader.check_fit(wanted, cast=cast)
+    reader.fill(wanted)
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from megascratch.config.check_batch import batch, data_parallel, deterministic_dp
+from megascratch.config.check_fp8 import fp8, fp8_recipe
 from megascratch.config.check_graphs import compiled, cuda_graph
 from megascratch.config.check_layers import experts, latent_attention, model_features
 from megascratch.config.check_precision import master_remainders, master_weights, narrow_averages, narrow_gradients
@@ -266,34 +267,6 @@ def _data(config: Config, _: int | None) -> Iterator[Problem]:
         )
 
 
-def _fp8(config: Config, _: int | None) -> Iterator[Problem]:
-    """Tensor cores take fp8 products of 16 numbers at a time, along every side."""
-    if config.train.dtype != "fp8":
-        return
-    model, parallel = config.model, config.parallel
-    head_dim = model.head_dim or model.hidden // model.n_heads
-    heads = (model.n_heads, model.n_heads + 2 * (model.n_kv_heads or model.n_heads))
-    tokens = config.train.micro_batch * config.data.seq_length
-    sizes: dict[str, float] = {
-        f"model.hidden = {model.hidden}": model.hidden,
-        f"model.ffn_hidden / tp = {model.ffn_hidden / parallel.tp:g}": model.ffn_hidden / parallel.tp,
-        **{f"{n} heads × head_dim {head_dim} / tp {parallel.tp}": n * head_dim / parallel.tp for n in heads},
-        f"micro_batch × seq_length / cp = {tokens / parallel.cp:g} tokens": tokens / parallel.cp,
-    }
-    if (mla := model.mla) is not None:
-        per_head = (mla.qk_head_dim + mla.qk_pos_emb_head_dim, mla.qk_head_dim + mla.v_head_dim, mla.v_head_dim)
-        sizes = {name: size for name, size in sizes.items() if "head_dim" not in name}
-        sizes |= {f"{model.n_heads} heads × {d} / tp {parallel.tp}": model.n_heads * d / parallel.tp for d in per_head}
-        sizes |= {
-            f"model.mla.{key} = {getattr(mla, key)}": getattr(mla, key) or 16 for key in ("q_lora_rank", "kv_lora_rank")
-        }
-    if model.moe is not None and (f := model.moe.shared_expert_ffn_hidden) is not None:
-        sizes[f"model.moe.shared_expert_ffn_hidden / tp = {f / parallel.tp:g}"] = f / parallel.tp
-    for name, size in sizes.items():
-        if size % 16:
-            yield Problem(name, "must divide by 16 for train.dtype = fp8", "change it, or use bf16")
-
-
 def _tp_comm_overlap(config: Config, _: int | None) -> Iterator[Problem]:
     parallel = config.parallel
     if not parallel.tp_comm_overlap or parallel.tp == 1:
@@ -356,7 +329,8 @@ RULES: tuple[Rule, ...] = (
     adapters,
     preferences,
     _data,
-    _fp8,
+    fp8,
+    fp8_recipe,
     _tp_comm_overlap,
     compiled,
     cuda_graph,

@@ -29,6 +29,8 @@ ScheduleName = Literal[
 ]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp_act", "mla_up_proj"]
 DType = Literal["fp64", "fp32", "bf16", "fp16", "fp8"]  # fp8: bf16 whose linear layers multiply in 8 bits
+# How they scale; all but the first through transformer-engine.
+Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 
 
 class RopeScaling(Section):
@@ -223,6 +225,7 @@ class TrainConfig(Section):
     rampup_batch_size: tuple[Count, Count, Count] | None = None  # start, increment, samples: see `batch_at`
     micro_batch: Count = 1
     dtype: DType = "bf16"
+    fp8_recipe: Fp8Recipe = "tensorwise"
     seed: Whole = 1234
     attention: Literal["auto", "softmax", "sdpa", "blocked"] = "auto"  # auto: blocked on a CPU, sdpa on CUDA
     compile: bool = False  # torch.compile of the layers around the fused operators; the first step takes seconds more

@@ -29,7 +29,7 @@ from megascratch.engine.graph import StepGraph, cuda_step_graph
 from megascratch.engine.objective import Finding, Objective, Outputs
 from megascratch.engine.recompute import recompute_plans
 from megascratch.engine.router_notes import RouterNotes, metrics_of, move_biases
-from megascratch.engine.stages import compile_layers, make_stages, units_of
+from megascratch.engine.stages import compile_layers, linear_weights, make_stages, units_of
 from megascratch.engine.totals import DeviceTotals, Queued, Sums, Totals, add_up, tell_pipeline, totals_of
 from megascratch.nn import (
     Adapter,
@@ -40,8 +40,8 @@ from megascratch.nn import (
     core_for,
     packed_weights,
     parameter_specs,
+    recipe_of,
     require_adapters,
-    require_fp8,
 )
 from megascratch.nn.context import token_index
 from megascratch.nn.initialize import initialize
@@ -99,14 +99,16 @@ class Engine:
         assert config.model.vocab_size is not None
         self.config, self.mesh = config, mesh
         parallel, train = config.parallel, config.train
-        if train.dtype == "fp8":
-            require_fp8(mesh.device)
+        self.fp8 = recipe_of(train.fp8_recipe, mesh) if train.dtype == "fp8" else None
         self.graph: StepGraph[Queued] | None = cuda_step_graph(mesh.device) if train.cuda_graph else None
         self.weight_gradients = WeightGradients()
         placement = Placement.of(config, mesh, self.weight_gradients)
         core = core_for(train.attention, mesh.device)
         plans = recompute_plans(config, mesh, placement, core)
+        placement = replace(placement, fp8=self.fp8)
         self.stages = make_stages(config, mesh, placement, configured_routes(parallel), core, plans)
+        if self.fp8 is not None:
+            self.fp8.attach(linear_weights(self.stages))
         if config.lora is not None:
             require_adapters(config.lora, parameter_specs(config.model))
         for stage in self.stages.values():
@@ -259,7 +261,11 @@ class Engine:
         # Sums over a global batch overflow 16 bits where means would not; the exact weight is known only at the end.
         nominal = float(self.config.train.global_batch * self.config.data.seq_length)
         grad_seed = optimizer.inputs.loss_scale / nominal
+        if self.fp8 is not None:
+            self.fp8.begin_step()
         totals, found = self._totals(objective, function, microbatches, grad_seed, on_event)
+        if self.fp8 is not None:
+            self.fp8.end_step()
         with clock.region("optimizer"):
             result = optimizer.step(nominal / (optimizer.inputs.loss_scale * totals.weight), totals.loss)
             if self.graph is not None:  # what a recording starts must end in it

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megascratch.config import Config
 from megascratch.dist.layout import spec_of
@@ -13,6 +13,7 @@ from megascratch.dist.mesh import Mesh
 from megascratch.errors import LayoutError, Problem
 from megascratch.nn import Placement, Recompute, Stage, add_adapters
 from megascratch.nn.balance import balanced_layers
+from megascratch.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megascratch.optim import Unit
 from megascratch.pipeline import Route
 
@@ -93,6 +94,13 @@ def _sum_with_mirror(stage: Stage, second_copy: bool) -> None:
             continue
         tied = spec.tied or second_copy
         param.spec = replace(spec, grad_axes=(*spec.grad_axes, "mirror"), tied=tied)  # type: ignore[attr-defined]
+
+
+def linear_weights(stages: Mapping[int, Stage]) -> list[Tensor]:
+    """Return the weights of all layers on this rank that may multiply in 8 bits."""
+    kinds = ColumnParallelLinear, RowParallelLinear
+    layers = [module for stage in stages.values() for module in stage.modules() if isinstance(module, kinds)]
+    return [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
 
 
 def units_of(stages: Mapping[int, Stage]) -> list[Unit]:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from megascratch.checkpoint import OPTIMIZER, Reader, Shard, find, load, read_state, save, weight_shards
+from megascratch.checkpoint.format import whole
 from megascratch.config import ModelConfig
 from megascratch.dist.agreement import require_agreement, tensor_digest
-from megascratch.dist.layout import spec_of
+from megascratch.dist.layout import Extent, spec_of
+from megascratch.dist.mesh import Mesh
 from megascratch.engine.engine import Engine
 from megascratch.errors import CheckpointError, Problem
-from megascratch.nn import is_addition, packed_weights
+from megascratch.nn import Recipe, is_addition, packed_weights
 from megascratch.optim import StatePart
 
 # Keys of [model] that say how a model was made or is run, not which weights it has.
@@ -45,9 +47,22 @@ def require_equal_replicas(engine: Engine) -> None:
 
 
 def optimizer_shards(engine: Engine) -> list[Shard]:
-    """Return this rank's runs of the optimizer's state, which a run in another precision widens or rounds."""
+    """Return this rank's runs of the optimizer's state, which a run in another precision widens or rounds, and what an
+    fp8 recipe remembers of its layers, which a run without one has not."""
     parts = engine.optimizer.state_parts()
-    return [replace(_run_shard(f"{OPTIMIZER}{part.kind}/{part.spec.name}", part), casts=True) for part in parts]
+    runs = [replace(_run_shard(f"{OPTIMIZER}{part.kind}/{part.spec.name}", part), casts=True) for part in parts]
+    return runs + ([] if engine.fp8 is None else _fp8_shards(engine.fp8, engine.mesh))
+
+
+def _fp8_shards(recipe: Recipe, mesh: Mesh) -> list[Shard]:
+    """Return what a recipe remembers. It is named so as not to be taken for a weight's: it has a shape of its own."""
+    shards = []
+    for spec, tensor in recipe.state():
+        name, everything = f"{OPTIMIZER}fp8/amax_history.{spec.name}", whole(tensor.shape)
+        copies = not spec.tied, mesh.stage.rank, mesh.stage.size
+        extents = [Extent(everything, everything)]
+        shards.append(Shard(name, tuple(tensor.shape), tensor, extents, *copies, optional=True))
+    return shards
 
 
 def _run_shard(name: str, part: StatePart) -> Shard:
@@ -82,6 +97,8 @@ def companion_shards(name: str, engine: Engine) -> list[Shard]:
 def restore_counters(engine: Engine, state: Mapping[str, Any]) -> int:
     """Put back what `engine_state` said, once tensors are loaded; returns how many samples the run has consumed."""
     engine.optimizer.publish_masters()
+    if engine.fp8 is not None:
+        engine.fp8.refresh()
     engine.optimizer.updates = int(state["updates"])
     engine.loss_scale.value = float(state["loss_scale"]["value"])
     engine.loss_scale.good_steps = int(state["loss_scale"]["good_steps"])

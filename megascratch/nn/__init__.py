@@ -3,7 +3,8 @@
 from megascratch.nn.activations import NOTHING, WHOLE, Activations, Recompute
 from megascratch.nn.adapters import Adapter, add_adapters, is_addition, is_target, require_adapters
 from megascratch.nn.attention import LayerCache, core_for
-from megascratch.nn.fp8 import require_fp8
+from megascratch.nn.engine_recipes import recipe_of
+from megascratch.nn.fp8 import Recipe
 from megascratch.nn.loss import linear_cross_entropy, linear_logprobs, token_logprobs
 from megascratch.nn.nf4 import PackedWeight, packed_weights
 from megascratch.nn.placement import DTYPES, Placement
@@ -21,6 +22,7 @@ __all__ = [
     "LayerCache",
     "PackedWeight",
     "Placement",
+    "Recipe",
     "Recompute",
     "SequenceInfo",
     "Stage",
@@ -34,8 +36,8 @@ __all__ = [
     "linear_logprobs",
     "packed_weights",
     "parameter_specs",
+    "recipe_of",
     "require_adapters",
-    "require_fp8",
     "scores",
     "token_logprobs",
 ]

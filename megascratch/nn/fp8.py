@@ -2,13 +2,16 @@
 
 Legend: `m` tokens, `h` input features, `f` output features; hats are fp8 numbers, α their scales.
 
-Tensorwise current scaling: a tensor is multiplied by α = largest number of the format / its own largest magnitude, so
-that nothing overflows and the format's range is used, then rounded. Products accumulate in float32 and are divided by
-both scales. Activations and weights take e4m3 (three bits of precision), gradients e5m2 (range):
+A tensor is multiplied by α, so that the format's range is used, then rounded; products accumulate in float32:
 
     Y  = X̂ Ŵᵀ  / (α_X α_W)       [m, h] · [h, f]     multiplied along h
     dX = Ĝ Ŵ   / (α_G α_W)       [m, f] · [f, h]     along f: needs Ŵᵀ
     dW = Ĝᵀ X̂  / (α_G α_X)       [f, m] · [m, h]     along m: needs Ĝᵀ and X̂ᵀ
+
+What has an α of its own, and where it comes from, is the recipe (`train.fp8_recipe`). Tensorwise current scaling is
+here: each tensor, with α = largest number of the format / its own largest magnitude, so that nothing overflows.
+Activations and weights take e4m3 (three bits of precision), gradients e5m2 (range). The other recipes are
+transformer-engine's (`engine_recipes.py`).
 
 By hand: X = [0.5, 2.0] has α = 448 / 2 = 224; X̂ = [112, 448], both exact. X = [0.3, 2.0] gives 67.2, which rounds to
 64: read back, 0.2857.
@@ -18,21 +21,69 @@ Each rank scales by what it holds, so layouts round differently here, as they do
 Source: Micikevicius et al. 2022, arXiv:2209.05433.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megascratch import ops
 from megascratch.dist import comm
+from megascratch.dist.layout import ParamSpec
 from megascratch.dist.mesh import Axis
 from megascratch.errors import ConfigError, Problem
 from megascratch.nn.weight_gradients import WeightGradients, main_grad, weight_gradient
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
-_SMALLEST = 2.0**-100  # a tensor of zeros gets a finite scale, with a finite reciprocal
+SMALLEST = 2.0**-100  # a tensor of zeros gets a finite scale, with a finite reciprocal
+
+Role = Literal["input", "weight", "gradient"]
+"""What a matrix is to its layer: X, W or G."""
+DTYPE_OF: dict[Role, torch.dtype] = {"input": FORWARD, "weight": FORWARD, "gradient": BACKWARD}
+Restore = Callable[[Sequence[Tensor]], Any]
+"""Puts a quantised matrix together again from the tensors that were kept of it."""
+
+
+class Recipe:
+    """How matrices become 8 bits, and how those are multiplied. A quantised one is any object of the recipe's own."""
+
+    def quantize(self, x: Tensor, role: Role, weight: Tensor) -> Any:
+        """Quantise a matrix [r, c] of the layer that has this weight. One that is not finite makes NaN."""
+        raise NotImplementedError
+
+    def output(self, x: Any, weight: Any, dtype: torch.dtype) -> Tensor:
+        """Multiply X [m, h] by Wᵀ, W [f, h] → [m, f]."""
+        raise NotImplementedError
+
+    def grad_input(self, grad: Any, weight: Any, dtype: torch.dtype) -> Tensor:
+        """Multiply G [m, f] by W [f, h] → [m, h]."""
+        raise NotImplementedError
+
+    def grad_weight(self, grad: Any, x: Any, dtype: torch.dtype, total: Tensor | None) -> Tensor | None:
+        """Multiply Gᵀ, G [m, f], by X [m, h] → [f, h]; with a total [f, h] add to it instead, and return None."""
+        raise NotImplementedError
+
+    def keep(self, x: Any) -> tuple[Sequence[Tensor | None], Restore]:
+        """Return what a backward pass needs of X, which is not used again before, and how to put it together."""
+        raise NotImplementedError
+
+    def attach(self, weights: Iterable[Tensor]) -> None:
+        """Be told of all weights of this rank's layers, before the first product."""
+
+    def begin_step(self) -> None:
+        """A training step is about to run."""
+
+    def end_step(self) -> None:
+        """Its gradients are there. Every rank calls this."""
+
+    def state(self) -> list[tuple[ParamSpec, Tensor]]:
+        """Return what the next step depends on, for each weight, the same on all ranks that hold a part of it."""
+        return []
+
+    def refresh(self) -> None:
+        """Take note of a state that was loaded."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +104,7 @@ class Quantized:
 def quantize(x: Tensor, dtype: torch.dtype) -> Quantized:
     """Quantise a matrix [r, c] by its own largest magnitude. One that is not finite makes NaN, which training skips."""
     largest = torch.finfo(dtype).max
-    magnitude = torch.linalg.vector_norm(x, ord=torch.inf).float().clamp_min(_SMALLEST)
+    magnitude = torch.linalg.vector_norm(x, ord=torch.inf).float().clamp_min(SMALLEST)
     rows, columns = ops.cast_transpose(x, largest / magnitude, dtype)
     return Quantized(rows, columns, magnitude / largest)
 
@@ -70,49 +121,74 @@ def product(a: Tensor, b: Tensor, unit_a: Tensor, unit_b: Tensor, dtype: torch.d
     return torch._scaled_mm(a, b.t(), scale_a=unit_a, scale_b=unit_b, out_dtype=dtype, use_fast_accum=fast)
 
 
+@dataclass(frozen=True)
+class Tensorwise(Recipe):
+    """Tensorwise current scaling, through torch."""
+
+    def quantize(self, x: Tensor, role: Role, weight: Tensor) -> Quantized:
+        return quantize(x, DTYPE_OF[role])
+
+    def output(self, x: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
+        return product(x.rows, weight.rows, x.unit, weight.unit, dtype, fast=True)
+
+    def grad_input(self, grad: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
+        return product(grad.rows, weight.columns, grad.unit, weight.unit, dtype)
+
+    def grad_weight(self, grad: Quantized, x: Quantized, dtype: torch.dtype, total: Tensor | None) -> Tensor | None:
+        made = product(grad.columns, x.columns, grad.unit, x.unit, dtype if total is None else torch.float32)
+        if total is None:
+            return made
+        total.add_(made)
+        return None
+
+    def keep(self, x: Quantized) -> tuple[Sequence[Tensor | None], Restore]:
+        # Rows are not needed again; whoever asks for them finds none.
+        return (x.columns, x.unit), lambda kept: Quantized(kept[0].new_empty(0), *kept)
+
+
 class Fp8Linear(torch.autograd.Function):
     """Y = X Wᵀ in fp8; arguments as in `nn.linear`: with `gather`, X is gathered here and again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gather: Axis | None, later: WeightGradients | None) -> Tensor:
-        ctx.weight, ctx.gather, ctx.later = weight, gather, later
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, gather: Axis | None, later: WeightGradients | None, recipe: Recipe
+    ) -> Tensor:
+        ctx.weight, ctx.gather, ctx.later, ctx.recipe = weight, gather, later, recipe
         whole = x if gather is None else comm.all_gather(x, gather)
-        xq, wq = quantize(whole.flatten(0, -2), FORWARD), quantize(weight, FORWARD)
+        xq, wq = recipe.quantize(whole.flatten(0, -2), "input", weight), recipe.quantize(weight, "weight", weight)
+        y = recipe.output(xq, wq, x.dtype)
         # Gathered, this rank's 16-bit part is no larger than the whole in 8 bits.
-        ctx.save_for_backward(*((xq.columns, xq.unit) if gather is None else (x,)))
-        y = product(xq.rows, wq.rows, xq.unit, wq.unit, x.dtype, fast=True)
+        kept, ctx.restore = recipe.keep(xq) if gather is None else ((x,), None)
+        ctx.save_for_backward(*kept)
         return y.view(*whole.shape[:-1], len(weight))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        weight, saved = ctx.weight, ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        weight, recipe = ctx.weight, ctx.recipe
         grad_x = grad_weight = None
-        gq = quantize(grad.flatten(0, -2), BACKWARD)
+        gq = recipe.quantize(grad.flatten(0, -2), "gradient", weight)
         if ctx.needs_input_grad[0]:
-            wq = quantize(weight, FORWARD)
-            grad_x = product(gq.rows, wq.columns, gq.unit, wq.unit, grad.dtype)
+            grad_x = recipe.grad_input(gq, recipe.quantize(weight, "weight", weight), grad.dtype)
             grad_x = grad_x.view(*grad.shape[:-1], weight.shape[1])
             if ctx.gather is not None:
                 grad_x = comm.reduce_scatter(grad_x, ctx.gather)
         if ctx.needs_input_grad[1]:
-            compute = partial(_grad_weight, saved, gq, weight, ctx.gather)
+            compute = partial(_grad_weight, ctx.saved_tensors, ctx.restore, gq, weight, ctx.gather, recipe)
             grad_weight = weight_gradient(weight, compute, ctx.later)
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
 
 
 @torch.no_grad()  # when it was put off, it does not run inside autograd's own backward
-def _grad_weight(saved: tuple[Tensor, ...], grad: Quantized, weight: Tensor, gather: Axis | None) -> Tensor | None:
-    """[m, f] with what forward saved of [m, h] → [f, h], or None where it was added to the weight's main gradient."""
+def _grad_weight(
+    kept: Sequence[Tensor], restore: Restore | None, grad: Any, weight: Tensor, gather: Axis | None, recipe: Recipe
+) -> Tensor | None:
+    """[m, f] with what forward kept of [m, h] → [f, h], or None where it was added to the weight's main gradient."""
     if gather is None:
-        columns, unit = saved
+        assert restore is not None
+        x = restore(kept)
     else:
-        xq = quantize(comm.all_gather(saved[0], gather).flatten(0, -2), FORWARD)
-        columns, unit = xq.columns, xq.unit
-    total = main_grad(weight)
-    if total is None:
-        return product(grad.columns, columns, grad.unit, unit, weight.dtype)
-    total.add_(product(grad.columns, columns, grad.unit, unit, torch.float32))
-    return None
+        x = recipe.quantize(comm.all_gather(kept[0], gather).flatten(0, -2), "input", weight)
+    return recipe.grad_weight(grad, x, weight.dtype, main_grad(weight))
 
 
 def require_fp8(device: torch.device) -> None:

@@ -25,7 +25,7 @@ from megascratch import ops
 from megascratch.dist import comm
 from megascratch.dist.layout import Init, Matrices, Split
 from megascratch.dist.mesh import Axis
-from megascratch.nn.fp8 import Fp8Linear
+from megascratch.nn.fp8 import Fp8Linear, Recipe
 from megascratch.nn.nf4 import Weight, values_of
 from megascratch.nn.placement import Placement
 from megascratch.nn.ring_products import gathered_product, gathered_weight_gradient, reduced_product
@@ -114,7 +114,7 @@ def column_linear(
     tp: Axis,
     sequence_parallel: bool,
     later: WeightGradients | None = None,
-    fp8: bool = False,
+    fp8: Recipe | None = None,
     overlap: bool = False,
 ) -> Tensor:
     """Multiply by this rank's rows of the weight: Y_i = X W_iᵀ.
@@ -125,14 +125,16 @@ def column_linear(
         tp: tensor-parallel axis; size 1 makes this a plain linear.
         sequence_parallel: whether x is divided along s.
         later: takes the weight's gradient while it collects.
-        fp8: whether to multiply in 8 bits.
+        fp8: how to multiply in 8 bits, or None.
         overlap: whether to multiply parts of the sequence while others travel, under sequence parallelism.
 
     Returns: [s, b, f/tp].
     """
     divided = sequence_parallel and tp.size > 1
     x, gather = (x, tp) if divided else (comm.copy(x, tp), None)
-    return Fp8Linear.apply(x, weight, gather, later) if fp8 else _Linear.apply(x, weight, gather, later, overlap)
+    if fp8 is not None:
+        return Fp8Linear.apply(x, weight, gather, later, fp8)
+    return _Linear.apply(x, weight, gather, later, overlap)
 
 
 def row_linear(
@@ -141,7 +143,7 @@ def row_linear(
     tp: Axis,
     sequence_parallel: bool,
     later: WeightGradients | None = None,
-    fp8: bool = False,
+    fp8: Recipe | None = None,
     overlap: bool = False,
 ) -> Tensor:
     """Multiply by this rank's columns of the weight and sum over ranks: Y = Σ_i X_i W_iᵀ.
@@ -152,14 +154,14 @@ def row_linear(
         tp: tensor-parallel axis.
         sequence_parallel: whether the result is to be divided along s.
         later: takes the weight's gradient while it collects.
-        fp8: whether to multiply in 8 bits.
+        fp8: how to multiply in 8 bits, or None.
         overlap: whether to multiply parts of the sequence while others travel, under sequence parallelism.
 
     Returns: [s/tp, b, f] under sequence parallelism, else [s, b, f] and the same on every rank.
     """
     if overlap and sequence_parallel and tp.size > 1:
         return _RingRow.apply(x, weight, tp, later)
-    y = (Fp8Linear if fp8 else _Linear).apply(x, weight, None, later)
+    y = _Linear.apply(x, weight, None, later) if fp8 is None else Fp8Linear.apply(x, weight, None, later, fp8)
     return comm.reduce_scatter(y, tp) if sequence_parallel else comm.all_reduce(y, tp)
 
 

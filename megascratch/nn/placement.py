@@ -9,6 +9,7 @@ from megascratch.config import Config
 from megascratch.dist.layout import Init, Matrices, Split, parameter
 from megascratch.dist.mesh import Axis, Mesh
 from megascratch.nn.activations import Activations
+from megascratch.nn.fp8 import Recipe, Tensorwise
 from megascratch.nn.weight_gradients import WeightGradients
 
 # By the names that `train.dtype` uses.
@@ -32,7 +33,7 @@ class Placement:
         cp: context-parallel axis, over which the sequence is divided everywhere.
         ep: expert-parallel axis, over which experts are divided; a part of dp.
         cp_algorithm: how attention reaches over it, a key of `nn.context.ALGORITHMS`.
-        fp8: whether the products of linear layers run in 8 bits.
+        fp8: how the products of linear layers run in 8 bits; None where they do not.
         tp_comm_overlap: whether they overlap with the collectives of sequence parallelism.
         weight_gradients: where linear layers put weight gradients off while a schedule splits their backward.
         activations: what layers ask for their parts that may be computed again instead of kept.
@@ -45,7 +46,7 @@ class Placement:
     cp: Axis = field(default_factory=lambda: Axis("cp"))
     cp_algorithm: str = "ring"
     ep: Axis = field(default_factory=lambda: Axis("ep"))
-    fp8: bool = False
+    fp8: Recipe | None = None
     tp_comm_overlap: bool = False
     weight_gradients: WeightGradients | None = field(default=None, compare=False)
     activations: Activations = field(default_factory=Activations, compare=False)
@@ -62,7 +63,7 @@ class Placement:
             mesh.cp,
             parallel.cp_algorithm,
             mesh.ep,
-            fp8=dtype == "fp8",
+            fp8=Tensorwise() if dtype == "fp8" else None,  # what plans count; the engine puts its own there
             tp_comm_overlap=parallel.tp_comm_overlap,
             weight_gradients=weight_gradients,
         )

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def call(function: Callable[..., Any], tuning: Mapping[str, Any] | None = None, 
 
     Raises: MissingDependency: if it does not take an argument with a meaning, or asks for one that is not given.
     """
-    signature = inspect.signature(function)
+    signature = _signature(function)
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     known = {key: value for key, value in (tuning or {}).items() if takes_all or key in signature.parameters}
     try:
@@ -38,6 +39,9 @@ def call(function: Callable[..., Any], tuning: Mapping[str, Any] | None = None, 
         rule = f"has the signature {signature} in the release that is installed: {error}"
         raise MissingDependency(Problem(name, rule, "install a release that this was written against")) from None
     return function(**arguments, **known)
+
+
+_signature = cache(inspect.signature)  # a product is called thousands of times a step
 
 
 def apex_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 from megascratch.dist.mesh import Axis, Mesh, MeshSpec
 from megascratch.dist.testing import distributed, run_ranks
 from megascratch.errors import ConfigError
-from megascratch.nn import DTYPES, Placement, WeightGradients, require_fp8
-from megascratch.nn.fp8 import BACKWARD, FORWARD, quantize
+from megascratch.nn import DTYPES, Placement, WeightGradients
+from megascratch.nn.fp8 import BACKWARD, FORWARD, Tensorwise, quantize, require_fp8
 from megascratch.nn.linear import ColumnParallelLinear, RowParallelLinear, column_linear, row_linear
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def test_three_products_against_float64(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, grad = torch.randn(16, 2, 48).to(dtype).requires_grad_(), torch.randn(16, 2, 64).to(dtype) * 1e-4
     weight = (torch.randn(64, 48) / 7).to(dtype).requires_grad_()
-    y = column_linear(x, weight, Axis("tp"), False, fp8=True)
+    y = column_linear(x, weight, Axis("tp"), False, fp8=Tensorwise())
     y.backward(grad)
     xe, we = emulate(x.detach().flatten(0, 1), FORWARD), emulate(weight.detach(), FORWARD)
     ge = emulate(grad.flatten(0, 1), BACKWARD)
@@ -73,7 +73,7 @@ def test_a_gpu_multiplies_as_a_cpu_does() -> None:
     results = []
     for device in ("cpu", "cuda"):
         own, rows = x.to(device).requires_grad_(), weight.to(device).requires_grad_()
-        y = column_linear(own, rows, Axis("tp"), False, fp8=True)
+        y = column_linear(own, rows, Axis("tp"), False, fp8=Tensorwise())
         y.backward(grad.to(device))
         assert own.grad is not None and rows.grad is not None
         results.append([tensor.detach().cpu() for tensor in (y, own.grad, rows.grad)])
@@ -82,20 +82,20 @@ def test_a_gpu_multiplies_as_a_cpu_does() -> None:
 
 
 def test_zeros_and_what_is_not_finite() -> None:
-    assert not column_linear(torch.zeros(16, 1, 16), torch.ones(16, 16), Axis("tp"), False, fp8=True).any()
+    assert not column_linear(torch.zeros(16, 1, 16), torch.ones(16, 16), Axis("tp"), False, fp8=Tensorwise()).any()
     for bad in (torch.inf, torch.nan):
         x = torch.ones(16, 1, 16)
         x[3, 0, 5] = bad
-        assert row_linear(x, torch.ones(16, 16), Axis("tp"), False, fp8=True).isnan().any()
+        assert row_linear(x, torch.ones(16, 16), Axis("tp"), False, fp8=Tensorwise()).isnan().any()
 
 
 def test_a_weight_gradient_put_off_is_the_same_to_the_bit() -> None:
     weight, later = torch.randn(32, 16).requires_grad_(), WeightGradients()
     x, grad = torch.randn(16, 1, 16).requires_grad_(), torch.randn(16, 1, 32)
-    column_linear(x, weight, Axis("tp"), False, later, fp8=True).backward(grad)
+    column_linear(x, weight, Axis("tp"), False, later, fp8=Tensorwise()).backward(grad)
     at_once, weight.grad = weight.grad, None
     with later.collect() as owed:
-        column_linear(x, weight, Axis("tp"), False, later, fp8=True).backward(grad)
+        column_linear(x, weight, Axis("tp"), False, later, fp8=Tensorwise()).backward(grad)
     assert weight.grad is None
     for compute in owed:
         compute()
@@ -109,7 +109,7 @@ def test_a_pair_of_layers_on_two_ranks(sequence_parallel: bool) -> None:
     mesh = Mesh.create(MeshSpec(tp=2), CPU)
     results = []
     for at in (mesh, Mesh.serial()):
-        placement = Placement(at.tp, sequence_parallel, torch.float32, CPU, fp8=True)
+        placement = Placement(at.tp, sequence_parallel, torch.float32, CPU, fp8=Tensorwise())
         first = ColumnParallelLinear(32, 64, placement, std=0.1)
         second = RowParallelLinear(64, 32, placement, std=0.1)
         module = torch.nn.ModuleList([first, second])

@@ -1,14 +1,9 @@
 """Adapters against the recorded signatures of the libraries; against their kernels where they are installed."""
 
-import inspect
-import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import recorded
 import torch
 import torch.nn.functional as F
 
@@ -16,25 +11,11 @@ from megascratch import ops
 from megascratch.errors import MissingDependency
 from megascratch.ops.adapters import PEERS, call, installed
 
-RECORDED = json.loads((Path(__file__).parent / "recorded_signatures.json").read_text())
-RELEASES = [(library, release) for library, releases in RECORDED.items() for release in releases]
+RELEASES = [(library, release) for library, releases in recorded.RECORDED.items() for release in releases]
 X, WEIGHT, BIAS = torch.randn(5, 8), torch.randn(8), torch.randn(8)
 
 
-def _with_signature(text: str, body: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
-    """A function that has the recorded signature and nothing more; the body gets its arguments by name."""
-    signature = inspect.signature(eval(f"lambda {text[1:-1]}: None"))
-
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return body(bound.arguments)
-
-    stand_in.__signature__ = signature  # type: ignore[attr-defined]
-    return stand_in
-
-
-BODIES: dict[str, Callable[[dict[str, Any]], Any]] = {
+BODIES: dict[str, recorded.Body] = {
     "fused_rms_norm_affine": lambda a: F.rms_norm(a["input"], a["normalized_shape"], a["weight"], a["eps"]),
     "fused_layer_norm_affine": lambda a: F.layer_norm(
         a["input"], a["normalized_shape"], a["weight"], a["bias"], a["eps"]
@@ -49,26 +30,17 @@ def _rotate(a: dict[str, Any]) -> torch.Tensor:
     return a["t"] * a["freqs"].cos() + torch.cat((-second, first), dim=-1) * a["freqs"].sin()
 
 
-def _install(monkeypatch: pytest.MonkeyPatch, library: str, release: str) -> None:
-    for path, functions in RECORDED[library][release].items():
-        parts = path.split(".")
-        for depth in range(1, len(parts) + 1):
-            monkeypatch.setitem(sys.modules, ".".join(parts[:depth]), ModuleType(parts[depth - 1]))
-        for name, text in functions.items():
-            setattr(sys.modules[path], name, _with_signature(text, BODIES[name]))
-
-
 @pytest.mark.parametrize(("library", "release"), RELEASES)
-def test_every_adapter_fits_every_recorded_release(library: str, release: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _install(monkeypatch, library, release)
+def test_every_adapter_fits_every_recorded_release(library: str, release: str) -> None:
     angles = torch.rand(6, 4)
     arguments: dict[str, tuple[Any, ...]] = {
         "rms_norm": (X, WEIGHT, 1e-5),
         "layer_norm": (X, WEIGHT, BIAS, 1e-5),
         "rope": (torch.randn(5, 2, 3, 8), torch.randn(5, 2, 1, 8), angles.cos(), angles.sin()),
     }
-    for name, theirs in PEERS[library].items():
-        torch.testing.assert_close(theirs(*arguments[name]), getattr(ops, name)(*arguments[name]))
+    with recorded.installed(library, release, BODIES):
+        for name, theirs in PEERS[library].items():
+            torch.testing.assert_close(theirs(*arguments[name]), getattr(ops, name)(*arguments[name]))
 
 
 def test_what_only_tunes_is_left_out_and_what_means_something_is_not() -> None:
