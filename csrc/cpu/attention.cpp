@@ -46,6 +46,7 @@ class Forward : Task<T, P> {
       const Range block{key, smaller(key + block_keys, rows.seen.end)};
       Base::multiply_by_keys(rows, block, Base::queries_left, keys, Base::scores);
       for (int64_t row = 0; row < rows.padded; ++row) {
+        if (Base::are_a_head(rows) && row < a.s) ask_ahead(row);
         normalise(row, rows.of_row[row], block, reinterpret_cast<Stored*>(probabilities) + row * z.keys);
       }
       Base::add_over_keys(rows, block, probabilities, values, out);
@@ -53,6 +54,11 @@ class Forward : Task<T, P> {
     Base::for_rows(begin, rows, [&](int64_t row, int64_t query, int64_t member) {
       write(row, Base::place(query, member));
     });
+  }
+
+  MEGASCRATCH_DEVICE void ask_ahead(int64_t token) const {
+    Base::ask_ahead(a.q, token, z.g), Base::ask_ahead(a.k, token, 1), Base::ask_ahead(a.v, token, 1);
+    Base::ask_ahead(Base::written(a.result, z.g), token, z.g);
   }
 
   // Scores to probabilities, up to the division by their sum.

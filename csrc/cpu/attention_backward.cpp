@@ -63,7 +63,11 @@ class Backward : Task<T, P> {
       const Range block{key, smaller(key + block_keys, rows.seen.end)};
       Base::multiply_by_keys(rows, block, Base::queries_left, keys, Base::scores);
       Base::multiply_by_keys(rows, block, grads_left, values, grads);
-      for (int64_t row = 0; row < rows.padded; row += width) differentiate(row, rows, block, p, turned, ds);
+      for (int64_t row = 0; row < rows.padded; row += width) {
+        const int64_t asked = Base::are_a_head(rows) ? smaller(row + width, a.s) : 0;
+        for (int64_t token = row; token < asked; ++token) ask_ahead(token);
+        differentiate(row, rows, block, p, turned, ds);
+      }
       add_over_rows(rows, block, p, grads_over, grad_v);
       add_over_rows(rows, block, turned, queries_over, grad_k);
       Base::add_over_keys(rows, block, ds, keys_over, grad_q);
@@ -71,6 +75,13 @@ class Backward : Task<T, P> {
     Base::for_rows(begin, rows, [&](int64_t row, int64_t query, int64_t member) {
       write(grad_q + row * z.d_padded, static_cast<T*>(a.result) + Base::place(query, member) * z.d);
     });
+  }
+
+  MEGASCRATCH_DEVICE void ask_ahead(int64_t token) const {
+    Base::ask_ahead(a.q, token, z.g), Base::ask_ahead(a.out, token, z.g), Base::ask_ahead(a.grad, token, z.g);
+    Base::ask_ahead(a.k, token, 1), Base::ask_ahead(a.v, token, 1);
+    Base::ask_ahead(Base::written(a.result, z.g), token, z.g);
+    Base::ask_ahead(Base::written(a.grad_k, 1), token, 1), Base::ask_ahead(Base::written(a.grad_v, 1), token, 1);
   }
 
   // A right operand of products: `step` leads from step to step, `panel` to the next columns of a tile.

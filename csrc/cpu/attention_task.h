@@ -124,6 +124,24 @@ class Task {
     }
   }
 
+  // A result [s or t, b, k · heads, d].
+  AttentionHeads written(const void* at, int64_t heads) const {
+    return {at, a.b * a.kv * heads * z.d, a.kv * heads * z.d, z.d};
+  }
+
+  // Ask for the next head's `heads` rows of x at a token while this head is computed: the rows of a head lie so far apart
+  // that the processor does not foresee them. Behind the last head of a sample lies, in contiguous tensors, the next one.
+  // (Always inline: GCC drops calls of functions that only prefetch.)
+  MEGASCRATCH_DEVICE void ask_ahead(const AttentionHeads& x, int64_t token, int64_t heads) const {
+    const T* at = static_cast<const T*>(x.at) + token * x.stride_s + sample * x.stride_b + (head + 1) * heads * x.stride_n;
+    for (int64_t i = 0; i < heads; ++i, at += x.stride_n) {
+      for (int64_t j = 0; j < z.d; j += line_elements<T>) __builtin_prefetch(at + j, 0, 2);
+    }
+  }
+
+  // Whether a block is a whole head. Where a head has several, memory is a small part of its time.
+  bool are_a_head(const Rows& rows) const { return rows.queries == a.s; }
+
   // Find what the queries [begin, begin + rows.queries) see.
   Rows look(int64_t begin) {
     Rows rows{smaller(z.queries(), a.s - begin), 0, 0, {a.t, 0}, ranges, ranges + z.rows};
