@@ -14,7 +14,7 @@ is put into a weight for each token. By hand, sequences of 1 and 3 tokens, 4 pla
     dapo      every token alike                      1        1 1 1              mean over all tokens
     grpo      every sequence alike                   2        2/3 2/3 2/3        mean of the sequences' means
     dr_grpo   tokens, over what there might be       0.5      0.5 0.5 0.5        sum / (2 sequences · 4 tokens)
-    bnpo      as dapo, in each micro-batch alone
+    bnpo      as dapo, among every `train.micro_batch` completions alone, rows of their own or not
 
 Legend: `n` sequences, `b` of them in a micro-batch, `s` tokens.
 Sources: Schulman et al. 2017, arXiv:1707.06347 (PPO); Ye et al. 2020, arXiv:1912.09729 (dual clip); Yu et al. 2025,
@@ -145,7 +145,8 @@ def token_weights(mask: Tensor, how: Aggregation, *, max_tokens: int, micro_batc
         mask: 1 where a token counts, [n, s]: of the whole global batch, in the order of its samples.
         how: see above.
         max_tokens: a completion may have, for `dr_grpo`.
-        micro_batch: samples of one, for `bnpo`.
+        micro_batch: completions that are averaged by themselves, in the order of their samples, for `bnpo`. Packed ones
+            too are counted, and not the rows that they share: packing must not change what is learned.
 
     Returns: [n, s] float64. Sequences without a token count in no mean but that of `dr_grpo`.
     """
