@@ -71,5 +71,6 @@ def make_task(engine: Engine, method: str) -> tuple[Task, Rollouts]:
     source = Rollouts(engine, QUESTIONS, LANGUAGE, scorer, learner, how, make_console(1))
     per_rollout = engine.config.rollout.steps(engine.config.train.global_batch)  # type: ignore[union-attr]
     state = {"state": learner.state, "restore": learner.restore} if isinstance(learner, ActorCritic) else {}
-    task = Task(objective, source, resumable_every=per_rollout, observe=source.observe, companions=companions, **state)
+    hooks = {"keep": source.keep, "observe": source.observe, **state}
+    task = Task(objective, source, resumable_every=per_rollout, companions=companions, **hooks)  # type: ignore[arg-type]
     return task, source

@@ -11,7 +11,7 @@ from torch import Tensor
 from megascratch.align.advantages import BASELINES, group_advantages
 from megascratch.align.policy import KLPenalty, PolicyObjective, logprobs_at
 from megascratch.align.policy_losses import Clip
-from megascratch.align.rollout import Rollout
+from megascratch.align.rollout import Rollout, needs_old
 from megascratch.align.rollout_rows import of_each_token
 from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
@@ -45,8 +45,7 @@ class GroupLearner:
         assert policy.config.rollout is not None
         self.policy, self.reference = policy, reference
         self.config, self.rollout = policy.config.grpo, policy.config.rollout
-        # A rollout that is learned from once needs no log-probabilities of before: the policy's own are those.
-        self.needs_old = self.rollout.steps(policy.config.train.global_batch) > 1
+        self.needs_old = needs_old(policy.config)
 
     def prepare(self, rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the advantages, and the log-probabilities that the loss needs."""

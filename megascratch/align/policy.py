@@ -105,7 +105,8 @@ class PolicyObjective:
             divergence = kl_estimate(logprobs, of["reference"], p.estimator, p.clamp) * mask
             losses = losses + p.coefficient * divergence
             sums["kl"] = divergence.sum()
-        return Loss((losses * of["weights"]).sum(), mask.sum(), sums)
+        of_tokens = {"logprobs": logprobs.detach()}
+        return Loss((losses * of["weights"]).sum(), mask.sum(), sums, of_tokens=of_tokens)
 
     def _metrics(self, low: Tensor, high: Tensor, log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Return sums over tokens: how many were clipped where, and how far the policy has moved."""
@@ -136,9 +137,9 @@ class PolicyObjective:
 class ValueObjective:
     """Half the square of the critic's error.
 
-    `of_tokens` has `values` of when the tokens were sampled, and `returns`. Where it has `rewards` instead, a batch is
-    learned from once, so that the critic's values are still those of before: they and what they estimate of the returns
-    come from the very pass that learns.
+    `of_tokens` has `values` of when the tokens were sampled, and `returns`. Where it has `rewards` instead, the batch
+    is all of a rollout, which the critic has not learned from yet: its own values are those of before, and what they
+    estimate of the returns comes from the very pass that learns.
 
     Attributes:
         clip: how far a value may move from the old one; None: as far as it will.
@@ -161,7 +162,8 @@ class ValueObjective:
             old, returns = of["values"], of["returns"]
         losses, clipped = value_loss(values, old, returns, self.clip)
         total = (losses * of["weights"]).sum()
-        return Loss(total, mask.sum(), {"val/clipfrac_avg": (clipped * mask).sum()})
+        of_tokens = {"values": values.detach()}
+        return Loss(total, mask.sum(), {"val/clipfrac_avg": (clipped * mask).sum()}, of_tokens=of_tokens)
 
     def _returns(self, outputs: Outputs, microbatch: Microbatch) -> Tensor:
         """Return what the values and rewards make of the returns, [b, s] of this rank's tokens."""

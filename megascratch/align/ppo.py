@@ -5,10 +5,11 @@
                                                                                                policy     critic
 
 The critic is an engine of its own, on the policy's layout, with a scalar head, and is saved in the same checkpoint. It
-learns from each batch right after the policy; where a rollout is a single batch, in the pass that gives its values:
+learns from each batch right after the policy; but where the first batch is all of a rollout, in the pass that gives its
+values:
 
-    several steps    values ─ advantages ┬ policy, critic ─ policy, critic ─ …       one pass more than there are steps
-    one step         values, critic ─ advantages ─ policy                            one pass
+    several batches    values ─ advantages ─ policy, critic ─ policy, critic ─ …
+    one                values and critic ─ advantages ─ policy ─ policy, critic ─ …        a pass less
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from megascratch.align.advantages import gae, whiten
 from megascratch.align.kl import KLControl, kl_estimate
 from megascratch.align.policy import PolicyObjective, ValueObjective, logprobs_at
 from megascratch.align.policy_losses import Clip
-from megascratch.align.rollout import Rollout
+from megascratch.align.rollout import Rollout, needs_old
 from megascratch.align.rollout_rows import by_completion, of_each_token, step_microbatches
 from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
@@ -57,9 +58,8 @@ class ActorCritic:
         self.value_objective = ValueObjective(
             self.config.value_clip, self.config.gamma, self.config.lam, self.config.gae_masked
         )
-        # A rollout that is learned from once needs no log-probabilities and values of before: they are what the policy
-        # and the critic give as they learn.
-        self.needs_old = self.rollout.steps(policy.config.train.global_batch) > 1
+        self.needs_old = needs_old(policy.config)
+        self._is_taught = False  # whether the critic has learned what the policy is about to
 
     def state(self) -> dict[str, Any]:
         """Return what the next rollout depends on besides engines."""
@@ -91,13 +91,13 @@ class ActorCritic:
         metrics |= {"val/explained_variance": _explained(values, returns, mask), **taught}
         if counts.any():
             self.control.update(kl, int(counts.sum()))
-        if not self.needs_old:
-            return {"advantages": advantages}, metrics
-        return {"advantages": advantages, "old": old, "returns": returns, "values": values}, metrics
+        tensors = {"advantages": advantages, "returns": returns, "values": values}
+        return {**tensors, "old": old} if self.needs_old else tensors, metrics
 
     def after_step(self, microbatches: list[Microbatch], report: StepReport) -> tuple[dict[str, float], bool]:
         """Teach the critic what it has not learned yet, and say whether the policy has moved far enough."""
-        taught = _noted(self.critic.train_step(microbatches, self.value_objective)) if self.needs_old else {}
+        taught = {} if self._is_taught else _noted(self.critic.train_step(microbatches, self.value_objective))
+        self._is_taught = False
         stop = self.config.stop_kl
         return taught, stop is not None and report.metrics["policy/approxkl_avg"] > stop
 
@@ -107,10 +107,9 @@ class ActorCritic:
             return of_each_token(self.critic, rollout, lambda o, _: o.scores) * rollout.mask, {}
         everyone = torch.arange(len(rollout.tokens))
         microbatches = step_microbatches(self.critic, rollout, everyone, self.config.aggregation, {"rewards": rewards})
-        report = self.critic.train_step(
-            microbatches, self.value_objective, function=lambda o, _: o.whole_sequences(o.scores)
-        )
-        return by_completion(self.critic, rollout, microbatches, report.found) * rollout.mask, _noted(report)
+        report = self.critic.train_step(microbatches, self.value_objective, keep="values")
+        self._is_taught = True
+        return by_completion(self.critic, rollout, microbatches, report.kept) * rollout.mask, _noted(report)
 
     def _metrics(self, rollout: Rollout, kl: float, penalty: float) -> dict[str, float]:
         """Return what there is to log, under the names of TRL's PPO; means over the completions that count."""

@@ -117,4 +117,4 @@ class _Source:
         log = CompletionsLog(Path(config.log.dir), rollout.log_completions) if self.mesh.rank == 0 else None
         source = Rollouts(engine, self.questions, self.language, self.scorer, learner, aggregation, self.console, log)
         per_rollout = rollout.steps(config.train.global_batch)
-        return Task(objective, source, resumable_every=per_rollout, observe=source.observe)
+        return Task(objective, source, resumable_every=per_rollout, keep=source.keep, observe=source.observe)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megascratch.config import RolloutConfig
+from megascratch.config import Config, RolloutConfig
 from megascratch.infer import Completion
 
 
@@ -82,3 +82,14 @@ class Rollout:
         rewards = rewards - (~stopped) * config.missing_end_penalty
         counts = ~rewards.isnan() & (stopped | (not config.mask_truncated))
         return replace(self, rewards=rewards, mask=self.mask * counts.unsqueeze(1))
+
+
+def needs_old(config: Config) -> bool:
+    """Return whether what the policy and the critic say before a rollout's first step must be computed by itself.
+
+    Not where that step learns from all of the rollout: what they say in its own pass is what they said before, and is
+    kept for the steps that follow. A recorded step computes the same every time, so it cannot be the first of several.
+    """
+    rollout, train = config.rollout, config.train
+    assert rollout is not None
+    return rollout.n_completions > train.global_batch or (train.cuda_graph and rollout.epochs > 1)

@@ -126,7 +126,7 @@ def of_each_token(engine: Engine, rollout: Rollout, function: Finding) -> Tensor
 def by_completion(
     engine: Engine, rollout: Rollout, microbatches: Sequence[Microbatch], found: Sequence[Tensor]
 ) -> Tensor:
-    """Put what was found of micro-batches of a rollout, [b, s] each, where its completions have it, [n, s] float64.
+    """Put what was found of a rollout's micro-batches, [b, s] each, where its completions have it, [n, s] float64.
 
     Every rank gives what it has of its data-parallel part. Returns: on the CPU, 0 behind the completions.
     """

@@ -28,8 +28,8 @@ from megascratch.align.completions_log import CompletionsLog
 from megascratch.align.generator import Generator
 from megascratch.align.policy_losses import Aggregation
 from megascratch.align.rewards import Answered
-from megascratch.align.rollout import Question, Rollout
-from megascratch.align.rollout_rows import step_microbatches
+from megascratch.align.rollout import Question, Rollout, needs_old
+from megascratch.align.rollout_rows import by_completion, step_microbatches
 from megascratch.align.scores import Scorer
 from megascratch.data.microbatch import Microbatch
 from megascratch.engine import Engine, StepReport
@@ -97,9 +97,16 @@ class Rollouts:
         self.aggregation, self.console, self.log = aggregation, console, log
         self.generator = Generator(engine, self.config.tp)
         self.sampling = Sampling(self.config.temperature, self.config.top_k, self.config.top_p, self.train.seed)
+        self._finds_old = self.config.epochs > 1 and not needs_old(engine.config)
         self._values: dict[str, Any] = {}
+        self._rollout: Rollout | None = None  # that is learned from
         self._batch: list[Microbatch] = []
         self._moved_enough = False
+
+    @property
+    def keep(self) -> str | None:
+        """What `observe` needs of each step: `Task.keep`."""
+        return "logprobs" if self._finds_old else None
 
     def steps(self, consumed_samples: int, n_steps: int, prefetch: int = 2) -> Iterator[list[Microbatch]]:
         """Yield the micro-batches of steps, none once the policy has moved enough; `prefetch` would be too early."""
@@ -109,7 +116,7 @@ class Rollouts:
         for step in range(n_steps):
             index, turn = divmod(step, per_rollout)
             if turn == 0:
-                rollout = self.roll_out(first + index)
+                self._rollout = rollout = self.roll_out(first + index)
                 order = self._order(rollout)
                 self._moved_enough = False
             rows = order[turn * self.train.global_batch : (turn + 1) * self.train.global_batch]
@@ -121,6 +128,10 @@ class Rollouts:
         """Learn what else there is to learn from a step, and return what there is to log of it and of its rollout."""
         values, self._values = self._values, {}
         if self._batch:
+            assert self._rollout is not None
+            if self._finds_old and "old" not in self._rollout.of_tokens:
+                old = by_completion(self.engine, self._rollout, self._batch, report.kept)
+                self._rollout.of_tokens["old"] = old * self._rollout.mask
             more, enough = self.learner.after_step(self._batch, report)
             values |= more
             self._moved_enough |= enough

@@ -64,7 +64,7 @@ class StepReport:
         lr: learning rate of the update.
         loss_scale: fp16 factor used in the step; 1 elsewhere.
         skipped: True when nothing was updated: the gradient was not finite, or the step was not accepted.
-        found: what the step was to hand back of each micro-batch, on every rank.
+        kept: what the step was to keep of the tokens of each micro-batch, [b, s], on every rank of tp, cp and pp.
     """
 
     loss: float
@@ -73,7 +73,7 @@ class StepReport:
     lr: float
     loss_scale: float
     skipped: bool
-    found: Sequence[Tensor] = ()
+    kept: Sequence[Tensor] = ()
 
 
 class _Views(NamedTuple):
@@ -172,7 +172,7 @@ class Engine:
         objective: Objective,
         on_event: Callable[[Action, bool], None] | None = None,
         loss_limit: float = math.inf,
-        function: Finding | None = None,
+        keep: str | None = None,
     ) -> StepReport:
         """Run one step: forward and backward of this rank's micro-batches, then the update.
 
@@ -181,7 +181,7 @@ class Engine:
             objective: to minimise.
             on_event: called before and after every action of the pipeline; see `pipeline.run`.
             loss_limit: with a larger loss nothing is updated, as with a loss or gradient that is not finite.
-            function: as for `compute`, of the same forward pass, before the update.
+            keep: what to keep of what the objective computed of tokens (`Loss.of_tokens`), if anything.
         """
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
         if not microbatches:
@@ -193,14 +193,14 @@ class Engine:
             self.mesh.roll_call.step = self.step + 1
         clock, scale = self.mesh.clock, self.loss_scale.value
         self.optimizer.begin_step(lr, scale, loss_limit)
-        moved, queue = self._moved(microbatches), partial(self._queue_step, objective, function)
+        moved, queue = self._moved(microbatches), partial(self._queue_step, objective, keep)
         if self.graph is None or on_event is not None:  # an observer has to see every action
             queued = queue(moved, on_event)
         else:
             with clock.region("graph"), clock.paused():
                 queued = self.graph(queue, moved)
         totals, grad_norm, taken = queued.read()
-        found = () if function is None else tell_pipeline(queued.found, len(moved), self.mesh)
+        kept = () if keep is None else tell_pipeline(queued.kept, len(moved), self.mesh)
         self.optimizer.end_step(taken)
         self.loss_scale.update(overflow=not math.isfinite(grad_norm))
         routers = self.router_notes.reports(totals.weight)
@@ -209,7 +209,7 @@ class Engine:
                 move_biases(stage, routers)
         self.step += 1
         metrics = {**totals.metrics, **metrics_of(routers)}
-        return StepReport(totals.loss, metrics, grad_norm, lr, scale, not taken, found)
+        return StepReport(totals.loss, metrics, grad_norm, lr, scale, not taken, kept)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch], objective: Objective) -> Totals:
@@ -250,7 +250,7 @@ class Engine:
     def _queue_step(
         self,
         objective: Objective,
-        function: Finding | None,
+        keep: str | None,
         microbatches: Sequence[Microbatch],
         on_event: Callable[[Action, bool], None] | None = None,
     ) -> Queued:
@@ -263,19 +263,19 @@ class Engine:
         grad_seed = optimizer.inputs.loss_scale / nominal
         if self.fp8 is not None:
             self.fp8.begin_step()
-        totals, found = self._totals(objective, function, microbatches, grad_seed, on_event)
+        totals, kept = self._totals(objective, keep, microbatches, grad_seed, on_event)
         if self.fp8 is not None:
             self.fp8.end_step()
         with clock.region("optimizer"):
             result = optimizer.step(nominal / (optimizer.inputs.loss_scale * totals.weight), totals.loss)
             if self.graph is not None:  # what a recording starts must end in it
                 optimizer.overlap.settle()
-        return Queued(totals, found, result)
+        return Queued(totals, kept, result)
 
     def _totals(
         self,
         objective: Objective,
-        function: Finding | None,
+        keep: str | None,
         microbatches: Sequence[Microbatch],
         grad_seed: Tensor | None,
         on_event: Callable[[Action, bool], None] | None = None,
@@ -283,18 +283,18 @@ class Engine:
         """Drive the pipeline over the micro-batches; `grad_seed` is the gradient of the loss, or None without one."""
         self.router_notes.forget()
         sums: Sums = {}
-        found: dict[int, Tensor] = {}
+        kept: dict[int, Tensor] = {}
 
         def end(outputs: Outputs, microbatch: Microbatch, index: int) -> Tensor:
             loss = objective(outputs, microbatch)
             add_up(sums, loss)
-            if function is not None:
-                found[index] = function(outputs, microbatch).detach()
+            if keep is not None:
+                kept[index] = outputs.whole_sequences(loss.of_tokens[keep])
             total = loss.total if loss.besides is None else loss.total + loss.besides
             return total * grad_seed.to(total.dtype) if grad_seed is not None else total
 
         self._drive(microbatches, end, grad_seed, on_event)
-        return totals_of(sums, self.mesh), found
+        return totals_of(sums, self.mesh), kept
 
     def _drive(
         self,

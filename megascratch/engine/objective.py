@@ -153,12 +153,14 @@ class Loss:
         besides: scalar sum that is differentiated with `total`, and not reported as the loss.
         weight: scalar that the engine divides by, after adding up all micro-batches of all ranks.
         metrics: further scalar sums, divided by the same weight, or each with a weight of its own.
+        of_tokens: by name, what it computed of this rank's tokens, [b, s], without gradient.
     """
 
     total: Tensor
     weight: Tensor
     metrics: Mapping[str, "Tensor | Ratio"] = field(default_factory=dict)
     besides: Tensor | None = None
+    of_tokens: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Objective = Callable[[Outputs, Microbatch], Loss]

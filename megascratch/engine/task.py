@@ -68,6 +68,7 @@ class Task:
         validation: None without.
         resumable_every: steps between the points where a run can be resumed, because a batch serves several steps;
             saving, and ending on a signal, wait for one.
+        keep: what each step keeps of what the objective computed of tokens, for `observe`; see `Engine.train_step`.
         observe: is told what a step did, and returns what else there is to log of it.
         companions: further engines in training (a critic), by name, which are saved beside this one.
         state: what else the next step depends on, as JSON, at the time of saving.
@@ -78,6 +79,7 @@ class Task:
     train: Source
     validation: Validation | None = None
     resumable_every: int = 1
+    keep: str | None = None
     observe: Callable[[StepReport], Mapping[str, Any]] = lambda report: {}
     companions: Mapping[str, Engine] = field(default_factory=dict)
     state: Callable[[], dict[str, Any]] = dict

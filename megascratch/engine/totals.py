@@ -101,12 +101,12 @@ class Queued(NamedTuple):
 
     Attributes:
         totals: sums over the global batch.
-        found: of micro-batches by number, on the last stage, what was asked for.
+        kept: of micro-batches by number, on the last stage, what was asked for.
         result: of the update.
     """
 
     totals: DeviceTotals
-    found: Mapping[int, Tensor]
+    kept: Mapping[int, Tensor]
     result: StepResult
 
     def read(self) -> tuple[Totals, float, bool]:

@@ -118,7 +118,8 @@ class Trainer:
         with self._traced(step):
             with clock.region("data"):
                 microbatches = next(batches)
-            report = self.engine.train_step(microbatches, self.task.objective, recorder, self.guard.loss_limit())
+            limit, keep = self.guard.loss_limit(), self.task.keep
+            report = self.engine.train_step(microbatches, self.task.objective, recorder, limit, keep)
             phases = clock.read()
             cost = self.meter.values(n_samples, time.perf_counter() - start, phases)
         if recorder is not None:

@@ -18,9 +18,12 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "grpo": {"grpo": {"kl_coeff": 0.1, "aggregation": "grpo", "clip_high": 0.28}},
     # A ratio for each sequence, and sequences that did not end left out.
     "gspo": {"grpo": {"ratio": "sequence", "clip_low": 0.03, "clip_high": 0.04}, "rollout": {"mask_truncated": True}},
-    "ppo": {"ppo": {"kl_target": 1.0, "kl_horizon": 100}, "rollout": {"samples": 1, "prompts": 8}},
-    # One step a rollout: the critic learns in the pass that gives its values.
-    "ppo-once": {"ppo": {"gae_masked": "plain", "value_clip": 0.1}, "rollout": {"epochs": 1}},
+    "ppo": {"ppo": {"gae_masked": "plain", "value_clip": 0.1}},
+    # Two batches a rollout, so that what policy and critic say before the first step is computed by itself.
+    "ppo-batches": {
+        "ppo": {"kl_target": 1.0, "kl_horizon": 100},
+        "rollout": {"samples": 1, "prompts": 16, "epochs": 1},
+    },
 }
 LAYOUTS = [
     Layout("tp2-sp", {"tp": 2}, "llama", 4),
@@ -48,14 +51,14 @@ def learn(config: Config, methods: tuple[str, ...], n_steps: int = 3) -> dict[st
         task, _ = make_task(engine, method)
         reports, observed = [], []
         for microbatches in task.train.steps(0, n_steps):
-            reports.append(engine.train_step(microbatches, task.objective))
+            reports.append(engine.train_step(microbatches, task.objective, keep=task.keep))
             observed.append(dict(task.observe(reports[-1])))
         engines = [engine, *task.companions.values()]
         runs[method] = reports, observed, [Trained(reports, [], local_weights(each)) for each in engines]
     return runs
 
 
-METHODS = ("grpo", "gspo", "ppo", "ppo-once")
+METHODS = ("grpo", "gspo", "ppo", "ppo-batches")
 # What depends on the machine.
 TIMES = {"rollout/tokens_per_s", "rollout/s"}
 
@@ -73,7 +76,7 @@ def test_a_layout_learns_what_one_rank_learns(layout: Layout, pool: RankPool) ->
     Packed, completions share rows, and the policy learns what it learns from rows of one each.
     """
     expected = one_rank(layout.model, layout.n_layers)
-    unpacked = pool.run(layout.world, learn, layout.config(), ("grpo", "ppo", "ppo-once"))
+    unpacked = pool.run(layout.world, learn, layout.config(), ("grpo", "ppo", "ppo-batches"))
     packed = pool.run(layout.world, learn, replace(layout, packed=True).config(), METHODS)
     for ranks, method in ((runs, method) for runs in (unpacked, packed) for method in runs[0]):
         reports, observed, engines = expected[method]
@@ -99,12 +102,11 @@ def test_the_first_ratio_is_exactly_one(method: str, packed: bool) -> None:
     """Before the first update of a rollout, the policy is the one that sampled; afterwards no more."""
     config = make_config("gemma" if packed else "llama", n_layers=2, packed=packed)
     reports, observed, _ = learn(config, (method,), n_steps=6)[method]
-    per_rollout = 1 if method == "ppo-once" else 2
+    per_rollout = 2
     for step, (report, values) in enumerate(zip(reports, observed)):
         metrics = report.metrics
         assert ("reward" in values) == (step % per_rollout == 0)
         assert metrics["sampling/sampling_logp_difference/mean"] < 1e-9
         assert (metrics["val/ratio"] == 1.0) == (step % per_rollout == 0)
         assert metrics["clip_ratio/region_mean"] == 0.0 or step % per_rollout
-    clips = any(report.metrics["clip_ratio/region_mean"] > 0 for report in reports)
-    assert clips == (per_rollout > 1), "clipping is at work where there is something to clip"
+    assert any(report.metrics["clip_ratio/region_mean"] > 0 for report in reports), "clipping is at work"

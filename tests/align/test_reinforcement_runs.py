@@ -145,11 +145,11 @@ def test_a_run_goes_on_on_another_layout(
         assert any(line["kl"] > 1e-6 for line in expected[2:]) and expected[0]["reward_std"] > 0
 
 
-def test_ppo_that_learns_once_from_a_rollout_scores_it_once(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_ppo_scores_a_rollout_of_one_batch_as_it_learns_from_it(
+    epochs: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no later step needs those of before, the sampler's log-probabilities serve, and the values that the critic
-    gives as it learns; and what is learned is the same."""
+    """What policy and critic said before the first step is what they say in it; and what is learned is the same."""
     of_each_token, passes, runs = ppo.of_each_token, [], {}
 
     def counted(engine: Engine, *arguments: Any) -> torch.Tensor:
@@ -161,15 +161,18 @@ def test_ppo_that_learns_once_from_a_rollout_scores_it_once(
         if twice:
             always = property(lambda _: True, lambda *_: None)
             monkeypatch.setattr(ppo.ActorCritic, "needs_old", always, raising=False)
-        config = make(folder, tmp_path / str(twice), rollout={"samples": 1}, train={"steps": 2})
+        rollout = {"samples": 1, "epochs": epochs}
+        config = make(folder, tmp_path / str(twice), rollout=rollout, train={"steps": 2 * epochs})
         assert run(config, "ppo") == 0
         runs[twice] = logged(config), len(passes)
         passes.clear()
     (once, n_once), (again, n_again) = runs[False], runs[True]
     assert (n_once, n_again) == (2 * 1, 2 * 3), "reference; and policy and critic"
     for got, want in zip(once, again, strict=True):
-        assert got["val/ratio"] == 1.0 and want["val/ratio"] == pytest.approx(1.0, rel=1e-9)
-        for name in ("loss", "grad_norm", "loss/value_avg", "objective/kl", "objective/non_score_reward"):
+        assert got["val/ratio"] == pytest.approx(want["val/ratio"], rel=1e-9)
+        assert (got["val/ratio"] == 1.0) == (got["step"] % epochs == 1 % epochs), "exactly 1 in a rollout's first step"
+        assert got.keys() == want.keys()
+        for name in want.keys() & {"loss", "grad_norm", "loss/value_avg", "objective/kl", "objective/non_score_reward"}:
             assert got[name] == pytest.approx(want[name], rel=1e-9, abs=1e-12), (want["step"], name)
 
 

@@ -94,7 +94,7 @@ def ours(method: str) -> float:
     source = Rollouts(engine, questions, language, Scorer([(judge, 1.0)], mesh), learner, aggregation, make_console(1))
     started = 0.0
     for step, batch in enumerate(source.steps(0, n_steps), start=1):
-        source.observe(engine.train_step(batch, objective))
+        source.observe(engine.train_step(batch, objective, keep=source.keep))
         if step == epochs:
             started = time.process_time()
     return N_TIMED / (time.process_time() - started)
