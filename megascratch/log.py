@@ -1,9 +1,11 @@
 """The console: what one rank says to the person who watches.
 
 Rank 0 speaks; every other rank gets a quiet console with the same methods, so that calling code never asks for its
-rank. Output goes to stderr: stdout belongs to results (generated text, tables, `--json`).
+rank. What a rank alone knows (its copy failed) it says itself (`tell`). Output goes to stderr: stdout belongs to
+results (generated text, tables, `--json`).
 """
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -17,6 +19,12 @@ from rich.text import Text
 def make_console(rank: int = 0) -> Console:
     """Return the console of a rank: stderr on rank 0, silent elsewhere."""
     return Console(stderr=True, quiet=rank != 0, highlight=False, soft_wrap=True)
+
+
+def tell(rank: int, message: str) -> None:
+    """Say on stderr what one rank alone knows, whichever it is, with its number and its host."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"rank {rank} on {socket.gethostname()}: {message}", markup=False)
 
 
 class _RateColumn(ProgressColumn):

@@ -126,14 +126,14 @@ class Checkpoints:
                 raise
             self.console.print(f"after step {step}: no checkpoint, training goes on: {error}")
         if self.local is not None and resumable and step % self.config.local_every < self.resumable_every:
-            self.local.save(engine_state(self.engine, consumed_samples) | dict(extra), self.console)
+            self.local.save(engine_state(self.engine, consumed_samples) | dict(extra))
         if ending:
             self._finish_copies()
 
     def _finish_copies(self) -> None:
         """See that copies have arrived on other nodes before the ranks part."""
         if self.local is not None:
-            self.local.finish(self.console)
+            self.local.finish()
 
     def _save(self, consumed_samples: int, extra: Mapping[str, Any], ending: bool) -> None:
         if self._pending is not None:

@@ -50,6 +50,7 @@ from megascratch.engine.copy_sets import (
 from megascratch.engine.engine import Engine
 from megascratch.engine.state import engine_shards, optimizer_shards, restore_counters
 from megascratch.errors import CheckpointError
+from megascratch.log import tell
 
 _ALONE = Axis("alone")
 _KEEP = 2  # ranks may have come to different steps when one is killed
@@ -83,26 +84,26 @@ class LocalCopies:
         local_dir = engine.config.checkpoint.local_dir
         return None if local_dir is None else cls(engine, Path(local_dir) / (run_id or "run"))
 
-    def save(self, state: Mapping[str, Any], console: Console) -> None:
+    def save(self, state: Mapping[str, Any]) -> None:
         """Copy this rank's state. A copy that fails is told, and training goes on: it only saves time."""
-        self.finish(console)
+        self.finish()
         rank, path = self.engine.mesh.rank, None
         try:
             state = {**state, "layout": self._layout(rank), "launch": self._launch}
             path = save(self._of_rank(rank), self.engine.step, self._shards(), state, _ALONE, _KEEP, recycle=True)
         except CheckpointError as error:
-            console.print(f"after step {self.engine.step}: no local copy: {error}")
+            tell(rank, f"after step {self.engine.step}: no local copy: {error}")
         if self._may_have_strays:
             self._drop_strays()
         if self.engine.config.checkpoint.local_replicate:
             self._start_exchange(path)
 
-    def finish(self, console: Console) -> None:
+    def finish(self) -> None:
         """Wait until the last copy has arrived where it was sent to, and tell what failed."""
         for thread in self._exchanges:
             thread.join()
         for failure in self._failed:
-            console.print(f"no copy on another node: {failure}")
+            tell(self.engine.mesh.rank, f"no copy on another node: {failure}")
         self._exchanges, self._failed = [], []
 
     def load(self, newer_than: int, console: Console) -> dict[str, Any] | None:
@@ -122,7 +123,7 @@ class LocalCopies:
                 load(path, self._shards())
                 state, failed = read_state(path), False
             except CheckpointError as error:
-                console.print(f"local copy: {error}")
+                tell(mesh.rank, f"local copy: {error}")
                 failed = True
             if not any(comm.gather_flags(failed, mesh.world, mesh.device)):
                 restore_counters(self.engine, state)

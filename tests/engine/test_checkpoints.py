@@ -1,12 +1,16 @@
 """When a run saves, what it does about a failure, and where it goes on from."""
 
 import importlib
+import re
 import shutil
 import threading
 import time
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from tiny_run import files_of, losses, pretrain_on_ranks, records, run_config, write_corpus
@@ -15,7 +19,7 @@ from megascratch.checkpoint import complete_steps, place
 from megascratch.config import Config
 from megascratch.dist.testing import RankPool
 from megascratch.engine import pretrain
-from megascratch.errors import CheckpointError, ConfigError
+from megascratch.errors import CheckpointError, ConfigError, Problem
 
 save_module = importlib.import_module("megascratch.checkpoint.save")
 
@@ -194,6 +198,24 @@ def test_local_copies_are_newer_and_exact(corpus: Path, tmp_path: Path) -> None:
             shutil.rmtree(saved / "step_00000004")
         assert losses(killed) == {step: loss for step, loss in losses(reference).items() if step <= 4}
     shutil.rmtree(tmp_path / "ram")
+
+
+def said_when_rank_1_cannot_copy(config: Config) -> str:
+    def save(root: Path, *arguments: Any, **options: Any) -> Path:
+        if root.name == "rank_00001":
+            raise CheckpointError(Problem(str(root), "is full [of other things]"))
+        return save_module.save(root, *arguments, **options)
+
+    with redirect_stderr(StringIO()) as said, patch("megascratch.engine.local_copies.save", save):
+        pretrain_on_ranks(config)
+    return said.getvalue()
+
+
+def test_a_local_copy_that_fails_is_told_by_its_own_rank(corpus: Path, tmp_path: Path) -> None:
+    with RankPool() as pool:
+        first, second = pool.run(2, said_when_rank_1_cannot_copy, local_config(corpus, tmp_path, stop_step=1))
+    assert "no local copy" not in first
+    assert re.search(r"rank 1 on \S+: after step 1: no local copy: .*is full \[of other things\]", second, re.DOTALL)
 
 
 def test_local_copies_of_another_run_do_not_count(corpus: Path, tmp_path: Path) -> None:
