@@ -83,6 +83,7 @@ class Shard:
         replicas: how many of them there are.
         casts: whether numbers of another floating-point dtype may be loaded into it, and are converted.
         optional: whether loading leaves the tensor as it is where a checkpoint has none of the name.
+        stand_in: the tensor that it is loaded from where a checkpoint does not have it; None for none.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Shard:
     replicas: int = 1
     casts: bool = False
     optional: bool = False
+    stand_in: str | None = None
 
     def part(self, extent: Extent) -> Tensor:
         """Return a view of the local storage with the shape of the extent's logical box."""

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ def load(path: Path, shards: Sequence[Shard], *, cast: bool = False) -> None:
         read; after damage in a piece, the contents of the shards are undefined.
     """
     reader = Reader(find(path))
-    wanted = [shard for shard in shards if not shard.optional or shard.name in reader.manifest.tensors]
+    saved = reader.manifest.tensors
+    there = [shard for shard in shards if not shard.optional or shard.name in saved]
+    wanted = [s if s.stand_in is None or s.name in saved else replace(s, name=s.stand_in) for s in there]
     reader.check_fit(wanted, cast=cast)
     reader.fill(wanted)
 

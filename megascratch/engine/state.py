@@ -47,10 +47,19 @@ def require_equal_replicas(engine: Engine) -> None:
 
 
 def optimizer_shards(engine: Engine) -> list[Shard]:
-    """Return this rank's runs of the optimizer's state, which a run in another precision widens or rounds, and what an
-    fp8 recipe remembers of its layers, which a run without one has not."""
-    parts = engine.optimizer.state_parts()
-    runs = [replace(_run_shard(f"{OPTIMIZER}{part.kind}/{part.spec.name}", part), casts=True) for part in parts]
+    """Return this rank's runs of the optimizer's state, and what an fp8 recipe remembers of its layers.
+
+    A run in another precision widens or rounds the state, and takes master weights from the model's where a checkpoint
+    has none; one without a recipe has nothing to remember.
+    """
+    runs = [
+        replace(
+            _run_shard(f"{OPTIMIZER}{part.kind}/{part.spec.name}", part),
+            casts=True,
+            stand_in=part.spec.name if part.kind == "master" else None,
+        )
+        for part in engine.optimizer.state_parts()
+    ]
     return runs + ([] if engine.fp8 is None else _fp8_shards(engine.fp8, engine.mesh))
 
 
@@ -90,8 +99,15 @@ def companion_name(name: str) -> str:
 
 def companion_shards(name: str, engine: Engine) -> list[Shard]:
     """Return this rank's parts of a further engine: weights and optimizer state."""
-    shards = [*engine_shards(engine), *optimizer_shards(engine)]
-    return [replace(shard, name=f"{companion_name(name)}/{shard.name}") for shard in shards]
+    prefix = companion_name(name)
+    return [
+        replace(
+            shard,
+            name=f"{prefix}/{shard.name}",
+            stand_in=None if shard.stand_in is None else f"{prefix}/{shard.stand_in}",
+        )
+        for shard in (*engine_shards(engine), *optimizer_shards(engine))
+    ]
 
 
 def restore_counters(engine: Engine, state: Mapping[str, Any]) -> int:

@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import GLOBAL_BATCH, Trained, make_config, make_engine, run_layout, train_steps, whole_weights
+from layouts import (
+    GLOBAL_BATCH,
+    Trained,
+    local_weights,
+    make_config,
+    make_engine,
+    run_layout,
+    train_steps,
+    whole_weights,
+)
 
 from megascratch.checkpoint import Reader, find
 from megascratch.config import Config
@@ -92,29 +101,40 @@ def state_of(config: Config, root: Path, resume: bool) -> dict[str, torch.Tensor
     else:
         train_steps(engine, 2)
         save_engine(engine, root, consumed_samples=2 * GLOBAL_BATCH)
-    return {
-        f"{part.kind}/{part.spec.name}/{i}": part.tensor.clone()
-        for i, part in enumerate(engine.optimizer.state_parts())
-    }
+    state = {f"{part.kind}/{part.spec.name}": part.tensor.clone() for part in engine.optimizer.state_parts()}
+    return state | {f"weight/{name}": weight.reshape(-1) for name, _, _, weight in local_weights(engine)}
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [({}, IN_TEN_BYTES), (IN_TEN_BYTES, {}), (AVERAGES, NARROW)])
+WITHOUT_MASTERS = {"master_weights": False}
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [
+        ({}, IN_TEN_BYTES),
+        (IN_TEN_BYTES, {}),
+        (AVERAGES, NARROW),
+        (WITHOUT_MASTERS, {}),
+        (WITHOUT_MASTERS, IN_TEN_BYTES),
+        (IN_TEN_BYTES, WITHOUT_MASTERS),
+    ],
+)
 def test_a_checkpoint_has_averages_as_they_are_kept_and_fills_those_of_another_precision(
     saved: dict[str, Any], resumed: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Widened exactly or rounded once; the float32 weights go over bit for bit."""
+    """Widened exactly or rounded once; the float32 weights go over bit for bit, or are the model's."""
     before = state_of(config_of(saved), tmp_path, resume=False)
     after = state_of(config_of(resumed), tmp_path, resume=True)
-    assert before.keys() == after.keys()
-    for name, kept in before.items():
-        assert torch.equal(after[name], kept.to(after[name].dtype)), name
+    for name, loaded in after.items():
+        kept = before.get(name, before[name.replace("master/", "weight/")])  # which has no padding
+        assert torch.equal(loaded[: len(kept)], kept.to(loaded.dtype)), name
     stored = Reader(find(tmp_path)).manifest.tensors
     dtypes = {name.split("/")[1]: record.dtype for name, record in stored.items() if name.startswith("optim/")}
     average = "BF16" if saved else "F32"
-    assert dtypes == {"master": "F32", "exp_avg": average, "exp_avg_sq": average}
-    assert {tensor.dtype for name, tensor in after.items() if "avg" in name} == {
-        torch.bfloat16 if resumed else torch.float32
-    }
+    masters = {} if saved == WITHOUT_MASTERS else {"master": "F32"}
+    assert dtypes == {**masters, "exp_avg": average, "exp_avg_sq": average}
+    averages = {tensor.dtype for name, tensor in after.items() if name.startswith("exp_avg")}
+    assert averages == {torch.bfloat16 if resumed else torch.float32}
 
 
 def test_a_run_in_ten_bytes_goes_on_bit_for_bit(tmp_path: Path) -> None:
