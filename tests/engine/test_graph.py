@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from engine_stand_in import transformer_engine
 from layouts import Layout, Trained, local_weights, make_batches, make_config, make_engine, train_steps
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +24,7 @@ from megascratch.dist.testing import RankPool
 from megascratch.engine import Engine, next_token
 from megascratch.engine.graph import StepGraph, cuda_step_graph
 from megascratch.errors import ConfigError
+from megascratch.nn.engine_recipes import DelayedScaling
 
 T = TypeVar("T")
 
@@ -92,7 +94,8 @@ class Recorder:
         optimizer = self.engine.optimizer
         buckets = [x for bucket in optimizer.buckets for x in (bucket.values, bucket.grads)]
         runs = [x for run in optimizer.runs for x in (run.values, run.remainder, *run.state.values()) if x is not None]
-        return buckets + runs
+        recipe = self.engine.fp8
+        return buckets + runs + ([recipe.history, recipe.scales] if isinstance(recipe, DelayedScaling) else [])
 
     def record(self, step: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         self.recorded += 1
@@ -136,9 +139,9 @@ def _require_equal(replayed: Trained, plain: Trained) -> None:
 
 def _both(layout: Layout, train: dict[str, Any]) -> None:
     config = layout.config(**train)
-    engine = make_engine(config)
-    recorder = _recording(engine)
-    with _as_on_a_gpu():
+    with _as_on_a_gpu(), transformer_engine():
+        engine = make_engine(config)
+        recorder = _recording(engine)
         plain = train_steps(make_engine(config), 6)
         _require_equal(train_steps(engine, 6), plain)
     assert (recorder.warmed, recorder.recorded, recorder.replayed) == (2, 1, 4)
@@ -152,6 +155,8 @@ _LAYOUTS = [
     (Layout("packed-recompute", {"recompute": "full"}, "gemma", packed=True), {}),
     (Layout("bf16", {}, "tied"), {"dtype": "bf16"}),
     (Layout("muon", {}, optim="muon"), {}),
+    (Layout("fp8", {}, micro_batch=2), {"dtype": "fp8"}),
+    (Layout("fp8-delayed", {}, micro_batch=2), {"dtype": "fp8", "fp8_recipe": "delayed"}),
     (Layout("dp2-zero1", {"dp": 2, "zero": 1}), {"dtype": "bf16"}),
     (Layout("tp2-dp2-zero2", {"tp": 2, "dp": 2, "zero": 2}, "qwen"), {}),
     (Layout("tp2-muon", {"tp": 2, "dp": 2, "zero": 1}, optim="muon"), {}),
