@@ -37,7 +37,7 @@ struct BacktrackScratch {
 
 /// A short piece to encode among others, and room for its ids.
 struct PieceJob {
-    static constexpr size_t kMaxBytes = 64;
+    static constexpr size_t kMaxBytes = 256;
     const uint8_t* at;
     uint32_t length;  // from 1 to kMaxBytes
     uint32_t n_ids;
@@ -137,7 +137,7 @@ class Backtracker {
         uint32_t at = 0;         // of the next token
         uint32_t walked;         // where the walk stands
         Trie::Walk walk;         // what it found is the candidate for the next token
-        uint64_t dead_ends = 0;  // a bit a border
+        uint64_t dead_ends[PieceJob::kMaxBytes / 64] = {};  // a bit a border
 
         uint32_t last() const { return job->n_ids == 0 ? kNone : job->ids[job->n_ids - 1]; }
     };
@@ -171,13 +171,13 @@ class Backtracker {
         const uint32_t last = turn.last();
         if (candidate == kNone) {  // a dead end: back to the token before, which was too long
             assert(last != kNone && "every text has an encoding");
-            turn.dead_ends |= uint64_t(1) << turn.at;
+            turn.dead_ends[turn.at / 64] |= uint64_t(1) << (turn.at % 64);
             turn.at -= borders_[last].length;
             --turn.job->n_ids;
             candidate = borders_[last].shorter;
         } else {
             const uint32_t end = turn.at + borders_[candidate].length;
-            const bool dead = end < turn.job->length && turn.dead_ends >> end & 1;
+            const bool dead = end < turn.job->length && turn.dead_ends[end / 64] >> (end % 64) & 1;
             if (!dead && fits(last, candidate)) return false;
             candidate = borders_[candidate].shorter;
         }

@@ -46,8 +46,7 @@ class WholeTokens {
     uint32_t find(const ScannedPiece& piece) const {
         const Line& line = lines_[line_of(piece.hash)];
 #if defined(__AVX2__)
-        const __m256i key = _mm256_set_epi64x(int64_t(piece.key.high), int64_t(piece.key.low), int64_t(piece.key.high),
-                                              int64_t(piece.key.low));
+        const __m256i key = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(&piece.key)));
         const __m256i kept = _mm256_set_epi64x(int64_t(kKeyBits), -1, int64_t(kKeyBits), -1);
         const auto equal_words = [&](const PieceKey* two) {  // a bit for each of the four
             const __m256i entries = _mm256_load_si256(reinterpret_cast<const __m256i*>(two));

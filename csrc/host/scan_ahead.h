@@ -15,11 +15,23 @@
 #include <string_view>
 #include <thread>
 #include <vector>
+#if defined(__BMI2__)
+#include <immintrin.h>
+#endif
 
 #include "flat_table.h"
 #include "scan_window.h"
 
 namespace megascratch::bpe {
+
+/// A word's first n bytes, and zeros; all of them from n = 8 on.
+inline uint64_t first_bytes(uint64_t word, size_t n) {
+#if defined(__BMI2__)
+    return _bzhi_u64(word, unsigned(8 * n));
+#else
+    return n >= 8 ? word : word & ((uint64_t(1) << 8 * (n % 8)) - 1);
+#endif
+}
 
 /// A pre-token of 1 to 15 bytes as a number: two words, with the length in the last byte. 0, 0 is no piece.
 struct PieceKey {
@@ -29,14 +41,11 @@ struct PieceKey {
     PieceKey() = default;
     /// Args: readable_end: where reading must stop, at or after the end of the piece.
     PieceKey(const uint8_t* piece, size_t length, const uint8_t* readable_end) {
-        static constexpr uint8_t kKept[32] = {0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF,
-                                              0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF};  // then zeros
-        if (readable_end - piece >= 16) {
-            uint64_t words[2], kept[2];  // no branch on the length: it would be guessed wrong too often
-            std::memcpy(words, piece, 16);
-            std::memcpy(kept, kKept + 16 - length, 16);
-            low = words[0] & kept[0];
-            high = words[1] & kept[1];
+        if (readable_end - piece >= 16) {  // no branch on the length: it would be guessed wrong too often
+            std::memcpy(&low, piece, 8);
+            std::memcpy(&high, piece + 8, 8);
+            low = first_bytes(low, length);
+            high = first_bytes(high, length > 8 ? length - 8 : 0);
         } else {
             std::memcpy(&low, piece, std::min<size_t>(length, 8));
             if (length > 8) std::memcpy(&high, piece + 8, length - 8);
