@@ -3,6 +3,7 @@
 #include "adamw.h"
 #include "dispatch.h"
 #include "kernels.h"
+#include "vectors.h"
 
 namespace megascratch::MEGASCRATCH_LEVEL {
 namespace {
@@ -72,10 +73,12 @@ void squares(const SquaredNormArguments& a, int64_t begin, int64_t end) {
     double total = 0;
     for (int64_t start = part * a.n / a.parts; start < last; start += block_elements) {
       const int64_t n = last - start < block_elements ? last - start : block_elements;
-      Acc<T> sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < n; ++i) sum += load(x[start + i]) * load(x[start + i]);
-      total += static_cast<double>(sum);
+      Acc<T> sum[1];
+      sum_vectors(n, sum, [=](int64_t j, int64_t count, VectorOf<Acc<T>>* sums) {
+        const auto value = load_vector(x + start + j, count);
+        sums[0] += value * value;
+      });
+      total += static_cast<double>(sum[0]);
     }
     a.partial[part] = total;
   }

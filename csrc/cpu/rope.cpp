@@ -4,7 +4,7 @@
 // others pass through.
 
 #include "kernels.h"
-#include "numeric.h"
+#include "vectors.h"
 
 namespace megascratch::MEGASCRATCH_LEVEL {
 namespace {
@@ -12,12 +12,12 @@ namespace {
 // Rotate the r rotary dimensions of one head; sign is −1 for the inverse rotation.
 template <typename T>
 void rotate_halves(const T* x, T* out, const Acc<T>* cos, const Acc<T>* sin, Acc<T> sign, int64_t pairs) {
-#pragma omp simd
-  for (int64_t j = 0; j < pairs; ++j) {
-    const Acc<T> x1 = load(x[j]), x2 = load(x[j + pairs]), c = cos[j], s = sign * sin[j];
-    out[j] = store<T>(x1 * c - x2 * s);
-    out[j + pairs] = store<T>(x2 * c + x1 * s);
-  }
+  for_vectors<Acc<T>>(pairs, [=](int64_t j, int64_t count) {
+    const auto x1 = load_vector(x + j, count), x2 = load_vector(x + pairs + j, count);
+    const auto c = load_vector(cos + j, count), s = sign * load_vector(sin + j, count);
+    store_vector(out + j, x1 * c - x2 * s, count);
+    store_vector(out + pairs + j, x2 * c + x1 * s, count);
+  });
 }
 
 template <typename T>
@@ -44,7 +44,7 @@ void rotate_heads(const RopeArguments& a, const RopeHeads& heads, int64_t i_s, i
     } else {
       rotate_halves(x, out, cos, sin, sign, pairs);
     }
-    memcpy(out + a.r, x + a.r, static_cast<size_t>(a.d - a.r) * sizeof(T));
+    if (a.r < a.d) memcpy(out + a.r, x + a.r, static_cast<size_t>(a.d - a.r) * sizeof(T));
   }
 }
 
