@@ -72,22 +72,32 @@ class Collector {
         all_.ids.expect(n_ids_expected);
     }
     void add(size_t share, Encoded<Id>&& made) {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        std::unique_lock<std::mutex> lock(mutex_);
         waiting_[share] = std::move(made);
         is_here_[share] = true;
+        if (appending_) return;  // the thread that is at it takes this share, too: nobody waits for new memory but that one
+        appending_ = true;
         for (; next_ < waiting_.size() && is_here_[next_]; ++next_) {
             const Encoded<Id> part = std::move(waiting_[next_]);
-            const size_t n_before = all_.ids.size();
-            for (int64_t end : part.ends) all_.ends.push_back(int64_t(n_before) + end);
-            std::copy_n(part.ids.data(), part.ids.size(), all_.ids.reserve(part.ids.size()));
-            all_.ids.advance(part.ids.size());
+            lock.unlock();
+            append(part);
+            lock.lock();
         }
+        appending_ = false;
     }
     Encoded<Id> take() { return std::move(all_); }
 
   private:
+    void append(const Encoded<Id>& part) {
+        const size_t n_before = all_.ids.size();
+        for (int64_t end : part.ends) all_.ends.push_back(int64_t(n_before) + end);
+        std::copy_n(part.ids.data(), part.ids.size(), all_.ids.reserve(part.ids.size()));
+        all_.ids.advance(part.ids.size());
+    }
+
+    Encoded<Id> all_;  // belongs to the thread that appends
     std::mutex mutex_;
-    Encoded<Id> all_;
+    bool appending_ = false;
     std::vector<Encoded<Id>> waiting_;
     std::vector<bool> is_here_;
     size_t next_ = 0;
