@@ -11,7 +11,7 @@ A tensor is multiplied by α, so that the format's range is used, then rounded; 
 What has an α of its own, and where it comes from, is the recipe (`train.fp8_recipe`). Tensorwise current scaling is
 here: each tensor, with α = largest number of the format / its own largest magnitude, so that nothing overflows.
 Activations and weights take e4m3 (three bits of precision), gradients e5m2 (range). The other recipes are
-transformer-engine's (`engine_recipes.py`).
+transformer-engine's (`transformer_engine.py`).
 
 By hand: X = [0.5, 2.0] has α = 448 / 2 = 224; X̂ = [112, 448], both exact. X = [0.3, 2.0] gives 67.2, which rounds to
 64: read back, 0.2857.

@@ -13,18 +13,18 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from engine_stand_in import transformer_engine
 from layouts import Layout, Trained, local_weights, make_batches, make_config, make_engine, train_steps
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformer_engine_stand_in import transformer_engine
 
 from megascratch.dist.mesh import Mesh
 from megascratch.dist.testing import RankPool
 from megascratch.engine import Engine, next_token
 from megascratch.engine.graph import StepGraph, cuda_step_graph
 from megascratch.errors import ConfigError
-from megascratch.nn.engine_recipes import DelayedScaling
+from megascratch.nn.transformer_engine import DelayedScaling
 
 T = TypeVar("T")
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tools/bench"
 TAIL_CHARACTERS = 4000
 # The operators' CUDA backend, and what else skips itself without a GPU; not the host run of the same kernels.
-GPU_TESTS = ("tests/ops", "tests/nn/test_fp8.py", "tests/nn/test_engine_recipes.py", "tests/engine/test_graph.py")
+GPU_TESTS = ("tests/ops", "tests/nn/test_fp8.py", "tests/nn/test_transformer_engine.py", "tests/engine/test_graph.py")
 GPU_TESTS += ("-k", "(cuda and not host) or a_gpu or their_kernels")
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import engine_stand_in as stand_in
 import pytest
 import torch
+import transformer_engine_stand_in as stand_in
 from layouts import Layout, Trained, make_batches, make_config, make_engine, train_steps, whole_weights
 from recorded import RECORDED
 from torch import Tensor
@@ -24,10 +24,10 @@ from megascratch.engine import Engine, next_token
 from megascratch.engine.state import load_engine, save_engine
 from megascratch.errors import ConfigError, MissingDependency
 from megascratch.nn import DTYPES, WeightGradients
-from megascratch.nn.engine_recipes import HISTORY_STEPS, DelayedScaling, recipe_of
 from megascratch.nn.fp8 import BACKWARD, FORWARD, Recipe
 from megascratch.nn.linear import column_linear
 from megascratch.nn.placement import Placement
+from megascratch.nn.transformer_engine import HISTORY_STEPS, DelayedScaling, recipe_of
 
 RELEASES = [release for release, modules in RECORDED["transformer_engine"].items() if stand_in.GEMM in modules]
 RECIPES = ("delayed", "blockwise", "mxfp8")
