@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
+
+import pytest
 
 RECORDED: dict[str, dict[str, dict[str, dict[str, str]]]] = json.loads(
     (Path(__file__).parent / "ops/recorded_signatures.json").read_text()
@@ -42,5 +43,7 @@ def installed(
         for name, text in functions.items():
             if name in bodies:
                 setattr(modules[path], name, with_signature(text, bodies[name]))
-    with patch.dict(sys.modules, modules):
+    with pytest.MonkeyPatch.context() as patched:
+        for path, module in modules.items():  # one by one: `patch.dict` would forget what torch imports meanwhile
+            patched.setitem(sys.modules, path, module)
         yield modules

@@ -31,10 +31,12 @@ def verl_core_algos() -> Any:
     modules["omegaconf"].DictConfig = dict
     modules["tensordict"].TensorDict = dict
     modules["verl.utils.device"].get_device_name = lambda: "cpu"
-    with mock.patch.dict(sys.modules, modules):
+    with pytest.MonkeyPatch.context() as patched:
+        for name, stand_in in modules.items():  # one by one: `patch.dict` would forget what torch imports meanwhile
+            patched.setitem(sys.modules, name, stand_in)
         for name in _NEEDED:
             module = _load(name, root)
-            sys.modules[name] = module
+            patched.setitem(sys.modules, name, module)
             setattr(modules["verl.utils"], name.rpartition(".")[2], module)
             for public in ("as_torch_index", "group_mean_std"):
                 if hasattr(module, public):
