@@ -64,23 +64,41 @@ MEGASCRATCH_DEVICE void prefetch_lines(const T* at, int64_t row) {
 template <typename T>
 constexpr int line_elements = 64 / sizeof(T);
 
+// The sums of a tile: at the beginning, and at the end. All loops over them are unrolled, or the compiler would keep them
+// in memory.
+template <typename Vector, int rows, int vectors>
+MEGASCRATCH_DEVICE void clear_sums(Vector (&sums)[rows][vectors]) {
+#pragma GCC unroll 12
+  for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; ++j) sums[row][j] = Vector{};
+  }
+}
+
+template <bool add, typename A, typename Vector, int rows, int vectors>
+MEGASCRATCH_DEVICE void write_sums(Vector (&sums)[rows][vectors], A* out, int64_t out_row) {
+#pragma GCC unroll 12
+  for (int row = 0; row < rows; ++row, out += out_row) {
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; ++j) {
+      if (add) sums[row][j] += load_vector(out + j * lanes_of<A>);
+      store_vector(out + j * lanes_of<A>, sums[row][j]);
+    }
+  }
+}
+
 // out = a b, or out + a b: `rows` rows of a, of which `a_row` leads from row to row and `a_step` from step to step, and
 // `vectors` vectors of b, of which `b_step` leads from step to step.
 //
 // Where the operands of a layer come from memory, they are waited for: so what the tile adds to is asked for before it
-// is summed, and where rows of a are read as they lie, those of the next tile beside this one's. All loops over sums are
-// unrolled, or the compiler would keep them in memory.
+// is summed, and where rows of a are read as they lie, those of the next tile beside this one's.
 template <bool add, int rows = tile_rows, int vectors = 2, typename A>
 void multiply_tile(
     const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step, int64_t steps, A* out, int64_t out_row) {
   constexpr int lanes = lanes_of<A>;
   for (int j = 0; j < vectors * lanes; j += line_elements<A>) prefetch_lines(out + j, out_row);
   VectorOf<A> sums[rows][vectors];
-#pragma GCC unroll 12
-  for (int row = 0; row < rows; ++row) {
-#pragma GCC unroll 2
-    for (int j = 0; j < vectors; ++j) sums[row][j] = VectorOf<A>{};
-  }
+  clear_sums(sums);
   for (int64_t i = 0; i < steps; ++i, b += b_step, a += a_step) {
     if (a_step == 1 && i % line_elements<A> == 0) prefetch_lines(a + tile_rows * a_row, a_row);
     VectorOf<A> right[vectors];
@@ -92,14 +110,7 @@ void multiply_tile(
       for (int j = 0; j < vectors; ++j) sums[row][j] += a[row * a_row] * right[j];
     }
   }
-#pragma GCC unroll 12
-  for (int row = 0; row < rows; ++row, out += out_row) {
-#pragma GCC unroll 2
-    for (int j = 0; j < vectors; ++j) {
-      if (add) sums[row][j] += load_vector(out + j * lanes);
-      store_vector(out + j * lanes, sums[row][j]);
-    }
-  }
+  write_sums<add>(sums, out, out_row);
 }
 
 #ifdef __AVX512F__
@@ -112,12 +123,8 @@ __attribute__((target("avx512bf16"))) void multiply_tile(
     float* out, int64_t out_row) {
   constexpr int lanes = 16;
   for (int j = 0; j < vectors * lanes; j += line_elements<float>) prefetch_lines(out + j, out_row);
-  __m512 sums[rows][vectors];
-#pragma GCC unroll 12
-  for (int row = 0; row < rows; ++row) {
-#pragma GCC unroll 2
-    for (int j = 0; j < vectors; ++j) sums[row][j] = __m512{};
-  }
+  VectorOf<float> sums[rows][vectors];
+  clear_sums(sums);
   for (int64_t i = 0; i < steps; ++i, b += b_step, a += a_step) {
     if (a_step == 1 && i % line_elements<BFloat16Pair> == 0) prefetch_lines(a + tile_rows * a_row, a_row);
     __m512bh right[vectors];
@@ -130,14 +137,7 @@ __attribute__((target("avx512bf16"))) void multiply_tile(
       for (int j = 0; j < vectors; ++j) sums[row][j] = _mm512_dpbf16_ps(sums[row][j], x, right[j]);
     }
   }
-#pragma GCC unroll 12
-  for (int row = 0; row < rows; ++row, out += out_row) {
-#pragma GCC unroll 2
-    for (int j = 0; j < vectors; ++j) {
-      if (add) sums[row][j] += _mm512_loadu_ps(out + j * lanes);
-      _mm512_storeu_ps(out + j * lanes, sums[row][j]);
-    }
-  }
+  write_sums<add>(sums, out, out_row);
 }
 
 #else

@@ -25,7 +25,7 @@ from megascratch.align.rows import Bin, packed
 from megascratch.data.microbatch import Microbatch
 from megascratch.data.sampler import microbatch_ids
 from megascratch.dist import comm
-from megascratch.engine import Engine, Finding
+from megascratch.engine import Engine, Measure
 
 # Rows are as long as their longest needs, to a multiple that keeps products of matrices whole.
 _LENGTH_STEP = 32
@@ -104,7 +104,7 @@ def step_microbatches(
     return microbatches_of(engine, rollout, members, first_sample, chosen)
 
 
-def of_each_token(engine: Engine, rollout: Rollout, function: Finding) -> Tensor:
+def of_each_token(engine: Engine, rollout: Rollout, function: Measure) -> Tensor:
     """Return what a function makes of an engine's outputs and a micro-batch, for every completion, [n, s] float64.
 
     Args:

@@ -120,8 +120,9 @@ class Rollouts:
                 order = self._order(rollout)
                 self._moved_enough = False
             rows = order[turn * self.train.global_batch : (turn + 1) * self.train.global_batch]
-            empty = self._moved_enough or not rollout.mask[rows].any()
-            self._batch = [] if empty else self.microbatches(rollout, rows)
+            self._batch = []
+            if not self._moved_enough and rollout.mask[rows].any():
+                self._batch = step_microbatches(self.engine, rollout, rows, self.aggregation, rollout.of_tokens)
             yield self._batch
 
     def observe(self, report: StepReport) -> dict[str, Any]:
@@ -169,10 +170,6 @@ class Rollouts:
         if self.log is not None:
             self.log.write(self.engine.step, rollout, texts, scores, rollout.of_tokens["advantages"])
         return rollout
-
-    def microbatches(self, rollout: Rollout, rows: Tensor) -> list[Microbatch]:
-        """Return this data-parallel rank's part of a step that learns from the given rows, [global_batch] int64."""
-        return step_microbatches(self.engine, rollout, rows, self.aggregation, rollout.of_tokens)
 
     def _asked(self, index: int) -> list[int]:
         """Return the questions of a rollout: all of them in a new order, again and again."""

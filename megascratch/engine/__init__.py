@@ -1,7 +1,7 @@
 """The engine and the one training loop, shared by pretraining and every alignment method."""
 
 from megascratch.engine.engine import Engine, StepReport
-from megascratch.engine.objective import Finding, Loss, Objective, Outputs, Ratio, next_token, with_ahead
+from megascratch.engine.objective import Loss, Measure, Objective, Outputs, Ratio, next_token, with_ahead
 from megascratch.engine.pretrain import open_datasets, pretrain, pretraining
 from megascratch.engine.task import Begin, Method, Source, Task, Validation, valid_loss
 from megascratch.engine.totals import Totals
@@ -11,8 +11,8 @@ from megascratch.engine.trainer import Trainer
 __all__ = [
     "Begin",
     "Engine",
-    "Finding",
     "Loss",
+    "Measure",
     "Method",
     "Objective",
     "Outputs",

@@ -26,7 +26,7 @@ from megascratch.data.microbatch import Microbatch
 from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
 from megascratch.engine.graph import StepGraph, cuda_step_graph
-from megascratch.engine.objective import Finding, Objective, Outputs
+from megascratch.engine.objective import Measure, Objective, Outputs
 from megascratch.engine.recompute import recompute_plans
 from megascratch.engine.router_notes import RouterNotes, metrics_of, move_biases
 from megascratch.engine.stages import compile_layers, linear_weights, make_stages, units_of
@@ -220,7 +220,7 @@ class Engine:
         return totals.means(totals.values.tolist())
 
     @torch.no_grad()
-    def compute(self, microbatches: Sequence[Microbatch], function: Finding) -> list[Tensor]:
+    def compute(self, microbatches: Sequence[Microbatch], function: Measure) -> list[Tensor]:
         """Return what a function makes of each micro-batch, without gradients and with dropout off, on every rank.
 
         Args:

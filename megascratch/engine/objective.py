@@ -164,7 +164,7 @@ class Loss:
 
 
 Objective = Callable[[Outputs, Microbatch], Loss]
-Finding = Callable[[Outputs, Microbatch], Tensor]
+Measure = Callable[[Outputs, Microbatch], Tensor]
 """What is to be known of a micro-batch: a tensor of one shape for all of them; see `Engine.compute`."""
 
 
