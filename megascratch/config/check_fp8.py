@@ -41,8 +41,13 @@ def fp8(config: Config, _: int | None) -> Iterator[Problem]:
 
 
 def fp8_recipe(config: Config, _: int | None) -> Iterator[Problem]:
-    """It says how fp8 numbers are scaled, and nothing else."""
-    recipe = config.train.fp8_recipe
-    if recipe != "tensorwise" and config.train.dtype != "fp8":
-        rule = f"says how train.dtype = fp8 scales; it is {config.train.dtype}"
-        yield Problem(f"train.fp8_recipe = {recipe}", rule, "set train.dtype = fp8, or leave it out")
+    """Keys of fp8 say something of it, and nothing else."""
+    train = config.train
+    given = {
+        f"train.fp8_recipe = {train.fp8_recipe}": (train.fp8_recipe != "tensorwise", "says how"),
+        "train.fp8_weight_cache = false": (not train.fp8_weight_cache, "says how often"),
+    }
+    for key, (is_given, says) in given.items():
+        if is_given and train.dtype != "fp8":
+            rule = f"{says} train.dtype = fp8 scales; it is {train.dtype}"
+            yield Problem(key, rule, "set train.dtype = fp8, or leave it out")

@@ -226,6 +226,7 @@ class TrainConfig(Section):
     micro_batch: Count = 1
     dtype: DType = "bf16"
     fp8_recipe: Fp8Recipe = "tensorwise"
+    fp8_weight_cache: bool = True  # keep quantised weights over a step's micro-batches; else quantise at every use
     seed: Whole = 1234
     attention: Literal["auto", "softmax", "sdpa", "blocked"] = "auto"  # auto: blocked on a CPU, sdpa on CUDA
     compile: bool = False  # torch.compile of the layers around the fused operators; the first step takes seconds more

@@ -13,7 +13,7 @@ nothing, so that on a GPU the whole may be one recording (`graph.py`).
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from megascratch.engine.graph import StepGraph, cuda_step_graph
 from megascratch.engine.objective import Measure, Objective, Outputs
 from megascratch.engine.recompute import recompute_plans
 from megascratch.engine.router_notes import RouterNotes, metrics_of, move_biases
-from megascratch.engine.stages import compile_layers, linear_weights, make_stages, units_of
+from megascratch.engine.stages import attach_recipe, compile_layers, make_stages, units_of
 from megascratch.engine.totals import DeviceTotals, Queued, Sums, Totals, add_up, tell_pipeline, totals_of
 from megascratch.nn import (
     Adapter,
@@ -107,8 +107,6 @@ class Engine:
         plans = recompute_plans(config, mesh, placement, core)
         placement = replace(placement, fp8=self.fp8)
         self.stages = make_stages(config, mesh, placement, configured_routes(parallel), core, plans)
-        if self.fp8 is not None:
-            self.fp8.attach(linear_weights(self.stages))
         if config.lora is not None:
             require_adapters(config.lora, parameter_specs(config.model))
         for stage in self.stages.values():
@@ -125,6 +123,9 @@ class Engine:
         if train.compile:
             compile_layers(self.stages)
         self.optimizer = Optimizer(units_of(self.stages), mesh, config.optim, parallel)
+        if self.fp8 is not None:
+            attach_recipe(self.fp8, self.stages, self.optimizer.buckets)
+        self._weights_stay = self.fp8.weights_stay if self.fp8 is not None and train.fp8_weight_cache else nullcontext
         overlap = self.optimizer.overlap
         self._told_of = {
             Kind.F: (overlap.start_forward, overlap.end_forward),
@@ -314,15 +315,16 @@ class Engine:
             self.optimizer.overlap.begin_step(
                 Counter(a.stage for a in schedule.actions[self.mesh.pp.rank] if a.kind in (Kind.B, Kind.W))
             )
-        run(
-            schedule,
-            functions,
-            self.mesh.pp,
-            self._boundary(moved[0].microbatch),
-            backward=backward,
-            weight_gradients=self.weight_gradients,
-            on_event=partial(self._on_event, on_event),
-        )
+        with self._weights_stay():
+            run(
+                schedule,
+                functions,
+                self.mesh.pp,
+                self._boundary(moved[0].microbatch),
+                backward=backward,
+                weight_gradients=self.weight_gradients,
+                on_event=partial(self._on_event, on_event),
+            )
 
     def _on_event(self, on_event: Callable[[Action, bool], None] | None, action: Action, starts: bool) -> None:
         """Pass an event of the pipeline on to the clock, to the buckets, and to who else wants to know."""

@@ -3,13 +3,14 @@
 Legend: P parameters of the rank, `d` ranks that share state under ZeRO: dp × cp, without ep for experts. Bytes a
 parameter, 16-bit model:
 
-    weights      2, ÷ d under ZeRO-3
+    weights      2, ÷ d under ZeRO-3; of those multiplied in fp8 2 more, quantised, while a step runs
     gradients    4 (summed in float32), ÷ d from ZeRO-2 on
     optimizer    12: float32 masters and two moments, ÷ d from ZeRO-1 on; less as `optim.precision` says
 
 Activations are what one layer keeps (`nn.layer_costs`, counted on the meta device), times the layers of a stage, times
 the micro-batches in flight (the schedule's checker). To them comes what exists a moment only: one recomputed layer, the
-head's gradients, and under ZeRO gradients on their way and the layers whose weights are whole while in use.
+head's gradients, and under ZeRO gradients on their way and the layers whose weights are whole while in use; what fp8
+makes of ZeRO-3's weights goes with them.
 """
 
 from collections.abc import Mapping
@@ -17,19 +18,23 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+from torch import nn
 
 from megascratch import ops
 from megascratch.config import Config
 from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
-from megascratch.engine.stages import layers_per_stage, make_stages
-from megascratch.nn import NOTHING, Placement, Recompute, layer_range
+from megascratch.engine.stages import layers_per_stage, linear_weights, make_stages
+from megascratch.nn import NOTHING, Placement, Recompute, Stage, layer_range
 from megascratch.nn.layer_costs import META, LayerShape
 from megascratch.nn.loss import CHUNK_TOKENS
 from megascratch.optim import BUCKETS_UNDER_WAY, Precision, leaf_length
 from megascratch.pipeline import configured_routes, configured_schedule, peak_in_flight
 
 GIB = 1 << 30
+
+# By `train.fp8_recipe`: what is kept of a quantised weight, once along its rows and once along its columns, scales too.
+_QUANTIZED_BYTES = {"tensorwise": 2.0, "delayed": 2.0, "blockwise": 2.0, "mxfp8": 2 * (1 + 1 / 32)}
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class MemoryModel:
             self.numel[axis] = self.numel.get(axis, 0) + param.numel()
         layers = [sum(p.numel() for p in block.parameters()) for s in stages.values() for block in s.layers.values()]
         self.layer_numel, self.rest_numel = max(layers, default=0), sum(self.numel.values()) - sum(layers)
+        self.quantized, self.quantized_passing = self._quantized_bytes(stages)
         self.has_head = any(stage.is_last for stage in stages.values())
         n_microbatches = train.global_batch // (train.micro_batch * (parallel.dp or 1))
         leaves = n_microbatches // leaf_length(n_microbatches)
@@ -115,13 +121,32 @@ class MemoryModel:
         optimizer = self._state_bytes(self._master_bytes + averages, divided_from=1)
         weights = self._state_bytes(value, divided_from=3)
         return RankMemory(
-            weights=0 if parallel.offload_parameters else weights,
+            weights=(0 if parallel.offload_parameters else weights) + self.quantized,
             gradients=self._state_bytes(self.n_sums * precision.grads.itemsize, divided_from=2),
             optimizer=0 if away else optimizer,
             activations=max(of_stages) * self.in_flight,
-            passing=passing + (self._head_bytes() if self.has_head else 0) + self._travelling_bytes(),
+            passing=passing
+            + (self._head_bytes() if self.has_head else 0)
+            + self._travelling_bytes()
+            + self.quantized_passing,
             host=(optimizer if away else 0) + (weights if parallel.offload_parameters else 0),
         )
+
+    def _quantized_bytes(self, stages: Mapping[int, Stage]) -> tuple[int, int]:
+        """Return the bytes of quantised weights that stay for a step, and of those that ZeRO-3 has for a layer."""
+        train = self.config.train
+        if train.dtype != "fp8" or not train.fp8_weight_cache:
+            return 0, 0
+
+        def quantized(*parts: nn.Module) -> int:
+            numel = sum(weight.numel() for weight in linear_weights(parts))
+            return int(numel * _QUANTIZED_BYTES[train.fp8_recipe])
+
+        everything = quantized(*stages.values())
+        if self.config.parallel.zero < 3 or self._shards("data") == 1:
+            return everything, 0
+        layers = [quantized(block) for stage in stages.values() for block in stage.layers.values()]
+        return 0, everything - sum(layers) + max(layers, default=0)
 
     def _travelling_bytes(self) -> int:
         """Return what ZeRO has whole on its way: gradients of a few buckets, weights of two layers and of the ends."""

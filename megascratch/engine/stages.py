@@ -1,7 +1,7 @@
 """The stages of this rank: which, of how many layers, and how their copies on other ranks are kept equal."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -11,10 +11,11 @@ from megascratch.config import Config
 from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
 from megascratch.errors import LayoutError, Problem
-from megascratch.nn import Placement, Recompute, Stage, add_adapters
+from megascratch.nn import Placement, Recipe, Recompute, Stage, add_adapters
 from megascratch.nn.balance import balanced_layers
 from megascratch.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megascratch.optim import Unit
+from megascratch.optim.buckets import Bucket
 from megascratch.pipeline import Route
 
 
@@ -96,11 +97,18 @@ def _sum_with_mirror(stage: Stage, second_copy: bool) -> None:
         param.spec = replace(spec, grad_axes=(*spec.grad_axes, "mirror"), tied=tied)  # type: ignore[attr-defined]
 
 
-def linear_weights(stages: Mapping[int, Stage]) -> list[Tensor]:
-    """Return the weights of all layers on this rank that may multiply in 8 bits."""
+def linear_weights(parts: Iterable[nn.Module]) -> list[Tensor]:
+    """Return the weights of all layers in parts of a model that may multiply in 8 bits."""
     kinds = ColumnParallelLinear, RowParallelLinear
-    layers = [module for stage in stages.values() for module in stage.modules() if isinstance(module, kinds)]
+    layers = [module for part in parts for module in part.modules() if isinstance(module, kinds)]
     return [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
+
+
+def attach_recipe(recipe: Recipe, stages: Mapping[int, Stage], buckets: Iterable[Bucket]) -> None:
+    """Tell an fp8 recipe which weights there are, and have it told when ZeRO-3 gives some back."""
+    recipe.attach(linear_weights(stages.values()))
+    for bucket in buckets:
+        bucket.on_release = recipe.release
 
 
 def units_of(stages: Mapping[int, Stage]) -> list[Unit]:

@@ -18,10 +18,18 @@ By hand: X = [0.5, 2.0] has α = 448 / 2 = 224; X̂ = [112, 448], both exact. X 
 
 Each rank scales by what it holds, so layouts round differently here, as they do in every 16-bit format.
 
+Activations differ from micro-batch to micro-batch, weights do not: while none changes (`Recipe.weights_stay`), each is
+quantised at its first use, in both orders, and every later forward, backward and recomputation takes what was made
+then. By hand, a layer in a step of 3 micro-batches, in the order of 1F1B on the first of two ranks:
+
+    F0 F1 B0 F2 B1 B2      X̂ in every F, Ĝ in every B: 3 of each
+    Ŵ . . .  . .  .        Ŵ in F0 alone, for 6
+
 Source: Micikevicius et al. 2022, arXiv:2209.05433.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -48,6 +56,32 @@ Restore = Callable[[Sequence[Tensor]], Any]
 
 class Recipe:
     """How matrices become 8 bits, and how those are multiplied. A quantised one is any object of the recipe's own."""
+
+    _of_weights: dict[Tensor, Any] | None = None  # what was made of them; None where they may change
+
+    @contextmanager
+    def weights_stay(self) -> Iterator[None]:
+        """No weight changes meanwhile, so each is quantised once. At the end all that was made of them is let go."""
+        assert self._of_weights is None, "one pass at a time"
+        self._of_weights = {}
+        try:
+            yield
+        finally:
+            self._of_weights = None
+
+    def quantized_weight(self, weight: Tensor) -> Any:
+        """Return W [f, h] quantised: at its first use while weights stay, else at every one."""
+        if self._of_weights is None:
+            return self.quantize(weight, "weight", weight)
+        if weight not in self._of_weights:
+            self._of_weights[weight] = self.quantize(weight, "weight", weight)
+        return self._of_weights[weight]
+
+    def release(self, weights: Iterable[Tensor]) -> None:
+        """Let go of what was made of weights whose own values are given back until their next use (ZeRO-3)."""
+        for weight in weights:
+            if self._of_weights is not None:
+                self._of_weights.pop(weight, None)
 
     def quantize(self, x: Tensor, role: Role, weight: Tensor) -> Any:
         """Quantise a matrix [r, c] of the layer that has this weight. One that is not finite makes NaN."""
@@ -121,7 +155,6 @@ def product(a: Tensor, b: Tensor, unit_a: Tensor, unit_b: Tensor, dtype: torch.d
     return torch._scaled_mm(a, b.t(), scale_a=unit_a, scale_b=unit_b, out_dtype=dtype, use_fast_accum=fast)
 
 
-@dataclass(frozen=True)
 class Tensorwise(Recipe):
     """Tensorwise current scaling, through torch."""
 
@@ -155,8 +188,8 @@ class Fp8Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.gather, ctx.later, ctx.recipe = weight, gather, later, recipe
         whole = x if gather is None else comm.all_gather(x, gather)
-        xq, wq = recipe.quantize(whole.flatten(0, -2), "input", weight), recipe.quantize(weight, "weight", weight)
-        y = recipe.output(xq, wq, x.dtype)
+        xq = recipe.quantize(whole.flatten(0, -2), "input", weight)
+        y = recipe.output(xq, recipe.quantized_weight(weight), x.dtype)
         # Gathered, this rank's 16-bit part is no larger than the whole in 8 bits.
         kept, ctx.restore = recipe.keep(xq) if gather is None else ((x,), None)
         ctx.save_for_backward(*kept)
@@ -168,7 +201,7 @@ class Fp8Linear(torch.autograd.Function):
         grad_x = grad_weight = None
         gq = recipe.quantize(grad.flatten(0, -2), "gradient", weight)
         if ctx.needs_input_grad[0]:
-            grad_x = recipe.grad_input(gq, recipe.quantize(weight, "weight", weight), grad.dtype)
+            grad_x = recipe.grad_input(gq, recipe.quantized_weight(weight), grad.dtype)
             grad_x = grad_x.view(*grad.shape[:-1], weight.shape[1])
             if ctx.gather is not None:
                 grad_x = comm.reduce_scatter(grad_x, ctx.gather)

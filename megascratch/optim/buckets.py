@@ -126,6 +126,7 @@ class Bucket:
         self.values = torch.zeros(numel, dtype=first.dtype, device=first.device)
         self.grads = torch.zeros(part if self.divides_grads else numel, dtype=grad_dtype, device=first.device)
         self.on_gradient: Callable[[Bucket, Tensor], None] = lambda bucket, param: None
+        self.on_release: Callable[[Iterable[Tensor]], None] = lambda params: None
         self.spans: list[Span] = []
         start = 0
         for param in params:
@@ -261,6 +262,7 @@ class Bucket:
             self.need()
             self.values.untyped_storage().resize_(0)
             self._is_whole = False
+            self.on_release(span.param for span in self.spans)
 
 
 def make_buckets(

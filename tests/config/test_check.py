@@ -337,6 +337,12 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
             r"fp8_recipe = delayed +says how train.dtype = fp8 scales; it is bf16 +set train.dtype = fp8",
         ),
         (
+            "fp8_recipe",
+            "train.fp8_weight_cache=false",
+            None,
+            r"fp8_weight_cache = false +says how often train.dtype = fp8 scales; it is bf16 +set train.dtype = fp8",
+        ),
+        (
             "fp8",
             "train.dtype=fp8 data.seq_length=1000",
             None,

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformer_engine_stand_in import transformer_engine
 
+from megascratch.config import Config
 from megascratch.dist.mesh import Mesh
 from megascratch.dist.testing import RankPool
 from megascratch.engine import Engine, next_token
@@ -171,6 +172,27 @@ def test_a_replayed_run_is_the_plain_run_to_the_bit(layout: Layout, train: dict[
         _both(layout, train)
     else:
         pool.run(layout.world, _both, layout, train)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_a_recording_quantises_its_own_weights(recipe: str) -> None:
+    """Not those of an evaluation just before it."""
+
+    def train(engine: Engine) -> list[Any]:
+        batches, found = make_batches(engine.config, engine.mesh), []
+        for step in range(5):
+            found.append(engine.evaluate(batches.at(0), next_token).loss)
+            found.append(engine.train_step(batches.at(8 * step), next_token))
+        return found
+
+    def config(cache: bool) -> Config:
+        return Layout("fp8", {}, micro_batch=2).config(dtype="fp8", fp8_recipe=recipe, fp8_weight_cache=cache)
+
+    with transformer_engine():
+        engine = make_engine(config(cache=True))
+        recorder = _recording(engine)
+        assert train(engine) == train(make_engine(config(cache=False)))
+    assert recorder.replayed == 3
 
 
 def test_steps_that_are_not_taken_change_nothing_and_are_not_counted() -> None:
