@@ -12,9 +12,11 @@
 #include "bpe_decode.h"
 #include "bpe_encode.h"
 #include "bpe_train.h"
+#include "python_bytes.h"
 
 namespace py = pybind11;
 using namespace megascratch::bpe;
+using megascratch::Bytes;
 
 namespace {
 
@@ -32,23 +34,6 @@ void check_offsets(const Offsets& ends, int64_t last, bool strictly, const char*
     }
     if (previous != last) throw std::invalid_argument(std::string(what) + " must reach the end exactly");
 }
-
-/// The bytes of any object with a contiguous buffer: bytes, memory maps, arrays.
-class Bytes {
-  public:
-    explicit Bytes(const py::buffer& buffer) {
-        if (PyObject_GetBuffer(buffer.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
-    }
-    ~Bytes() { PyBuffer_Release(&view_); }
-    Bytes(const Bytes&) = delete;
-    Bytes& operator=(const Bytes&) = delete;
-
-    const char* data() const { return static_cast<const char*>(view_.buf); }
-    int64_t size() const { return int64_t(view_.len); }
-
-  private:
-    Py_buffer view_;
-};
 
 template <class Id>
 py::tuple to_numpy(Encoded<Id>&& encoded) {

@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "jsonl.h"
+#include "python_bytes.h"
 
 namespace py = pybind11;
 using namespace megascratch::jsonl;
@@ -24,6 +25,11 @@ Array<T> to_numpy(const std::vector<T>& values) {
     return Array<T>(py::ssize_t(values.size()), values.data());
 }
 
+Array<uint8_t> to_numpy(Texts& texts) {
+    auto* const utf8 = reinterpret_cast<uint8_t*>(texts.release());
+    return Array<uint8_t>(py::ssize_t(texts.size()), utf8, py::capsule(utf8, [](void* p) { std::free(p); }));
+}
+
 bool blank(std::string_view line) { return line.find_first_not_of(" \t\n\r\v\f") == line.npos; }
 
 // Ask Python for the strings of a line; None means that the line is bad and has been noted.
@@ -36,24 +42,30 @@ void ask(const py::function& unusual, int64_t number, std::string_view line, std
     for (size_t key = 0; key < texts.size(); ++key) texts[key].append(std::string_view(values[key]));
 }
 
-py::tuple extract(std::string_view data, const std::vector<std::string>& keys, const py::function& unusual) {
+// The strings of each key in (whole lines of) data: a list of (utf8, ends) in the keys' order, and the number of lines.
+py::tuple extract(const py::buffer& data, const std::vector<std::string>& keys, const py::function& unusual) {
+    const megascratch::Bytes bytes(data);
+    const char *line = bytes.data(), *const end = line + bytes.size();
     std::vector<Texts> texts;
     // Strings beside the text are few as a rule: only the first key's buffer is made for the worst case at once.
-    for (size_t key = 0; key < keys.size(); ++key) texts.emplace_back(key == 0 ? data.size() : 0);
+    for (size_t key = 0; key < keys.size(); ++key) texts.emplace_back(key == 0 ? size_t(bytes.size()) : 0);
     int64_t n_lines = 0;
     {
         const py::gil_scoped_release released;
-        LineParser parser(keys);
-        for (size_t begin = 0; begin < data.size(); ++n_lines) {
-            const size_t end = std::min(data.find('\n', begin), data.size());
-            const std::string_view line = data.substr(begin, end - begin);
-            begin = end + 1;
-            if (!blank(line) && !parser.parse(line, texts)) ask(unusual, n_lines, line, texts);
+        LineParser parser(keys, end);
+        for (; line != end; ++n_lines) {
+            if (const char* const next = parser.parse(line, texts)) {
+                line = next;
+                continue;
+            }
+            const char* const line_end = std::find(line, end, '\n');
+            const std::string_view unusual_line(line, size_t(line_end - line));
+            if (!blank(unusual_line)) ask(unusual, n_lines, unusual_line, texts);
+            line = line_end == end ? end : line_end + 1;
         }
     }
     py::list by_key;
-    for (const Texts& one : texts)
-        by_key.append(py::make_tuple(py::bytes(one.utf8().data(), one.utf8().size()), to_numpy(one.ends())));
+    for (Texts& one : texts) by_key.append(py::make_tuple(to_numpy(one), to_numpy(one.ends())));
     return py::make_tuple(by_key, n_lines);
 }
 

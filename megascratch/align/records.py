@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megascratch.data.corpus import Limits, chunks, format_of, input_files, opened, parquet_package, whole_lines
+from megascratch.data.corpus import Limits, format_of, input_files, opened, parquet_package, whole_lines
 from megascratch.errors import DataError, Problem
 
-_BLOCK_BYTES = 1 << 20
 _ROWS = 256
 
 
@@ -42,8 +41,8 @@ def read_records(paths: Sequence[str], limits: Limits = Limits()) -> Iterator[Re
 def _lines(file: Path, limits: Limits) -> Iterator[Record]:
     number = 0
     with opened(file, limits) as stream:
-        for block in whole_lines(chunks(stream, _BLOCK_BYTES), file, limits):
-            for line in block.split(b"\n")[: -1 if block.endswith(b"\n") else None]:
+        for block in whole_lines(stream, file, limits):
+            for line in bytes(block).removesuffix(b"\n").split(b"\n"):
                 number += 1
                 if line.strip():
                     yield Record(f"{file}, line {number}", _parsed(line))

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 
 class Texts(NamedTuple):
-    """Strings in UTF-8 one after the other, and the offset at which each ends, [strings] int64."""
+    """Strings in UTF-8 one after the other, [bytes], and the offset at which each ends, [strings] int64."""
 
-    utf8: bytes
+    utf8: NDArray[np.uint8]
     ends: NDArray[np.int64]
 
 

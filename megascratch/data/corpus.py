@@ -12,10 +12,11 @@ import glob
 import gzip
 import importlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, cast
 
@@ -25,6 +26,8 @@ from megascratch.errors import DataError, MissingDependency, Problem
 Format = Literal["jsonl", "text", "parquet"]
 
 BLOCK_BYTES = 1 << 20  # text tokenized at a time
+_SEARCHED_BYTES = 1 << 16  # looked through for the end of one line at a time
+_LINE_FEED = ord("\n")
 _COMPRESSED = (".gz", ".zst")
 _MAX_ZSTD_WINDOW_BYTES = 1 << 31  # files written with `zstd --long=31`; memory is taken only as far as it is used
 _ZSTD_STEP_BYTES = 1 << 10  # zstd expands up to 32,768-fold: at most 32 MB at a time
@@ -51,6 +54,14 @@ class Readable(Protocol):
 
     def read(self, n_bytes: int, /) -> bytes:
         """Return about `n_bytes`, b"" at the end."""
+        ...
+
+
+class Source(Protocol):
+    """Bytes that are read into memory that is there already: new memory for each block costs more than reading it."""
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Write what comes next into the buffer's beginning; return how many bytes that is, 0 at the end."""
         ...
 
 
@@ -103,18 +114,6 @@ def opened(file: Path, limits: Limits) -> Iterator["Stream"]:
         yield Stream(file, raw, limits)
 
 
-def chunks(stream: Readable, n_bytes: int) -> Iterator[bytes]:
-    """Yield a stream in chunks of exactly `n_bytes`, the last one shorter: the same cuts on every machine."""
-    buffer = bytearray()
-    while data := stream.read(n_bytes - len(buffer)):
-        buffer += data
-        while len(buffer) >= n_bytes:
-            yield bytes(buffer[:n_bytes])
-            del buffer[:n_bytes]
-    if buffer:
-        yield bytes(buffer)
-
-
 def at_most(stream: Readable, n_bytes: int) -> bytes:
     """Read a stream to its end, or until there are `n_bytes` or a little more."""
     buffer = bytearray()
@@ -123,26 +122,35 @@ def at_most(stream: Readable, n_bytes: int) -> bytes:
     return bytes(buffer)
 
 
-def stretch(raw: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
-    """Yield the lines of a plain file that begin at bytes `start` to `stop`, in chunks cut anywhere."""
-    position = _first_line(raw, start, stop) if start else 0
-    raw.seek(position)
-    ended = True  # whether the last line read is whole
-    while position < stop and (data := raw.read(min(BLOCK_BYTES, stop - position))):
-        yield data
-        position += len(data)
-        ended = data.endswith(b"\n")
-    while not ended and (data := raw.read(BLOCK_BYTES)):
-        cut = data.find(b"\n") + 1
-        ended = cut > 0
-        yield data[:cut] if ended else data
+class StretchReader:
+    """The lines of a plain file that begin at bytes `start` to `stop`."""
+
+    def __init__(self, raw: FileIO, start: int, stop: int) -> None:
+        self._raw, self._stop = raw, stop
+        self._position = _first_line(raw, start, stop) if start else 0
+        self._ended = True  # whether the last line read is whole
+        raw.seek(self._position)
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Read on, at last up to the end of the line that reaches over `stop`."""
+        if self._position < self._stop:
+            n_bytes = self._raw.readinto(buffer[: self._stop - self._position])
+            self._position += n_bytes
+            self._ended = n_bytes == 0 or buffer[n_bytes - 1] == _LINE_FEED
+            return n_bytes
+        if self._ended:
+            return 0
+        n_bytes = self._raw.readinto(buffer[:_SEARCHED_BYTES])
+        cut = bytes(buffer[:n_bytes]).find(b"\n") + 1
+        self._ended = cut > 0 or n_bytes == 0
+        return cut or n_bytes
 
 
-def _first_line(raw: BinaryIO, start: int, stop: int) -> int:
+def _first_line(raw: FileIO, start: int, stop: int) -> int:
     """Return where the first line at or behind `start` begins; at least `stop` if none begins before."""
     position = start - 1
     raw.seek(position)
-    while position < stop and (data := raw.read(64 << 10)):
+    while position < stop and (data := raw.read(_SEARCHED_BYTES)):
         cut = data.find(b"\n") + 1
         if cut:
             return position + cut
@@ -150,26 +158,40 @@ def _first_line(raw: BinaryIO, start: int, stop: int) -> int:
     return stop
 
 
-def whole_lines(pieces: Iterable[bytes], file: Path, limits: Limits) -> Iterator[bytes]:
-    """Cut consecutive chunks anew, so that each ends where a line ends.
+def whole_lines(source: Source, file: Path, limits: Limits, block_bytes: int | None = None) -> Iterator[memoryview]:
+    """Yield a source in blocks of whole lines. Exactly `block_bytes` (BLOCK_BYTES when left out) are read at a time, so
+    the cuts are the same on every machine; what is behind the last line end joins the next block.
+
+    A block is good until the next one is asked for: all lie in the same memory.
 
     Raises: DataError: if a line is longer than the limit.
     """
-    pending: list[bytes] = []  # the beginning of a line that reached over the end of a chunk
-    n_pending = n_before = 0
-    for piece in pieces:
-        cut = piece.rfind(b"\n") + 1
-        if cut:
-            yield b"".join([*pending, piece[:cut]]) if pending else piece[:cut]
-            n_before += n_pending + cut
-            pending, n_pending = [], 0
-        if cut < len(piece):
-            pending.append(piece[cut:])
-            n_pending += len(pending[-1])
+    block_bytes = block_bytes or BLOCK_BYTES
+    buffer = bytearray(block_bytes)
+    n_pending = n_before = 0  # bytes of a line that is not whole yet, at the buffer's beginning; and those before it
+    while True:
+        if n_pending + block_bytes > len(buffer):
+            buffer = buffer.ljust(2 * len(buffer) + block_bytes)
+        view = memoryview(buffer)
+        end = n_pending + _fill(source, view[n_pending : n_pending + block_bytes])
+        if end == n_pending:
+            break
+        if cut := buffer.rfind(b"\n", n_pending, end) + 1:
+            yield view[:cut]
+            view[: end - cut] = buffer[cut:end]
+        n_before, n_pending = n_before + cut, end - cut
         if n_pending > limits.max_document_bytes:
             raise too_long(file, f"a line {n_before:,} bytes behind the start of the part", limits)
-    if pending:
-        yield b"".join(pending)
+    if n_pending:
+        yield memoryview(buffer)[:n_pending]
+
+
+def _fill(source: Source, buffer: memoryview) -> int:
+    """Read until the buffer is full or the source ends; return how many bytes that is."""
+    n_filled = 0
+    while n_filled < len(buffer) and (n_bytes := source.readinto(buffer[n_filled:])):
+        n_filled += n_bytes
+    return n_filled
 
 
 def too_long(file: Path, what: str, limits: Limits) -> DataError:
@@ -187,6 +209,7 @@ class Stream:
         streams: dict[str, Callable[[BinaryIO], Readable]] = {".gz": _open_gzip, ".zst": _open_zstd}
         self._stream: Readable = streams[file.suffix](raw) if is_compressed(file) else raw
         self._n_read = 0
+        self._rest = memoryview(b"")  # of what was read at once and found no room
 
     @property
     def on_disk(self) -> int:
@@ -215,6 +238,16 @@ class Stream:
             )
             raise DataError(problem, str(self._file))
         return data
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Write what comes next into the buffer's beginning; return how many bytes that is, 0 at the end.
+
+        Raises: as `read`.
+        """
+        data = self._rest or memoryview(self.read(len(buffer)))
+        n_bytes = min(len(data), len(buffer))
+        buffer[:n_bytes], self._rest = data[:n_bytes], data[n_bytes:]
+        return n_bytes
 
     def _damaged(self, error: Exception) -> DataError:
         rule = f"cannot be {'decompressed' if is_compressed(self._file) else 'read'}: {error}"

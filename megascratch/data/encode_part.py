@@ -1,14 +1,18 @@
-"""One part of a corpus, from bytes to finished datasets: what a worker does, here or on a cluster."""
+"""One part of a corpus, from bytes to finished files of tokens: what a worker does, here or on a cluster."""
 
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
 
 import numpy as np
+import xxhash
+from numpy.typing import NDArray
 
 from megascratch.data._jsonl import pack
+from megascratch.data.atomic import temporary_name
 from megascratch.data.corpus import Limits
 from megascratch.data.parts import FileRecord, Part, PartRecord, PartsDirectory
 from megascratch.data.sources import Piece
-from megascratch.data.writer import IndexedDatasetWriter
 from megascratch.tokenizer import Tokenizer
 
 _KEPT_BAD_LINES = 20  # of a piece; the rest is only counted
@@ -17,12 +21,12 @@ _KEPT_BAD_LINES = 20  # of a piece; the rest is only counted
 def encode_part(
     part: Part, *, tokenizer: Tokenizer, directory: PartsDirectory, eod_id: int | None, dtype: np.dtype, limits: Limits
 ) -> PartRecord:
-    """Write a part's datasets and its record. Doing it twice, or on two machines at once, gives the same files.
+    """Write a part's files and its record. Doing it twice, or on two machines at once, gives the same files.
 
     Args:
         part: what to read.
         tokenizer: text that looks like a special token is text.
-        directory: where the datasets go.
+        directory: where the files go.
         eod_id: put behind each document that has tokens; None: nothing.
         dtype: of the tokens on disk.
         limits: what is refused.
@@ -33,11 +37,8 @@ def encode_part(
     n_tokens = [0] * len(directory.keys)
     files = []
     with ExitStack() as stack:
-        writers = [
-            stack.enter_context(
-                IndexedDatasetWriter(directory.prefix(part.number, key), dtype, overwrite=True, durable=False)
-            )
-            for key in directory.keys
+        outputs = [
+            [stack.enter_context(_Output(path)) for path in directory.files(part.number, key)] for key in directory.keys
         ]
         for piece in part.pieces:
             lines = _Lines(piece)
@@ -45,16 +46,45 @@ def encode_part(
                 lines.add(batch.n_lines, batch.bad_lines)
                 n_text_bytes += batch.n_bytes
                 n_documents += len(batch.by_key[0].ends)
-                for key, (writer, texts) in enumerate(zip(writers, batch.by_key)):
-                    ids, ends = tokenizer.encode_documents(texts.utf8, texts.ends)
-                    tokens, lengths = pack(ids, ends, eod_id, np.empty(0, dtype))
+                for key, (texts, (tokens_out, lengths_out)) in enumerate(zip(batch.by_key, outputs)):
+                    tokens, lengths = pack(*tokenizer.encode_documents(*texts), eod_id, np.empty(0, dtype))
                     n_tokens[key] += len(tokens)
-                    writer.add_documents(tokens, lengths)
+                    tokens_out.write(tokens)
+                    lengths_out.write(lengths)
             files.append(lines.record())
-    checksums = [directory.checksum(part.number, key) for key in directory.keys]
+    checksums = [output.checksum for of_key in outputs for output in of_key]
     record = PartRecord(n_documents, n_tokens, n_text_bytes, files, checksums)
     directory.finish(part.number, record)
     return record
+
+
+class _Output:
+    """A file that gets its name once it is whole, and the checksum of what was written, taken while that is near."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._temporary = path, temporary_name(path)
+        self._file = self._temporary.open("xb")
+        self._digest = xxhash.xxh3_128()
+
+    @property
+    def checksum(self) -> str:
+        """Of all that was written."""
+        return self._digest.hexdigest()
+
+    def write(self, values: NDArray) -> None:
+        """Append an array's bytes."""
+        self._digest.update(values.data)
+        self._file.write(values.data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        if kind is None:
+            self._temporary.replace(self._path)
+        else:
+            self._temporary.unlink()
 
 
 class _Lines:

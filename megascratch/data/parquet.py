@@ -94,5 +94,5 @@ def _batch_of_rows(rows: Any, keys: Sequence[str], file: Path, limits: Limits) -
         if len(strings) and int(np.diff(bounds).max()) > limits.max_document_bytes:
             raise too_long(file, "a value", limits)
         begin, end = (int(bounds[0]), int(bounds[-1])) if len(strings) else (0, 0)
-        by_key.append(Texts(utf8.to_pybytes()[begin:end] if utf8 else b"", bounds[1:] - begin))
+        by_key.append(Texts(np.frombuffer(utf8 or b"", np.uint8)[begin:end], bounds[1:] - begin))
     return Batch(by_key, rows.num_rows, sorted(bad_lines), sum(len(texts.utf8) for texts in by_key))

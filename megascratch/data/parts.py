@@ -1,8 +1,8 @@
 """Parts: the finished pieces of a preprocessing run, kept until the dataset is whole, so that a run can be resumed.
 
     out.parts/plan.json                          what the parts were made from; parts of anything else are refused
-              0000000_text.bin  .idx             a dataset for each key
-              0000000.json                       written last: counts, bad lines, and a checksum of each dataset
+              0000000_text.bin  .lengths         for each key: tokens end to end, and how many each document has
+              0000000.json                       written last: counts, bad lines, and a checksum of each file
               0000001_text.bin  ...
               out_text_document.bin.<random>.tmp     the parts appended so far; a resumed run appends them again
 
@@ -25,19 +25,20 @@ import xxhash
 
 from megascratch.data.atomic import temporary_name
 from megascratch.data.corpus import Limits, is_compressed
-from megascratch.data.indexed import bin_path, idx_path
+from megascratch.data.indexed import bin_path
 from megascratch.data.sources import PIECE_BYTES, Piece, pieces_of
 from megascratch.errors import DataError, Problem
 
 _READ_BYTES = 1 << 20
 _LOCK, _PLAN = "lock", "plan.json"
-_TEMPORARY = re.compile(r".*\.(bin|idx|json)\.[0-9a-f]{12}\.tmp")
-_OURS = re.compile(rf"lock|plan\.json|\d{{7}}(_.*)?\.(json|bin|idx)|{_TEMPORARY.pattern}")
+_KINDS = "bin|lengths|idx|json"
+_TEMPORARY = re.compile(rf".*\.({_KINDS})\.[0-9a-f]{{12}}\.tmp")
+_OURS = re.compile(rf"lock|plan\.json|\d{{7}}(_.*)?\.({_KINDS})|{_TEMPORARY.pattern}")
 
 
 @dataclass(frozen=True)
 class Part:
-    """What becomes one dataset a key.
+    """What one worker turns into tokens at a time.
 
     Attributes:
         number: from 0, in the order of the corpus.
@@ -71,11 +72,11 @@ class PartRecord:
     """What a finished part holds.
 
     Attributes:
-        n_documents: in each of its datasets.
-        n_tokens: in the dataset of each key, in the keys' order.
+        n_documents: for each key.
+        n_tokens: of each key, in the keys' order.
         n_text_bytes: of text read.
         files: one entry a piece.
-        checksums: of the dataset of each key.
+        checksums: of its files, in the order of `PartsDirectory.files` for each key.
     """
 
     n_documents: int
@@ -107,9 +108,10 @@ class PartsDirectory:
     path: Path
     keys: tuple[str, ...]
 
-    def prefix(self, part: int, key: str) -> Path:
-        """Return the prefix of a part's dataset."""
-        return self.path / f"{part:07d}_{key}"
+    def files(self, part: int, key: str) -> tuple[Path, Path]:
+        """Return the files of a part: its tokens, and their number in each document, int64."""
+        stem = self.path / f"{part:07d}_{key}"
+        return bin_path(stem), Path(f"{stem}.lengths")
 
     def finish(self, part: int, record: PartRecord) -> None:
         """Declare a part finished."""
@@ -118,29 +120,27 @@ class PartsDirectory:
         temporary.write_text(json.dumps(asdict(record)))
         temporary.replace(path)
 
-    def checksum(self, part: int, key: str) -> str:
-        """Return the checksum of a part's dataset."""
-        digest = xxhash.xxh3_128()
-        prefix = self.prefix(part, key)
-        for path in (bin_path(prefix), idx_path(prefix)):
-            with path.open("rb") as file:
-                while block := file.read(_READ_BYTES):
-                    digest.update(block)
-        return digest.hexdigest()
-
     def finished(self, part: int) -> PartRecord | None:
         """Return the record of a part; None when it isn't there, or its files are not what it says."""
         try:
             fields = json.loads(self._record_path(part).read_bytes())
             files = [FileRecord(**file) for file in fields.pop("files")]
             record = PartRecord(**fields, files=files)
-            whole = [self.checksum(part, key) for key in self.keys] == record.checksums
+            whole = [_checksum(file) for key in self.keys for file in self.files(part, key)] == record.checksums
         except (OSError, ValueError, TypeError, KeyError):
             return None
         return record if whole else None
 
     def _record_path(self, part: int) -> Path:
         return self.path / f"{part:07d}.json"
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

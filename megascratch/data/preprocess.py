@@ -5,7 +5,7 @@
     {"text": "d"  ← bad line 3: not JSON
 
 The corpus is cut into parts that depend on its files alone. Workers (processes here, or a Ray cluster's) each turn one
-part at a time into a finished dataset beside the output; the parent appends these in order. So the result is the same
+part at a time into files of tokens beside the output; the parent appends these in order. So the result is the same
 bytes for every number of workers and every engine, a worker that dies costs its part once more, and an interrupted run
 resumes behind its last finished part. The parts need as much room on the disk as the result, until it stands.
 """
@@ -26,7 +26,7 @@ from rich.console import Console
 from megascratch.data.checks import check_all
 from megascratch.data.corpus import Limits, format_of, input_files
 from megascratch.data.encode_part import encode_part
-from megascratch.data.indexed import IndexedDataset, token_dtype
+from megascratch.data.indexed import token_dtype
 from megascratch.data.parts import Part, PartRecord, PartsDirectory, open_parts, parts_of
 from megascratch.data.ray_engine import in_order_on_ray, require_ray
 from megascratch.data.workers import Apply, in_order
@@ -166,7 +166,7 @@ def preprocess(
         for part, record in _records(parts_of(files, json_keys, limits), directory, apply):
             tally.add(record)
             for key, writer in zip(json_keys, writers):
-                writer.add_dataset(IndexedDataset(directory.prefix(part.number, key)))
+                writer.add_files(*directory.files(part.number, key))
             advance(part.file_bytes, tally.rates(time.perf_counter() - started))
         tally.require_documents(files)
     n_tokens = dict(zip(json_keys, tally.n_tokens))
@@ -207,7 +207,7 @@ def _plan(files: Sequence[Path], tokenizer: Tokenizer, json_keys: Sequence[str],
     """Describe all that the parts depend on."""
     stats = [(file, file.stat()) for file in files]
     return {
-        "format": 1,
+        "format": 2,
         "input files": [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats],
         "tokenizer": _digest(tokenizer.vocabulary),
         "json keys": list(json_keys),

@@ -13,6 +13,7 @@ import codecs
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Protocol
 
@@ -21,14 +22,12 @@ import numpy as np
 from megascratch.data._jsonl import extract
 from megascratch.data.batch import Batch, Texts
 from megascratch.data.corpus import (
-    BLOCK_BYTES,
     Limits,
+    StretchReader,
     at_most,
-    chunks,
     format_of,
     is_compressed,
     opened,
-    stretch,
     too_long,
     whole_lines,
 )
@@ -75,8 +74,8 @@ class Stretch:
 
     def batches(self, keys: Sequence[str], limits: Limits) -> Iterator[Batch]:
         """Yield a batch a block."""
-        with self.file.open("rb") as raw:
-            for lines in whole_lines(stretch(raw, self.start, self.stop), self.file, limits):
+        with FileIO(self.file) as raw:
+            for lines in whole_lines(StretchReader(raw, self.start, self.stop), self.file, limits):
                 yield batch_of_lines(lines, keys)
 
 
@@ -90,8 +89,7 @@ class Lines:
 
     def batches(self, keys: Sequence[str], limits: Limits) -> Iterator[Batch]:
         """Yield a batch a block."""
-        blocks = (self.data[start : start + BLOCK_BYTES] for start in range(0, len(self.data), BLOCK_BYTES))
-        for lines in whole_lines(blocks, self.file, limits):
+        for lines in whole_lines(BytesIO(self.data), self.file, limits):
             yield batch_of_lines(lines, keys)
 
 
@@ -111,7 +109,7 @@ class WholeFile:
                     raise too_long(self.file, "the text", limits)
                 yield _batch_of_text(document)
                 return
-            for lines in whole_lines(chunks(stream, BLOCK_BYTES), self.file, limits):
+            for lines in whole_lines(stream, self.file, limits):
                 yield batch_of_lines(lines, keys)
 
 
@@ -138,9 +136,9 @@ def pieces_of(file: Path, keys: Sequence[str], limits: Limits, n_compressed: int
 def _decompressed(file: Path, limits: Limits) -> Iterator[Lines]:
     position = 0
     with opened(file, limits) as stream:
-        for data in whole_lines(chunks(stream, PIECE_BYTES), file, limits):
+        for lines in whole_lines(stream, file, limits, PIECE_BYTES):
             before, position = position, stream.on_disk
-            yield Lines(file, data, position - before)
+            yield Lines(file, bytes(lines), position - before)
 
 
 def _batch_of_text(data: bytes) -> Batch:
@@ -149,12 +147,12 @@ def _batch_of_text(data: bytes) -> Batch:
     try:
         text.decode()
     except UnicodeDecodeError as error:
-        nothing = Texts(b"", np.empty(0, np.int64))
+        nothing = Texts(np.empty(0, np.uint8), np.empty(0, np.int64))
         return Batch([nothing], 1, [(0, f"not UTF-8 at byte {error.start}")], len(data))
-    return Batch([Texts(text, np.array([len(text)]))], 1, [], len(data))
+    return Batch([Texts(np.frombuffer(text, np.uint8), np.array([len(text)]))], 1, [], len(data))
 
 
-def batch_of_lines(data: bytes, keys: Sequence[str]) -> Batch:
+def batch_of_lines(data: bytes | memoryview, keys: Sequence[str]) -> Batch:
     """Parse whole lines of JSON; blank ones are passed over."""
     bad_lines: list[tuple[int, str]] = []
 

@@ -110,22 +110,26 @@ class IndexedDatasetWriter:
             self._append(self._modes, np.asarray(modes if modes is not None else [0] * len(lengths), MODE_DTYPE))
         self._append(self._marks, np.array([self._n_sequences], MARK_DTYPE))
 
-    def add_documents(self, tokens: NDArray, lengths: NDArray[np.int64]) -> None:
+    def add_files(self, tokens: Path, lengths: Path) -> None:
         """Append many documents of one sequence each; a document of length 0 has no sequence, as in Megatron.
 
         Args:
-            tokens: of all documents, [sum of lengths].
-            lengths: tokens in each document, [n].
-
-        Raises: DataError: if a token does not fit the dtype.
+            tokens: a file of all documents end to end, in the dtype of this dataset.
+            lengths: a file of the number of tokens in each document, int64.
         """
-        assert int(lengths.sum()) == len(tokens), f"documents of {lengths.sum()} tokens, but {len(tokens)} tokens"
-        self._write(tokens)
-        marks = self._n_sequences + np.cumsum(lengths > 0, dtype=MARK_DTYPE)
-        self._append_lengths(lengths[lengths > 0])
-        if self._modes is not None:
-            self._append(self._modes, np.zeros(np.count_nonzero(lengths), MODE_DTYPE))
-        self._append(self._marks, marks)
+        n_tokens = 0
+        with lengths.open("rb") as file:
+            while len(block := np.fromfile(file, np.int64, _INDEX_SEQUENCES)):
+                n_tokens += int(block.sum())
+                marks = self._n_sequences + np.cumsum(block > 0, dtype=MARK_DTYPE)
+                self._append_lengths(block[block > 0])
+                if self._modes is not None:
+                    self._append(self._modes, np.zeros(np.count_nonzero(block), MODE_DTYPE))
+                self._append(self._marks, marks)
+        before = self._bin.tell()
+        with tokens.open("rb", buffering=0) as file:
+            shutil.copyfileobj(file, self._bin, _COPY_BYTES)
+        assert self._bin.tell() == before + n_tokens * self.dtype.itemsize, f"{tokens} does not have {n_tokens} tokens"
 
     def add_dataset(self, dataset: IndexedDataset) -> None:
         """Append all documents of a dataset, reading its tokens as a stream.

@@ -31,8 +31,10 @@ class ByteTokenizer:
     vocab_size = 257
     eod_id: int | None = EOD
 
-    def encode_documents(self, text: bytes, ends: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        return np.frombuffer(text, np.uint8).astype(np.uint16), ends
+    def encode_documents(
+        self, text: NDArray[np.uint8], ends: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+        return text.astype(np.uint16), ends
 
     def decode(self, ids: list[int]) -> str:
         return bytes(id for id in ids if id < EOD).decode(errors="replace")
@@ -48,8 +50,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut corpora into parts of 4 KB, and these into blocks of 1 KB."""
     for name in ("sources.PIECE_BYTES", "parts.PIECE_BYTES"):
         monkeypatch.setattr(f"megascratch.data.{name}", 4096)
-    for name in ("sources.BLOCK_BYTES", "corpus.BLOCK_BYTES"):
-        monkeypatch.setattr(f"megascratch.data.{name}", 1024)
+    monkeypatch.setattr("megascratch.data.corpus.BLOCK_BYTES", 1024)
 
 
 @pytest.fixture

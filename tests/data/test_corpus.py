@@ -5,13 +5,15 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from io import BytesIO, FileIO
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megascratch.data.corpus import Limits, chunks, opened, stretch, whole_lines
+from megascratch.data.corpus import Limits, StretchReader, opened, whole_lines
 from megascratch.data.indexed import IndexedDataset
 from megascratch.data.preprocess import preprocess
 from megascratch.errors import DataError
@@ -23,10 +25,11 @@ class Reader:
     def __init__(self, data: bytes, sizes: list[int]) -> None:
         self.data, self.sizes = data, sizes
 
-    def read(self, n_bytes: int, /) -> bytes:
+    def readinto(self, buffer: memoryview, /) -> int:
         self.sizes = [*self.sizes[1:], self.sizes[0]]
-        given, self.data = self.data[: self.sizes[0]], self.data[self.sizes[0] :]
-        return given
+        size = min(self.sizes[0], len(buffer), len(self.data))
+        buffer[:size], self.data = self.data[:size], self.data[size:]
+        return size
 
 
 LINES = st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), max_size=20).map(b"\n".join)
@@ -34,13 +37,14 @@ LINES = st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), ma
 
 @settings(max_examples=100, deadline=None)
 @given(data=LINES, size=st.integers(1, 40), sizes=st.lists(st.integers(1, 50), min_size=1, max_size=4))
-def test_chunks_are_exact_and_lines_whole(data, size, sizes):
-    exact = list(chunks(Reader(data, sizes), size))
-    assert b"".join(exact) == data
-    assert all(len(chunk) == size for chunk in exact[:-1])
-    blocks = list(whole_lines(exact, Path("a"), Limits()))
+def test_blocks_are_whole_lines_and_do_not_depend_on_the_reader(data, size, sizes):
+    blocks = [bytes(block) for block in whole_lines(Reader(data, sizes), Path("a"), Limits(), size)]
     assert b"".join(blocks) == data
     assert all(block.endswith(b"\n") for block in blocks[:-1])
+    assert blocks == [bytes(block) for block in whole_lines(BytesIO(data), Path("a"), Limits(), size)]
+    read = set(range(size, len(data), size)) | {len(data)}  # a block ends with the last line of what is read by then
+    ends = {data.rfind(b"\n", 0, end) + 1 for end in read} | {len(data)}
+    assert set(accumulate(map(len, blocks))) == ends - {0}
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +53,12 @@ def file(tmp_path_factory) -> Path:
 
 
 @settings(max_examples=100, deadline=None)
-@given(data=LINES, size=st.integers(1, 40))
-def test_every_line_belongs_to_one_stretch(file, data, size):
+@given(data=LINES, size=st.integers(1, 40), block=st.integers(1, 40))
+def test_every_line_belongs_to_one_stretch(file, data, size, block):
     file.write_bytes(data)
-    with file.open("rb") as raw:
-        stretches = [b"".join(stretch(raw, at, min(at + size, len(data)))) for at in range(0, len(data), size)]
+    with FileIO(file) as raw:
+        sources = (StretchReader(raw, at, min(at + size, len(data))) for at in range(0, len(data), size))
+        stretches = [b"".join(map(bytes, whole_lines(source, file, Limits(), block))) for source in sources]
     assert b"".join(stretches) == data
     assert all(one.endswith(b"\n") for one in stretches[:-1] if one and not data.endswith(one))
 
@@ -77,10 +82,10 @@ def test_a_file_that_expands_without_end(tmp_path, suffix, compress: Callable[[b
     file = tmp_path / f"bomb.jsonl{suffix}"
     file.write_bytes(compress(b'{"text": "a"}\n' * 6_000_000))
     with opened(file, Limits()) as stream, pytest.raises(DataError, match=r"expands more than 200-fold .* bomb"):
-        for _ in chunks(stream, 1 << 20):
+        for _ in whole_lines(stream, file, Limits()):
             pass
     with opened(file, Limits(max_expansion=100_000)) as stream:
-        assert sum(map(len, chunks(stream, 1 << 20))) == 84_000_000
+        assert sum(map(len, whole_lines(stream, file, Limits()))) == 84_000_000
 
 
 SMALL_MACHINE = """

@@ -88,7 +88,9 @@ def test_round_trip(tmp_path_factory, documents, bulk):
     if bulk:  # one sequence a document, and none in an empty one
         flat = [joined(sequences) for sequences in documents]
         with IndexedDatasetWriter(prefix, np.dtype(np.uint16)) as writer:
-            writer.add_documents(np.array(joined(flat), np.int64), np.array([len(d) for d in flat], np.int64))
+            np.array(joined(flat), np.uint16).tofile(tokens := prefix.with_name("tokens"))
+            np.array([len(d) for d in flat], np.int64).tofile(lengths := prefix.with_name("lengths"))
+            writer.add_files(tokens, lengths)
         documents = [[tokens] if tokens else [] for tokens in flat]
     else:
         write(prefix, documents)

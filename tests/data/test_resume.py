@@ -47,7 +47,7 @@ class Flaky:
         return getattr(self._tokenizer, name)
 
     def encode_documents(self, text, ends):
-        if self._mark.encode() in text and self._lives.stat().st_size:
+        if self._mark.encode() in text.tobytes() and self._lives.stat().st_size:
             os.truncate(self._lives, self._lives.stat().st_size - 1)
             if self._how == "raise":
                 raise RuntimeError("the power went")

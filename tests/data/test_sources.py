@@ -88,7 +88,7 @@ def with_json(lines: Sequence[bytes], keys: Sequence[str]) -> tuple[list[list[by
 
 def strings(texts: sources.Texts) -> list[bytes]:
     bounds = [0, *texts.ends.tolist()]
-    return [texts.utf8[begin:end] for begin, end in pairwise(bounds)]
+    return [texts.utf8[begin:end].tobytes() for begin, end in pairwise(bounds)]
 
 
 @pytest.mark.parametrize("keys", [["text"], ["text", "key"], ["kéy", "te\u0000xt", "text"]])
