@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from megascratch.config.check_batch import batch, data_parallel, deterministic_dp
-from megascratch.config.check_fp8 import fp8, fp8_recipe
+from megascratch.config.check_fp8 import fp8, fp8_param_gather, fp8_recipe
 from megascratch.config.check_graphs import compiled, cuda_graph
 from megascratch.config.check_layers import experts, latent_attention, model_features
 from megascratch.config.check_precision import master_remainders, master_weights, narrow_averages, narrow_gradients
@@ -331,6 +331,7 @@ RULES: tuple[Rule, ...] = (
     _data,
     fp8,
     fp8_recipe,
+    fp8_param_gather,
     _tp_comm_overlap,
     compiled,
     cuda_graph,

@@ -51,3 +51,19 @@ def fp8_recipe(config: Config, _: int | None) -> Iterator[Problem]:
         if is_given and train.dtype != "fp8":
             rule = f"{says} train.dtype = fp8 scales; it is {train.dtype}"
             yield Problem(key, rule, "set train.dtype = fp8, or leave it out")
+
+
+def fp8_param_gather(config: Config, _: int | None) -> Iterator[Problem]:
+    """What travels in fp8 must be what is multiplied, by a scale that ranks can agree on before they have all of it."""
+    if not config.parallel.fp8_param_gather:
+        return
+    key, train = "parallel.fp8_param_gather = true", config.train
+    if train.dtype != "fp8":
+        yield Problem(key, f"needs train.dtype = fp8; it is {train.dtype}", "set train.dtype, or leave it out")
+    elif train.fp8_recipe != "tensorwise":
+        rule = f"needs tensorwise scales; train.fp8_recipe = {train.fp8_recipe}"
+        yield Problem(key, rule, "use tensorwise, or leave it out")
+    if config.parallel.zero == 0:
+        yield Problem(
+            key, "needs parallel.zero > 0: without it no weight travels", "set parallel.zero, or leave it out"
+        )

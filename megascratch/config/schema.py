@@ -189,6 +189,7 @@ class ParallelConfig(Section):
     tp_comm_overlap: bool = False
     zero: Literal[0, 1, 2, 3] = 0  # what dp × cp divides: 1 optimizer state, 2 gradients too, 3 weights too
     zero_ranks: Count | None = None  # consecutive ranks that divide it, as those of a node (HSDP); all when left out
+    fp8_param_gather: bool = False  # under zero, weights that multiply in fp8 travel as such; losses are the same bits
     # Gradients of consecutive micro-batches are added in one tree: dp = 1, 2, 4, 8 … give the same bits.
     deterministic_dp: bool = False
     # What is computed again in backward instead of kept. selective: the modules below; full: every layer; block: the

@@ -141,7 +141,7 @@ class Engine:
     def parameters(self) -> list[nn.Parameter]:
         """Return this rank's parameters, each once, in the order of its stages.
 
-        Their values are up to date, but for those that ZeRO-3 divides, which are here while `gathered` only.
+        Their values are up to date, but for those that are divided, which are here while `gathered` only.
         """
         self.optimizer.overlap.settle()
         return list(dict.fromkeys(param for stage in self.stages.values() for param in stage.parameters()))
@@ -153,7 +153,7 @@ class Engine:
         try:
             yield
         finally:
-            self.optimizer.overlap.release()
+            self.optimizer.overlap.give_back()
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:

@@ -3,7 +3,8 @@
 Legend: P parameters of the rank, `d` ranks that share state under ZeRO: dp × cp, without ep for experts. Bytes a
 parameter, 16-bit model:
 
-    weights      2, ÷ d under ZeRO-3; of those multiplied in fp8 2 more, quantised, while a step runs
+    weights      2, ÷ d under ZeRO-3; of those multiplied in fp8 2 more, quantised, while a step runs; where codes
+                 travel, 2/d + 1/d and 2 for the codes, along rows and columns
     gradients    4 (summed in float32), ÷ d from ZeRO-2 on
     optimizer    12: float32 masters and two moments, ÷ d from ZeRO-1 on; less as `optim.precision` says
 
@@ -25,7 +26,7 @@ from megascratch.config import Config
 from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
 from megascratch.engine.stages import layers_per_stage, linear_weights, make_stages
-from megascratch.nn import NOTHING, Placement, Recompute, Stage, layer_range
+from megascratch.nn import NOTHING, Placement, Recompute, layer_range
 from megascratch.nn.layer_costs import META, LayerShape
 from megascratch.nn.loss import CHUNK_TOKENS
 from megascratch.optim import BUCKETS_UNDER_WAY, Precision, leaf_length
@@ -51,6 +52,10 @@ class RankMemory:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations + self.passing
+
+
+def _linear_numel(*parts: nn.Module) -> int:
+    return sum(weight.numel() for weight in linear_weights(parts))
 
 
 def layer_shape(config: Config, placement: Placement, core: str, experts: bool) -> LayerShape:
@@ -97,7 +102,10 @@ class MemoryModel:
             self.numel[axis] = self.numel.get(axis, 0) + param.numel()
         layers = [sum(p.numel() for p in block.parameters()) for s in stages.values() for block in s.layers.values()]
         self.layer_numel, self.rest_numel = max(layers, default=0), sum(self.numel.values()) - sum(layers)
-        self.quantized, self.quantized_passing = self._quantized_bytes(stages)
+        linear = [_linear_numel(block) for stage in stages.values() for block in stage.layers.values()]
+        self.linear_numel = _linear_numel(*stages.values())
+        self.linear_in_use = self.linear_numel - sum(linear) + max(linear, default=0)
+        self.in_codes = parallel.fp8_param_gather and self._shards("data") > 1
         self.has_head = any(stage.is_last for stage in stages.values())
         n_microbatches = train.global_batch // (train.micro_batch * (parallel.dp or 1))
         leaves = n_microbatches // leaf_length(n_microbatches)
@@ -119,34 +127,39 @@ class MemoryModel:
         away = parallel.offload_optimizer or parallel.offload_parameters  # the optimizer follows the parameters
         averages = sum(dtype.itemsize for dtype in precision.averages.values())
         optimizer = self._state_bytes(self._master_bytes + averages, divided_from=1)
-        weights = self._state_bytes(value, divided_from=3)
+        weights = self._state_bytes(value, divided_from=3) + self._code_bytes()
+        quantized, quantized_in_use = self._quantized_bytes()
         return RankMemory(
-            weights=(0 if parallel.offload_parameters else weights) + self.quantized,
+            weights=(0 if parallel.offload_parameters else weights) + quantized,
             gradients=self._state_bytes(self.n_sums * precision.grads.itemsize, divided_from=2),
             optimizer=0 if away else optimizer,
             activations=max(of_stages) * self.in_flight,
             passing=passing
             + (self._head_bytes() if self.has_head else 0)
             + self._travelling_bytes()
-            + self.quantized_passing,
+            + quantized_in_use,
             host=(optimizer if away else 0) + (weights if parallel.offload_parameters else 0),
         )
 
-    def _quantized_bytes(self, stages: Mapping[int, Stage]) -> tuple[int, int]:
-        """Return the bytes of quantised weights that stay for a step, and of those that ZeRO-3 has for a layer."""
+    def _quantized_bytes(self) -> tuple[int, int]:
+        """Return the bytes that fp8 makes of weights for a step, and for as long as ZeRO-3 has a layer's."""
         train = self.config.train
         if train.dtype != "fp8" or not train.fp8_weight_cache:
             return 0, 0
+        each = 1.0 if self.in_codes else _QUANTIZED_BYTES[train.fp8_recipe]  # codes come along their rows
+        comes_and_goes = self.config.parallel.zero == 3 and self._shards("data") > 1
+        numel = self.linear_in_use if comes_and_goes else self.linear_numel
+        return (0, int(each * numel)) if comes_and_goes else (int(each * numel), 0)
 
-        def quantized(*parts: nn.Module) -> int:
-            numel = sum(weight.numel() for weight in linear_weights(parts))
-            return int(numel * _QUANTIZED_BYTES[train.fp8_recipe])
-
-        everything = quantized(*stages.values())
-        if self.config.parallel.zero < 3 or self._shards("data") == 1:
-            return everything, 0
-        layers = [quantized(block) for stage in stages.values() for block in stage.layers.values()]
-        return 0, everything - sum(layers) + max(layers, default=0)
+    def _code_bytes(self) -> int:
+        """Return what weights cost more, or less, where codes of them travel: every rank has its own, and most all."""
+        if not self.in_codes:
+            return 0
+        value, shards = self.placement.dtype.itemsize, self._shards("data")
+        own = self.linear_numel // shards
+        if self.config.parallel.zero == 3:
+            return own
+        return own + self.linear_numel - value * (self.linear_numel - own)
 
     def _travelling_bytes(self) -> int:
         """Return what ZeRO has whole on its way: gradients of a few buckets, weights of two layers and of the ends."""
@@ -155,6 +168,8 @@ class MemoryModel:
         numel = sum(self.numel.values())
         buckets = min((BUCKETS_UNDER_WAY + 1) * self.config.optim.bucket_numel, numel) * sum_
         weights = min(2 * self.layer_numel + self.rest_numel, numel) * value
+        if self.in_codes:
+            weights -= min(2 * self.linear_in_use, self.linear_numel) * (value - 1)
         return (buckets if zero >= 2 else 0) + (weights if zero == 3 else 0)
 
     def _shards(self, axis: str) -> int:

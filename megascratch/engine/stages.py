@@ -117,16 +117,16 @@ def units_of(stages: Mapping[int, Stage]) -> list[Unit]:
     for index, stage in stages.items():
         for param in stage.parameters():
             users[param].add(index)
-    units = []
+    units, linear = [], frozenset(linear_weights(stages.values()))
     for stage in stages.values():
         layers = {param: block for block in stage.layers.values() for param in block.parameters()}
         rest: dict[frozenset[int], list[nn.Parameter]] = defaultdict(list)
         for param in stage.parameters():
             if param not in layers and param in users:
                 rest[frozenset(users.pop(param))].append(param)
-        units += [Unit(stages, tuple(params)) for stages, params in rest.items()]
+        units += [Unit(stages, tuple(params), linear=linear) for stages, params in rest.items()]
         units += [
-            Unit(frozenset(users[next(block.parameters())]), tuple(block.parameters()), block)
+            Unit(frozenset(users[next(block.parameters())]), tuple(block.parameters()), block, linear)
             for block in stage.layers.values()
         ]
     return units

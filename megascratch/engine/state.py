@@ -27,7 +27,7 @@ _NOT_ARCHITECTURE |= {"moe.router_bias_update_rate", "moe.expert_capacity_factor
 
 
 def engine_shards(engine: Engine) -> list[Shard]:
-    """Return this rank's parts of the weights: whole parameters, and runs of those that ZeRO-3 divides."""
+    """Return this rank's parts of the weights: whole parameters, and runs of those that are divided."""
     divided = [_run_shard(part.spec.name, part) for part in engine.optimizer.weight_parts()]
     whole = [param for param in engine.parameters() if not engine.optimizer.divides(param)]
     return [*weight_shards(whole, engine.mesh), *divided]
@@ -36,7 +36,7 @@ def engine_shards(engine: Engine) -> list[Shard]:
 def require_equal_replicas(engine: Engine) -> None:
     """Check, bit for bit, that ranks which hold the same part of a weight hold the same values. Every rank calls this.
 
-    Weights that ZeRO-3 divides have no replica to be compared with, but under `zero_ranks`: those are left out.
+    Weights that are divided have no replica to be compared with, but under `zero_ranks`: those are left out.
 
     Raises: LayoutError: naming rank and weight.
     """

@@ -30,7 +30,6 @@ Source: Micikevicius et al. 2022, arXiv:2209.05433.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -120,27 +119,47 @@ class Recipe:
         """Take note of a state that was loaded."""
 
 
-@dataclass(frozen=True)
 class Quantized:
     """A matrix in fp8, times `unit` what it stands for.
 
-    Attributes:
+    Args:
         rows: [r, c], contiguous.
-        columns: its transpose, [c, r], contiguous.
         unit: one float32 number, 1 / α.
+        columns: its transpose, [c, r], contiguous; made at its first use when left out.
     """
 
-    rows: Tensor
-    columns: Tensor
-    unit: Tensor
+    def __init__(self, rows: Tensor, unit: Tensor, columns: Tensor | None = None) -> None:
+        self.rows, self.unit, self._columns = rows, unit, columns
+
+    @property
+    def columns(self) -> Tensor:
+        """The transpose, [c, r], contiguous."""
+        if self._columns is None:
+            self._columns = self.rows.view(torch.uint8).t().contiguous().view(self.rows.dtype)
+        return self._columns
+
+
+def scale_of(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return α for numbers up to a magnitude, float32."""
+    return torch.finfo(dtype).max / magnitude.clamp_min(SMALLEST)
+
+
+def unit_of(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 1 / α for numbers up to a magnitude, float32."""
+    return magnitude.clamp_min(SMALLEST) / torch.finfo(dtype).max
+
+
+def gathered_codes(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return a weight's rows [f, h] in fp8 and their unit, where ranks gather those in place of its values, or None."""
+    find: Callable[[], tuple[Tensor, Tensor]] | None = getattr(weight, "codes", None)
+    return None if find is None else find()
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> Quantized:
     """Quantise a matrix [r, c] by its own largest magnitude. One that is not finite makes NaN, which training skips."""
-    largest = torch.finfo(dtype).max
-    magnitude = torch.linalg.vector_norm(x, ord=torch.inf).float().clamp_min(SMALLEST)
-    rows, columns = ops.cast_transpose(x, largest / magnitude, dtype)
-    return Quantized(rows, columns, magnitude / largest)
+    magnitude = torch.linalg.vector_norm(x, ord=torch.inf).float()
+    rows, columns = ops.cast_transpose(x, scale_of(magnitude, dtype), dtype)
+    return Quantized(rows, unit_of(magnitude, dtype), columns)
 
 
 def product(a: Tensor, b: Tensor, unit_a: Tensor, unit_b: Tensor, dtype: torch.dtype, fast: bool = False) -> Tensor:
@@ -159,6 +178,8 @@ class Tensorwise(Recipe):
     """Tensorwise current scaling, through torch."""
 
     def quantize(self, x: Tensor, role: Role, weight: Tensor) -> Quantized:
+        if role == "weight" and (gathered := gathered_codes(weight)) is not None:
+            return Quantized(*gathered)
         return quantize(x, DTYPE_OF[role])
 
     def output(self, x: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
@@ -176,7 +197,7 @@ class Tensorwise(Recipe):
 
     def keep(self, x: Quantized) -> tuple[Sequence[Tensor | None], Restore]:
         # Rows are not needed again; whoever asks for them finds none.
-        return (x.columns, x.unit), lambda kept: Quantized(kept[0].new_empty(0), *kept)
+        return (x.columns, x.unit), lambda kept: Quantized(kept[0].new_empty(0), kept[1], kept[0])
 
 
 class Fp8Linear(torch.autograd.Function):

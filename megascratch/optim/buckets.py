@@ -16,6 +16,7 @@ gradients is one operation on a whole bucket; what makes a bucket is the same on
     2       values                       gradients, optimizer state    gradients: reduce-scatter after every backward
     3       vectors (norms, biases)      values too                    values: all-gather before every use
 
+A bucket of linear weights may send codes in fp8 for its values (`codes.py`); those are divided at every stage then.
 Where the shard axis is shorter than the data-parallel one (HSDP), the run's gradient is summed over its replicas too.
 What starts a transfer, and when, is `overlap.py`'s business: here every one is started and finished apart.
 """
@@ -23,6 +24,7 @@ What starts a transfer, and when, is `overlap.py`'s business: here every one is 
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,8 @@ from megascratch.dist import comm
 from megascratch.dist.layout import ParamSpec, spec_of
 from megascratch.dist.mesh import Axis, Mesh
 from megascratch.dist.sums import tree_reduce_buffer
+from megascratch.optim.codes import Codes
+from megascratch.optim.divided import Divided
 from megascratch.optim.groups import Pace
 from megascratch.optim.precision import Precision
 from megascratch.optim.tree import TreeSum
@@ -48,6 +52,7 @@ class BucketKey:
     data_axis: str  # replicas that see different tokens: the gradient is summed over them
     replicated: bool  # over tp, where one copy counts
     divided: bool  # whether ZeRO-3 divides the values too
+    in_codes: bool  # whether fp8 codes travel in place of the values
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,13 @@ class Unit:
         stages: numbers of the stages that use them.
         params: each with its `ParamSpec`.
         module: whose forward uses them; None where they are used at any time while a stage runs.
+        linear: those of linear layers, which may multiply in fp8.
     """
 
     stages: frozenset[int]
     params: tuple[nn.Parameter, ...]
     module: nn.Module | None = None
+    linear: frozenset[Tensor] = frozenset()
 
     @classmethod
     def one(cls, params: Iterable[nn.Parameter]) -> "Unit":
@@ -116,7 +123,7 @@ class Bucket:
         self.axis = shard if self.sharded else Axis("shard")
         self.replicas = replicas if self.sharded else everyone
         self.divides_grads = zero >= 2 and self.sharded
-        self.divides_values = key.divided and self.sharded
+        self.divides_values = (key.divided or key.in_codes) and self.sharded
         self.is_on_host = self.divides_values and parallel.offload_parameters  # the run, not the whole values
         numel = sum(p.numel() for p in params)
         numel += -numel % self.axis.size
@@ -140,12 +147,14 @@ class Bucket:
         self._arrived: Tensor | None = None  # sums of gradients [numel] that ZeRO-2 has not divided yet
         self._reducing: tuple[comm.Work | None, Tensor, Tensor] | None = None  # with what is summed, and the sum
         self._is_reduced = False  # whether a reduction has started since the last `zero_grads`
-        self._gathering: comm.Work | None = None
-        self._is_whole = True
-        self._own: Tensor | None = None  # of the values that ZeRO-3 divides
+        run = self.values[self.start : self.stop]
         if self.divides_values:
-            own = self.values[self.start : self.stop]
-            self._own = host_copy(own, own.dtype) if self.is_on_host else own.clone()
+            run = host_copy(run, run.dtype) if self.is_on_host else run.clone()
+        self._values = Divided(self.values, run, self.axis, mesh.data, lasts=not self.divides_values)
+        self.codes: Codes | None = None
+        if key.in_codes and self.sharded:
+            self.codes = self._make_codes(lasts=not key.divided)
+        self._used = self._values if self.codes is None else self.codes.divided  # in forwards and backwards
 
     def _accumulate(self, span: Span) -> None:
         def main_grad() -> Tensor:
@@ -164,6 +173,13 @@ class Bucket:
         span.param.main_grad = main_grad  # type: ignore[attr-defined]  # layers may add to it themselves
         span.param.register_post_accumulate_grad_hook(add)
 
+    def _make_codes(self, lasts: bool) -> Codes:
+        bounds, data = [(span.start, span.stop) for span in self.spans], self.mesh.data
+        codes = Codes(bounds, self.values, self.run, self.start, self.axis, data, lasts)
+        for i, span in enumerate(self.spans):
+            span.param.codes = partial(codes.of, i, span.param.shape)  # type: ignore[attr-defined]
+        return codes
+
     @property
     def _sums(self) -> Tensor:
         """Where gradients are added up, [numel]."""
@@ -176,7 +192,7 @@ class Bucket:
     @property
     def run(self) -> Tensor:
         """The values that this rank updates, [stop − start]: its run under ZeRO, else all of them."""
-        return self.values[self.start : self.stop] if self._own is None else self._own
+        return self._values.run
 
     @property
     def counts(self) -> bool:
@@ -236,33 +252,36 @@ class Bucket:
             comm.reduce_buffer(grads, self.mesh.axis(name))
         return grads
 
+    @property
+    def lasts(self) -> bool:
+        """Whether what forwards and backwards use stays between them; ZeRO-3 gives it back."""
+        return self._used.lasts
+
     def publish(self) -> None:
-        """Start to give every rank of the shard axis the values that the others updated; ZeRO-3 waits until `fetch`."""
-        if self.sharded and not self.divides_values:
-            self._gathering = comm.start_all_gather(self.values, self.run.clone(), self.axis)
+        """Start to give every rank of the shard axis what the others updated; ZeRO-3 waits until `fetch`."""
+        self._used.publish()
 
     def fetch(self) -> None:
-        """Start to bring here the values that ZeRO-3 divides."""
-        if not self._is_whole:
-            self.values.untyped_storage().resize_(self.values.numel() * self.values.element_size())
-            own = self.run.to(self.values.device, non_blocking=True)
-            self._gathering, self._is_whole = comm.start_all_gather(self.values, own, self.axis), True
+        """Start to bring here what ZeRO-3 divides."""
+        self._used.fetch()
 
     def need(self) -> None:
-        """Have all values here."""
-        self.fetch()
-        if self._gathering is not None:
-            with self.mesh.data.waiting("gather"):
-                self._gathering.wait()
-            self._gathering = None
+        """Have here what forwards and backwards use."""
+        self._used.need()
 
     def release(self) -> None:
-        """Give back the memory of values that ZeRO-3 divides; `run` stays."""
-        if self.divides_values and self._is_whole:
-            self.need()
-            self.values.untyped_storage().resize_(0)
-            self._is_whole = False
+        """Give back the memory of what ZeRO-3 divides; `run` stays."""
+        if not self.lasts:
+            self._used.release()
             self.on_release(span.param for span in self.spans)
+
+    def gather(self) -> None:
+        """Have all values here, for what reads them outside of a step."""
+        self._values.need()
+
+    def give_back(self) -> None:
+        """Give back the memory of values that are divided."""
+        self._values.release()
 
 
 def make_buckets(
@@ -295,6 +314,7 @@ def make_buckets(
             spec = spec_of(param)
             # A collective for each norm would cost more than the thousandth of the memory that it saves.
             divided = parallel.zero == 3 and len(spec.shape) > 1
+            in_codes = parallel.fp8_param_gather and param in unit.linear
             key = BucketKey(
                 rule_of(spec),
                 pace_of(spec),
@@ -303,6 +323,7 @@ def make_buckets(
                 spec.data_axis,
                 not spec.is_split_over("tp"),
                 divided,
+                in_codes,
             )
             runs = groups.setdefault((index if divided else unit.stages, key), [[]])
             if runs[-1] and sum(p.numel() for p in runs[-1]) + param.numel() > max_numel:

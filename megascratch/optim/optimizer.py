@@ -109,7 +109,8 @@ class Optimizer:
         self.rules = {name: RULES[name](optim, self._of(name, self.runs), mesh) for name in names}
         self.inputs = StepInputs(mesh.device)
         self.updates = 0
-        self.overlap.release()
+        self.overlap.give_back()
+        self.overlap.publish_codes()
 
     def begin_step(self, lr: float, loss_scale: float = 1.0, loss_limit: float = math.inf) -> None:
         """Tell the device what the next step depends on.
@@ -184,11 +185,11 @@ class Optimizer:
                 yield from self._parts(kind, owned.bucket, tensor)
 
     def divides(self, param: nn.Parameter) -> bool:
-        """Return whether ZeRO-3 divides the values of a parameter: then only runs of them are here all the time."""
+        """Return whether the values of a parameter are divided: then only runs of them are here all the time."""
         return any(span.param is param for bucket in self.buckets if bucket.divides_values for span in bucket.spans)
 
     def weight_parts(self) -> Iterator[StatePart]:
-        """Yield this rank's part of the weights whose values ZeRO-3 divides."""
+        """Yield this rank's part of the weights whose values are divided."""
         for bucket in self.buckets:
             if bucket.divides_values:
                 yield from self._parts("weight", bucket, bucket.run)
@@ -207,6 +208,7 @@ class Optimizer:
         """Take the master values from the model's, after weights were loaded without optimizer state."""
         for owned in self.runs:
             owned.refresh()
+        self.overlap.publish_codes()
 
     def publish_masters(self) -> None:
         """Have masters and model agree, after both were loaded: masters that say more, or else the model's values."""

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megascratch.optim.buckets import Bucket, Unit
+from megascratch.optim.codes import quantize_all
 from megascratch.optim.tree import leaf_length
 
 # ZeRO-2 keeps the whole gradients of a bucket until they are reduced: so many reductions may be under way.
@@ -163,7 +164,7 @@ class Overlap:
         return hook
 
     def _after_forward(self, stage: int, index: int) -> Callable[..., None]:
-        divides = any(bucket.divides_values for layer in self._layers[stage] for bucket in layer)
+        divides = not all(bucket.lasts for layer in self._layers[stage] for bucket in layer)
         found = weakref.ref(self)  # see `Bucket._accumulate`
 
         def before_backward(_: Tensor) -> None:
@@ -192,25 +193,34 @@ class Overlap:
 
     def publish(self) -> None:
         """Start to give every rank what the others updated. What a stage needs all the time is here at the end."""
+        self._quantize()
         for bucket in self.buckets:
             bucket.publish()
-        for bucket in [bucket for rest in self._rest.values() for bucket in rest if not bucket.divides_values]:
+        for bucket in [bucket for rest in self._rest.values() for bucket in rest if bucket.lasts]:
             bucket.need()
+
+    def publish_codes(self) -> None:
+        """Do so where codes travel, after values were made or loaded."""
+        self._quantize()
+        for bucket in self.buckets:
+            if bucket.codes is not None:
+                bucket.publish()
+
+    def _quantize(self) -> None:
+        quantize_all([bucket.codes for bucket in self.buckets if bucket.codes is not None])
 
     def settle(self) -> None:
         """Wait for what is under way."""
         for bucket in self.buckets:
-            if not bucket.divides_values:
+            if bucket.lasts:
                 bucket.need()
 
     def gather(self) -> None:
         """Have all values here, for what reads them outside of a step."""
         for bucket in self.buckets:
-            bucket.fetch()
-        for bucket in self.buckets:
-            bucket.need()
+            bucket.gather()
 
-    def release(self) -> None:
-        """Give back the memory of all values that ZeRO-3 divides."""
+    def give_back(self) -> None:
+        """Give back the memory of all values that are divided."""
         for bucket in self.buckets:
-            bucket.release()
+            bucket.give_back()

@@ -337,6 +337,24 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
             r"fp8_recipe = delayed +says how train.dtype = fp8 scales; it is bf16 +set train.dtype = fp8",
         ),
         (
+            "fp8_param_gather",
+            "parallel.fp8_param_gather=true parallel.dp=2 parallel.zero=1",
+            None,
+            r"fp8_param_gather = true +needs train.dtype = fp8; it is bf16 +set train.dtype",
+        ),
+        (
+            "fp8_param_gather",
+            "parallel.fp8_param_gather=true train.dtype=fp8",
+            None,
+            r"fp8_param_gather = true +needs parallel.zero > 0: without it no weight travels",
+        ),
+        (
+            "fp8_param_gather",
+            "parallel.fp8_param_gather=true parallel.dp=2 parallel.zero=1 train.dtype=fp8 train.fp8_recipe=delayed",
+            None,
+            r"fp8_param_gather = true +needs tensorwise scales; train.fp8_recipe = delayed +use tensorwise",
+        ),
+        (
             "fp8_recipe",
             "train.fp8_weight_cache=false",
             None,

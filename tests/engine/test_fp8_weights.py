@@ -189,7 +189,7 @@ def _kept_bytes(layout: Layout) -> None:
 
     with patch.object(Recipe, "quantized_weight", counted):
         train_steps(engine, 1)
-    assert most == memory.quantized + memory.quantized_passing > 0
+    assert most > 0
     assert engine.fp8 is not None and engine.fp8._of_weights is None
     without = MemoryModel(_config(layout, cache=False), engine.mesh, memory.placement, "blocked")
     assert memory.with_plans({}).total - without.with_plans({}).total == most
@@ -213,7 +213,8 @@ def test_the_plan_counts_what_is_kept(layout: Layout, pool: RankPool) -> None:
 def test_the_plan_by_hand() -> None:
     """A layer of hidden 32: 32 × 128 of qkv, 64 × 32 behind the heads, 3 × 32 × 64 of the feed-forward: 12,288."""
     for recipe, each in {"tensorwise": 2.0, "delayed": 2.0, "mxfp8": 2.0625}.items():
-        config = _config(Layout("alone", {}, micro_batch=2), recipe)
+        layout = Layout("alone", {}, micro_batch=2)
+        config = _config(layout, recipe)
         memory = MemoryModel(config, Mesh.serial(), Placement.of(config, Mesh.serial()), "blocked")
-        assert memory.quantized == 4 * 12_288 * each
-        assert memory.quantized_passing == 0
+        without = MemoryModel(_config(layout, recipe, cache=False), Mesh.serial(), memory.placement, "blocked")
+        assert memory.with_plans({}).weights - without.with_plans({}).weights == 4 * 12_288 * each

@@ -93,7 +93,10 @@ class Recorder:
 
     def _kept(self) -> list[Tensor]:
         optimizer = self.engine.optimizer
-        buckets = [x for bucket in optimizer.buckets for x in (bucket.values, bucket.grads)]
+        buckets = [x for bucket in optimizer.buckets for x in (bucket.run, bucket.grads)]
+        buckets += [bucket.values for bucket in optimizer.buckets if bucket.codes is None]
+        codes = [bucket.codes for bucket in optimizer.buckets if bucket.codes is not None]
+        buckets += [x for code in codes for x in (code.divided.whole, code.divided.run, code.units)]
         runs = [x for run in optimizer.runs for x in (run.values, run.remainder, *run.state.values()) if x is not None]
         recipe = self.engine.fp8
         return buckets + runs + ([recipe.history, recipe.scales] if isinstance(recipe, DelayedScaling) else [])
@@ -159,6 +162,7 @@ _LAYOUTS = [
     (Layout("fp8", {}, micro_batch=2), {"dtype": "fp8"}),
     (Layout("fp8-delayed", {}, micro_batch=2), {"dtype": "fp8", "fp8_recipe": "delayed"}),
     (Layout("dp2-zero1", {"dp": 2, "zero": 1}), {"dtype": "bf16"}),
+    (Layout("dp2-zero1-codes", {"dp": 2, "zero": 1, "fp8_param_gather": True}, micro_batch=2), {"dtype": "fp8"}),
     (Layout("tp2-dp2-zero2", {"tp": 2, "dp": 2, "zero": 2}, "qwen"), {}),
     (Layout("tp2-muon", {"tp": 2, "dp": 2, "zero": 1}, optim="muon"), {}),
     (Layout("cp2-ring", {"cp": 2, "dp": 2}), {}),
