@@ -9,8 +9,10 @@ import torch
 from layouts import Layout, Trained, local_weights, make_batches, make_engine, train_steps
 from torch import Tensor
 
+from megascratch.align.generator import Generator
 from megascratch.config import Config, config_from_dict
 from megascratch.dist import comm
+from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Axis
 from megascratch.dist.testing import RankPool
 from megascratch.engine import next_token
@@ -47,7 +49,7 @@ def _compare(layout: Layout, train: dict[str, Any]) -> None:
     for in_codes in (True, False):
         engine = make_engine(_config(layout, in_codes, **train))
         first = engine.evaluate(make_batches(engine.config, engine.mesh).at(0), next_token)
-        trained.append(train_steps(engine, 3))
+        trained.append(train_steps(engine, 2))
         evaluated.append((first, engine.evaluate(make_batches(engine.config, engine.mesh).at(0), next_token)))
         assert any(bucket.codes is not None for bucket in engine.optimizer.buckets) == in_codes
     _require_equal(*trained)
@@ -149,6 +151,37 @@ def _loaded(folder: Path) -> None:
 
 def test_loaded_weights_are_quantised_anew(tmp_path: Path, pool: RankPool) -> None:
     pool.run(2, _loaded, tmp_path)
+
+
+def _handed_over(zero: int) -> None:
+    """What generates on the weights in training, and adapters beside weights that do not learn."""
+    engine = make_engine(_config(Layout("tp2-dp2", {"tp": 2, "dp": 2, "zero": zero}), True))
+    generator = Generator(engine, tp=2)
+    train_steps(engine, 1)
+    generator.sync()
+    theirs = {spec_of(param).name: param for param in generator.stage.parameters()}
+    with engine.gathered():
+        assert all(torch.equal(theirs[spec_of(param).name], param) for param in engine.parameters())
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_whoever_wants_the_values_gets_them(zero: int, pool: RankPool) -> None:
+    pool.run(4, _handed_over, zero)
+
+
+def _adapted() -> None:
+    trained = []
+    for in_codes in (True, False):
+        raw = _config(Layout("dp2", {"dp": 2, "zero": 1}), in_codes).model_dump(exclude_none=True)
+        engine = make_engine(config_from_dict({**raw, "lora": {"rank": 16, "alpha": 32.0}}))
+        trained.append(train_steps(engine, 2))
+        names = [span.spec.name for bucket in engine.optimizer.buckets if bucket.codes for span in bucket.spans]
+        assert bool(names) == in_codes and all("adapter" in name for name in names)
+    _require_equal(*trained)
+
+
+def test_adapters_travel_beside_weights_that_stay(pool: RankPool) -> None:
+    pool.run(2, _adapted)
 
 
 def _parts(whole: Tensor, cuts: list[int], bounds: list[tuple[int, int]]) -> list[Codes]:
