@@ -35,6 +35,8 @@ def fp8(config: Config, _: int | None) -> Iterator[Problem]:
         }
     if model.moe is not None and (f := model.moe.shared_expert_ffn_hidden) is not None:
         sizes[f"model.moe.shared_expert_ffn_hidden / tp = {f / parallel.tp:g}"] = f / parallel.tp
+    if config.lora is not None:
+        sizes[f"lora.rank = {config.lora.rank}"] = config.lora.rank
     for name, size in sizes.items():
         if size % side:
             yield Problem(name, f"must divide by {side} for train.dtype = fp8 and {recipe} scales", _REMEDY)

@@ -330,6 +330,7 @@ ROLLOUT = "rollout.prompts=4 rollout.samples=2 rollout.scores=[{kind='number'}]"
             None,
             r"ffn_hidden / tp = 704 +must divide by 128 for train.dtype = fp8 and blockwise scales",
         ),
+        ("fp8", "train.dtype=fp8 lora.rank=24", None, r"lora.rank = 24 +must divide by 16 for train.dtype = fp8"),
         (
             "fp8_recipe",
             "train.fp8_recipe=delayed",
