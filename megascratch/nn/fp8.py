@@ -78,8 +78,8 @@ class Recipe:
 
     def release(self, weights: Iterable[Tensor]) -> None:
         """Let go of what was made of weights whose own values are given back until their next use (ZeRO-3)."""
-        for weight in weights:
-            if self._of_weights is not None:
+        if self._of_weights is not None:
+            for weight in weights:
                 self._of_weights.pop(weight, None)
 
     def quantize(self, x: Tensor, role: Role, weight: Tensor) -> Any:
@@ -139,14 +139,10 @@ class Quantized:
         return self._columns
 
 
-def scale_of(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return α for numbers up to a magnitude, float32."""
-    return torch.finfo(dtype).max / magnitude.clamp_min(SMALLEST)
-
-
-def unit_of(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return 1 / α for numbers up to a magnitude, float32."""
-    return magnitude.clamp_min(SMALLEST) / torch.finfo(dtype).max
+def scale_and_unit(magnitude: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return α for numbers up to a magnitude, and 1 / α, float32."""
+    largest, magnitude = torch.finfo(dtype).max, magnitude.float().clamp_min(SMALLEST)
+    return largest / magnitude, magnitude / largest
 
 
 def gathered_codes(weight: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -157,9 +153,9 @@ def gathered_codes(weight: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def quantize(x: Tensor, dtype: torch.dtype) -> Quantized:
     """Quantise a matrix [r, c] by its own largest magnitude. One that is not finite makes NaN, which training skips."""
-    magnitude = torch.linalg.vector_norm(x, ord=torch.inf).float()
-    rows, columns = ops.cast_transpose(x, scale_of(magnitude, dtype), dtype)
-    return Quantized(rows, unit_of(magnitude, dtype), columns)
+    scale, unit = scale_and_unit(torch.linalg.vector_norm(x, ord=torch.inf), dtype)
+    rows, columns = ops.cast_transpose(x, scale, dtype)
+    return Quantized(rows, unit, columns)
 
 
 def product(a: Tensor, b: Tensor, unit_a: Tensor, unit_b: Tensor, dtype: torch.dtype, fast: bool = False) -> Tensor:

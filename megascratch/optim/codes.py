@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megascratch.dist import comm
 from megascratch.dist.mesh import Axis
-from megascratch.nn.fp8 import FORWARD, scale_of, unit_of
+from megascratch.nn.fp8 import FORWARD, scale_and_unit
 from megascratch.optim.divided import Divided
 
 
@@ -52,9 +52,8 @@ class Codes:
         lasts: bool,
     ) -> None:
         self.bounds, self.run = bounds, run
-        self._parts = [
-            (max(first - start, 0), max(min(last - start, len(run)), 0)) for first, last in bounds
-        ]  # of each weight, in the run; the second is not above the first where none is
+        # Where the run has its part of each weight; the second is not above the first where it has none.
+        self._parts = [(max(first - start, 0), max(min(last - start, len(run)), 0)) for first, last in bounds]
         own = torch.zeros_like(run, dtype=torch.uint8, pin_memory=run.is_pinned())
         self.divided = Divided(torch.zeros_like(values, dtype=torch.uint8), own, axis, waiting, lasts)
         self.divided.release()
@@ -69,10 +68,10 @@ class Codes:
     @torch.no_grad()
     def quantize(self, magnitudes: Tensor) -> None:
         """Quantise this rank's run by the largest magnitude of each weight, [n]."""
-        self.units.copy_(unit_of(magnitudes, FORWARD))
-        scales = scale_of(magnitudes, FORWARD).to(self.run.device)
+        scales, units = scale_and_unit(magnitudes, FORWARD)
+        self.units.copy_(units)
         largest = torch.finfo(FORWARD).max
-        for (first, last), scale in zip(self._parts, scales):
+        for (first, last), scale in zip(self._parts, scales.to(self.run.device)):
             if first < last:
                 rounded = (self.run[first:last].float() * scale).clamp(-largest, largest).to(FORWARD)
                 self.divided.run[first:last] = rounded.view(torch.uint8)
