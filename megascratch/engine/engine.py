@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from megascratch.config import Config
 from megascratch.data.microbatch import Microbatch
-from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
 from megascratch.engine.graph import StepGraph, cuda_step_graph
 from megascratch.engine.objective import Measure, Objective, Outputs
@@ -45,7 +44,7 @@ from megascratch.nn import (
 )
 from megascratch.nn.context import token_index
 from megascratch.nn.initialize import initialize
-from megascratch.optim import LossScale, Optimizer, is_frozen, learning_rate, require_names
+from megascratch.optim import LossScale, Optimizer, learning_rate, require_names
 from megascratch.pipeline import Action, Boundary, Kind, configured_routes, configured_schedule, run
 
 _End = Callable[[Outputs, Microbatch, int], Tensor]
@@ -116,10 +115,9 @@ class Engine:
             packed.pack(weight)
         if config.optim.frozen or config.optim.groups:
             require_names(config.optim, [spec.name for spec in parameter_specs(config.model)])
-        for stage in self.stages.values():
-            for param in stage.parameters():
-                if not learns or is_frozen(config.optim, spec_of(param).name):
-                    param.requires_grad_(False)
+        if not learns:
+            for stage in self.stages.values():
+                stage.requires_grad_(False)
         if train.compile:
             compile_layers(self.stages)
         self.optimizer = Optimizer(units_of(self.stages), mesh, config.optim, parallel)

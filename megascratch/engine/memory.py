@@ -8,25 +8,28 @@ parameter, 16-bit model:
     gradients    4 (summed in float32), ÷ d from ZeRO-2 on
     optimizer    12: float32 masters and two moments, ÷ d from ZeRO-1 on; less as `optim.precision` says
 
+Those that do not learn (`optim.frozen`, all beside adapters) are whole on every rank and have only their weights;
+packed in 4 bits they take 0.52, and the largest is unpacked while it multiplies.
+
 Activations are what one layer keeps (`nn.layer_costs`, counted on the meta device), times the layers of a stage, times
 the micro-batches in flight (the schedule's checker). To them comes what exists a moment only: one recomputed layer, the
 head's gradients, and under ZeRO gradients on their way and the layers whose weights are whole while in use; what fp8
 makes of ZeRO-3's weights goes with them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from megascratch import ops
 from megascratch.config import Config
 from megascratch.dist.layout import spec_of
 from megascratch.dist.mesh import Mesh
 from megascratch.engine.stages import layers_per_stage, linear_weights, make_stages
-from megascratch.nn import NOTHING, Placement, Recompute, layer_range
+from megascratch.nn import NOTHING, Placement, Recompute, layer_range, packed_weights
 from megascratch.nn.layer_costs import META, LayerShape
 from megascratch.nn.loss import CHUNK_TOKENS
 from megascratch.optim import BUCKETS_UNDER_WAY, Precision, leaf_length
@@ -54,8 +57,8 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.passing
 
 
-def _linear_numel(*parts: nn.Module) -> int:
-    return sum(weight.numel() for weight in linear_weights(parts))
+def _learning_numel(params: Iterable[Tensor]) -> int:
+    return sum(param.numel() for param in params if param.requires_grad)
 
 
 def layer_shape(config: Config, placement: Placement, core: str, experts: bool) -> LayerShape:
@@ -95,18 +98,25 @@ class MemoryModel:
         routes = configured_routes(parallel)
         meta = replace(placement, device=META)
         stages = make_stages(config, mesh, meta, routes, core)
-        unique = {id(param): param for stage in stages.values() for param in stage.parameters()}
-        self.numel: dict[str, int] = {}  # by the axis that ZeRO divides state over
-        for param in unique.values():
-            axis = spec_of(param).data_axis
-            self.numel[axis] = self.numel.get(axis, 0) + param.numel()
-        layers = [sum(p.numel() for p in block.parameters()) for s in stages.values() for block in s.layers.values()]
-        self.layer_numel, self.rest_numel = max(layers, default=0), sum(self.numel.values()) - sum(layers)
-        linear = [_linear_numel(block) for stage in stages.values() for block in stage.layers.values()]
-        self.linear_numel = _linear_numel(*stages.values())
-        self.linear_in_use = self.linear_numel - sum(linear) + max(linear, default=0)
+        unique = {id(param): param for stage in stages.values() for param in stage.parameters()}.values()
+        self.numel: dict[str, int] = {}  # of those that learn, by the axis that ZeRO divides state over
+        for param in unique:
+            if param.requires_grad:
+                axis = spec_of(param).data_axis
+                self.numel[axis] = self.numel.get(axis, 0) + param.numel()
+        self.frozen_bytes = sum(param.nbytes for param in unique if not param.requires_grad)
+        self.unpacked_bytes = max((packed.working_bytes for packed in packed_weights(stages.values())), default=0)
+        layers = [block for stage in stages.values() for block in stage.layers.values()]
+        of_layers = [_learning_numel(block.parameters()) for block in layers]
+        self.layer_numel, self.rest_numel = max(of_layers, default=0), sum(self.numel.values()) - sum(of_layers)
+        linear = linear_weights(stages.values())
+        of_layers = [_learning_numel(linear_weights([block])) for block in layers]
+        self.linear_numel = _learning_numel(linear)
+        self.linear_in_use = self.linear_numel - sum(of_layers) + max(of_layers, default=0)
+        self.linear_frozen = sum(weight.numel() for weight in linear) - self.linear_numel
         self.in_codes = parallel.fp8_param_gather and self._shards("data") > 1
         self.has_head = any(stage.is_last for stage in stages.values())
+        self.head_learns = any(stage.is_last and stage.head_weight.requires_grad for stage in stages.values())
         n_microbatches = train.global_batch // (train.micro_batch * (parallel.dp or 1))
         leaves = n_microbatches // leaf_length(n_microbatches)
         self.n_sums = leaves.bit_length() if parallel.deterministic_dp else 1  # subtrees of a rank, held at once
@@ -130,13 +140,14 @@ class MemoryModel:
         weights = self._state_bytes(value, divided_from=3) + self._code_bytes()
         quantized, quantized_in_use = self._quantized_bytes()
         return RankMemory(
-            weights=(0 if parallel.offload_parameters else weights) + quantized,
+            weights=(0 if parallel.offload_parameters else weights) + self.frozen_bytes + quantized,
             gradients=self._state_bytes(self.n_sums * precision.grads.itemsize, divided_from=2),
             optimizer=0 if away else optimizer,
             activations=max(of_stages) * self.in_flight,
             passing=passing
             + (self._head_bytes() if self.has_head else 0)
             + self._travelling_bytes()
+            + self.unpacked_bytes
             + quantized_in_use,
             host=(optimizer if away else 0) + (weights if parallel.offload_parameters else 0),
         )
@@ -146,10 +157,12 @@ class MemoryModel:
         train = self.config.train
         if train.dtype != "fp8" or not train.fp8_weight_cache:
             return 0, 0
-        each = 1.0 if self.in_codes else _QUANTIZED_BYTES[train.fp8_recipe]  # codes come along their rows
-        comes_and_goes = self.config.parallel.zero == 3 and self._shards("data") > 1
-        numel = self.linear_in_use if comes_and_goes else self.linear_numel
-        return (0, int(each * numel)) if comes_and_goes else (int(each * numel), 0)
+        whole = _QUANTIZED_BYTES[train.fp8_recipe]
+        each = 1.0 if self.in_codes else whole  # codes come along their rows
+        stays = int(whole * self.linear_frozen)
+        if self.config.parallel.zero == 3 and self._shards("data") > 1:
+            return stays, int(each * self.linear_in_use)
+        return stays + int(each * self.linear_numel), 0
 
     def _code_bytes(self) -> int:
         """Return what weights cost more, or less, where codes of them travel: every rank has its own, and most all."""
@@ -198,4 +211,5 @@ class MemoryModel:
         words = -(-model.vocab_size // self.placement.tp.size)
         tokens = train.micro_batch * self.config.data.seq_length // self.mesh.cp.size
         chunk = min(tokens, CHUNK_TOKENS) * words * (value + sum_)
-        return chunk + words * model.hidden * (sum_ + value) + 2 * tokens * model.hidden * value
+        gradient = words * model.hidden * (sum_ + value) if self.head_learns else 0
+        return chunk + gradient + 2 * tokens * model.hidden * value

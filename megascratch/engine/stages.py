@@ -14,7 +14,7 @@ from megascratch.errors import LayoutError, Problem
 from megascratch.nn import Placement, Recipe, Recompute, Stage, add_adapters
 from megascratch.nn.balance import balanced_layers
 from megascratch.nn.linear import ColumnParallelLinear, RowParallelLinear
-from megascratch.optim import Unit
+from megascratch.optim import Unit, is_frozen
 from megascratch.optim.buckets import Bucket
 from megascratch.pipeline import Route
 
@@ -62,6 +62,9 @@ def make_stages(
         )
         if config.lora is not None:
             add_adapters(stages[index], config.lora)
+        for param in stages[index].parameters():
+            if is_frozen(config.optim, spec_of(param).name):
+                param.requires_grad_(False)
     if len(routes) == 2:
         for index, stage in stages.items():  # in order: the embedding that two stages share is of the first
             _sum_with_mirror(stage, second_copy=routes[0][index] != rank)

@@ -127,14 +127,18 @@ def _go_through(
     tp: Axis,
     softcap: float | None,
     describe: bool = False,
+    learns: bool = True,
 ) -> _Chunks:
-    """Multiply x [t, h] by the head [v/tp, h] in chunks, and, given the log-probabilities' gradient [t], go back."""
+    """Multiply x [t, h] by the head [v/tp, h] in chunks, and, given the log-probabilities' gradient [t], go back.
+
+    A head that does not learn, as beside adapters, gets no gradient: a third of the work, and the largest tensor.
+    """
     dtype = ops.acc_dtype(x)
     logprobs, entropy, mean_logit = (x.new_empty(labels.shape, dtype=dtype) for _ in range(3))
     hits = x.new_empty(labels.shape, dtype=torch.bool)
     grad_x = None if grad is None else torch.empty_like(x)
     # Chunks of half precision would lose their sum's last bits with every addition.
-    grad_weight = None if grad is None else weight.new_empty(weight.shape, dtype=dtype)
+    grad_weight = weight.new_empty(weight.shape, dtype=dtype) if grad is not None and learns else None
     words = _own_words(len(weight), vocab_size, tp)
     for start in range(0, len(x), CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
@@ -143,13 +147,14 @@ def _go_through(
         logprobs[chunk], log_total, hits[chunk] = _label_logprobs(logits, labels[chunk], vocab_size, tp)
         if describe:
             entropy[chunk], mean_logit[chunk] = _describe(logits, log_total, words[1], vocab_size, tp)
-        if grad is None or grad_x is None or grad_weight is None:
+        if grad is None or grad_x is None:
             continue
         grad_logits = ops.logit_gradient(grad[chunk], logits, labels[chunk], log_total, *words, in_place=True)
         if slope is not None:
             grad_logits *= slope
         ops.matmul_into(grad_x[chunk], grad_logits, weight, add=False)
-        ops.matmul_into(grad_weight, grad_logits.t(), x[chunk], add=start > 0)
+        if grad_weight is not None:
+            ops.matmul_into(grad_weight, grad_logits.t(), x[chunk], add=start > 0)
     return _Chunks(logprobs, Notes(hits, entropy, mean_logit) if describe else None, grad_x, grad_weight)
 
 
@@ -177,8 +182,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         describe: bool,
     ) -> tuple[Tensor | None, ...]:
         weights = weights.to(ops.acc_dtype(x))
-        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        done = _go_through(x, weight, labels, -weights if needed else None, vocab_size, tp, softcap, describe)
+        learns = ctx.needs_input_grad[1]
+        grad = -weights if ctx.needs_input_grad[0] or learns else None
+        done = _go_through(x, weight, labels, grad, vocab_size, tp, softcap, describe, learns)
         ctx.save_for_backward(done.grad_x, done.grad_weight)
         ctx.weight = weight
         return _returned(ctx, -(done.logprobs * weights).sum(), done.notes)
@@ -187,6 +193,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad_x, grad_weight), total = ctx.saved_tensors, main_grad(ctx.weight)
+        if grad_weight is None:
+            return grad_x * grad, None, None, None, None, None, None, None
         if total is not None:
             # A few rows at a time: of a sum in another dtype, torch would copy the whole, the largest tensor here.
             for rows, made in zip(total.split(CHUNK_TOKENS), grad_weight.split(CHUNK_TOKENS)):
@@ -218,9 +226,9 @@ class _LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, labels = ctx.saved_tensors
-        done = _go_through(x, weight, labels, grad, *ctx.others)
-        assert done.grad_weight is not None
-        return done.grad_x, done.grad_weight.to(weight.dtype), None, None, None, None, None
+        done = _go_through(x, weight, labels, grad, *ctx.others, False, ctx.needs_input_grad[1])
+        grad_weight = None if done.grad_weight is None else done.grad_weight.to(weight.dtype)
+        return done.grad_x, grad_weight, None, None, None, None, None
 
 
 def token_logprobs(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:

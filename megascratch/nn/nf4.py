@@ -110,6 +110,11 @@ class PackedWeight(nn.Module):
         param.requires_grad_(False)
         return param
 
+    @property
+    def working_bytes(self) -> int:
+        """Bytes of unpacked values at the most: in float32 twice, as they are scaled, and in the model's dtype."""
+        return 2 * self.codes.numel() * (8 + self.placement.dtype.itemsize)
+
     @torch.no_grad()
     def pack(self, weight: Tensor) -> None:
         """Take over values, [..., f, h] as this rank holds them. Every rank of tp and ep calls this."""

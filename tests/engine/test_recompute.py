@@ -16,15 +16,14 @@ LLAMA = {"preset": "llama3-8b", "vocab_size": 128256}
 CHEAP = frozenset({"layernorm", "mlp_act"})
 
 
-def _config(**parallel: Any) -> Config:
-    return config_from_dict(
-        {
-            "model": LLAMA,
-            "parallel": {"tp": 2, "pp": 4, "dp": 8, **parallel},
-            "data": {"seq_length": 8192},
-            "train": {"global_batch": 64},
-        }
-    )
+def _config(lora: dict[str, Any] | None = None, **parallel: Any) -> Config:
+    given: dict[str, Any] = {
+        "model": LLAMA,
+        "parallel": {"tp": 2, "pp": 4, "dp": 8, **parallel},
+        "data": {"seq_length": 8192},
+        "train": {"global_batch": 64},
+    }
+    return config_from_dict(given if lora is None else {**given, "lora": lora})
 
 
 def _place(config: Config, pp_rank: int = 0) -> tuple[Config, Mesh, Placement, str]:
@@ -84,6 +83,28 @@ def test_the_memory_follows_the_optimizers_precision(keys: dict[str, Any], gradi
     memory = model.with_plans({})
     numel = model.numel["data"]
     assert (memory.weights, memory.gradients, memory.optimizer) == (2 * numel, gradients * numel, optimizer * numel)
+
+
+@pytest.mark.parametrize(("base", "bytes_each"), [("full", 2), ("nf4", 0.5 + 1 / 64 + 2 * 8 / 256 / 64)])
+def test_what_does_not_learn_has_only_its_weights(base: str, bytes_each: float) -> None:
+    """Rank 16 beside every product of Llama-3 8B's last stage, tp 2: of r (n_in + n_out) numbers tp divides one part.
+
+    In 4 bits: the codes, a scale of a byte a block of 64, and eight bytes for 256 of those, which tp does not divide.
+    """
+    model = MemoryModel(*_place(_config({"rank": 16, "alpha": 32.0, "base": base}, zero=1), 3))
+    memory = model.with_plans({})
+    h, f, v, r, layers = 4096, 14336, 128256, 16, 8
+    into = [(h, h + 2 * 1024), (h, 2 * f)]  # column: A whole, B divided; row: A divided, B whole
+    learns = layers * r * (sum(i + o // 2 for i, o in into) + (h + f) // 2 + 2 * h)
+    assert model.numel == {"data": learns}
+    assert (memory.gradients, memory.optimizer) == (4 * learns, 12 * learns // 8)
+    products = layers * (sum(i * o for i, o in into) + (h + f) * h) // 2
+    rest = v * h // 2 + (2 * layers + 1) * h
+    assert memory.weights == pytest.approx(2 * learns + bytes_each * products + 2 * rest, rel=1e-6)
+    assert model.unpacked_bytes == (0 if base == "full" else 10 * h * f)
+    frozen_head = memory.passing - model.unpacked_bytes
+    all_learn = MemoryModel(*_place(_config(zero=1), 3)).with_plans({}).passing
+    assert all_learn - frozen_head == v // 2 * h * 6
 
 
 def test_auto_takes_the_least_that_fits() -> None:

@@ -235,6 +235,31 @@ def test_without_gradients_no_gradient_is_computed(monkeypatch: pytest.MonkeyPat
     assert without.item() == pytest.approx(with_gradients.item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("function", FUSED.values(), ids=FUSED.keys())
+def test_a_head_that_does_not_learn_costs_no_gradient(
+    function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beside adapters: the input's gradient is the same, and no product makes the head's."""
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 4)
+    _, labels, weights = _inputs(100, torch.float64)
+    made: list[torch.Size] = []
+    multiply = loss.ops.matmul_into
+
+    def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+        made.append(out.shape)
+        multiply(out, a, b, add)
+
+    monkeypatch.setattr(loss.ops, "matmul_into", product)
+    gradients = []
+    for learns in (True, False):
+        made.clear()
+        x, weight = _head_inputs(100, torch.float64)
+        function(x.requires_grad_(), weight.requires_grad_(learns), labels, weights, 100, Mesh.serial()).backward()
+        assert ((100, H) in made) == learns and (weight.grad is not None) == learns
+        gradients.append(x.grad)
+    assert gradients[0] is not None and torch.equal(*gradients)
+
+
 class _PeakBytes(TorchDispatchMode):
     """The most bytes that were alive at once among the tensors made within the mode."""
 
