@@ -2,7 +2,7 @@
 
 #pragma once
 
-#ifdef __AVX512F__
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
@@ -188,6 +188,66 @@ MEGASCRATCH_DEVICE void store_vector(T* to, VectorOf<Acc<T>> v, int64_t count) {
   T some[lanes_of<Acc<T>>];
   store_vector(some, v);
   memcpy(static_cast<void*>(to), some, static_cast<size_t>(count) * sizeof(T));
+}
+
+// A line of the caches, of numbers of type T: as many vectors of them as fill it.
+constexpr int64_t line_bytes = 64;
+template <typename T>
+constexpr int64_t numbers_of_line = line_bytes / static_cast<int64_t>(sizeof(T));
+template <typename T>
+struct Line {
+  static constexpr int n_vectors = static_cast<int>(numbers_of_line<T>) / lanes_of<Acc<T>>;
+  VectorOf<Acc<T>> vectors[n_vectors];
+};
+
+template <typename T>
+MEGASCRATCH_DEVICE void store_line(T* to, const Line<T>& line) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Line<T>::n_vectors; ++i) store_vector(to + i * lanes_of<Acc<T>>, line.vectors[i]);
+}
+
+#ifdef __AVX512BW__
+// Both vectors' upper halves by one instruction, where one after the other takes eight.
+MEGASCRATCH_DEVICE void store_line(BFloat16* to, const Line<BFloat16>& line) {
+  typedef uint16_t Halves __attribute__((vector_size(vector_bytes)));
+  Halves upper;
+  for (int i = 0; i < lanes_of<float> * 2; ++i) upper[i] = static_cast<uint16_t>(2 * i + 1);
+  const auto rounded = [&](int i) {
+    const VectorOf<float> v = line.vectors[i];
+    return bits_of<Halves>(v == v ? rounded_bits(v) : bits_of<IntegersOf<float>>(v) | 0x400000u);
+  };
+  const Halves bits = __builtin_shuffle(rounded(0), rounded(1), upper);
+  memcpy(static_cast<void*>(to), &bits, sizeof bits);
+}
+#endif
+
+// As `store_line`, but past the caches, for what would not stay there: memory is then not read before it is written.
+// `to` is a multiple of a line. Other threads see it after `end_streams`.
+template <typename T>
+MEGASCRATCH_DEVICE void stream_line(T* to, const Line<T>& line) {
+#ifdef __x86_64__
+  alignas(line_bytes) T stored[numbers_of_line<T>];
+  store_line(stored, line);
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), *reinterpret_cast<const __m512i*>(stored));
+#elif defined(__AVX__)
+  for (int i = 0; i < 2; ++i) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + i, reinterpret_cast<const __m256i*>(stored)[i]);
+  }
+#else
+  for (int i = 0; i < 4; ++i) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, reinterpret_cast<const __m128i*>(stored)[i]);
+  }
+#endif
+#else
+  store_line(to, line);
+#endif
+}
+
+MEGASCRATCH_DEVICE void end_streams() {
+#ifdef __x86_64__
+  _mm_sfence();
+#endif
 }
 
 // Visit the n numbers of a row a vector at a time: `visit(j, count)` takes the numbers j to j + count − 1.

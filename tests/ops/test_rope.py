@@ -85,6 +85,23 @@ def test_misaligned_rows_take_the_narrow_path(backend, close):
     close(q_out, oracle(x, angles.unsqueeze(1), False), torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("r", [128, 64])
+def test_results_too_large_for_the_caches_are_those_of_their_parts(backend, dtype, r):
+    if not backend.name.startswith("cpu"):
+        pytest.skip("only the CPU's kernels write past the caches")
+    n, m, d = 3, 1, 128
+    s = 5 * 2**20 // (dtype.itemsize * (n + m) * d)
+    q, k = draw(s, 1, n, d, dtype=dtype), draw(s, 1, m, d, dtype=dtype)
+    _, cos, sin = table(s, r, dtype)
+    whole = backend.ops.rope(q, k, cos, sin, None, 0, False, False)
+    for start in range(0, s, s // 3):
+        rows = slice(start, start + s // 3)
+        part = backend.ops.rope(q[rows], k[rows], cos, sin, None, start, False, False)
+        for out, expected in zip(whole, part):
+            torch.testing.assert_close(out[rows], expected, rtol=0, atol=0)
+
+
 def test_offsets_beyond_32_bits(backend, close):
     if backend.device == "cuda":
         pytest.skip("the tokens that lie between would have to be there")
