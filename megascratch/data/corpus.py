@@ -167,11 +167,13 @@ def whole_lines(source: Source, file: Path, limits: Limits, block_bytes: int | N
     Raises: DataError: if a line is longer than the limit.
     """
     block_bytes = block_bytes or BLOCK_BYTES
-    buffer = bytearray(block_bytes)
+    buffer = bytearray(2 * block_bytes)
     n_pending = n_before = 0  # bytes of a line that is not whole yet, at the buffer's beginning; and those before it
     while True:
         if n_pending + block_bytes > len(buffer):
-            buffer = buffer.ljust(2 * len(buffer) + block_bytes)
+            larger = bytearray(2 * len(buffer))
+            larger[:n_pending] = buffer[:n_pending]
+            buffer = larger
         view = memoryview(buffer)
         end = n_pending + _fill(source, view[n_pending : n_pending + block_bytes])
         if end == n_pending:

@@ -9,6 +9,7 @@ The local workers are processes. They are forked, so starting one costs nothing,
 time over its pipe. The parent has no thread per worker and never blocks on one: it waits for all pipes at once.
 """
 
+import ctypes
 import multiprocessing
 import signal
 import traceback
@@ -27,6 +28,8 @@ Apply = Callable[[Iterable[Item]], Iterator[tuple[Item, Result]]]
 
 MAX_ATTEMPTS = 3  # of one item: what kills three workers will kill a fourth
 _JOIN_TIMEOUT_S = 5.0
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
+_LARGE_BYTES = 32 << 20  # from here on memory goes back to the kernel at once; glibc takes no larger value
 
 
 @contextmanager
@@ -148,9 +151,17 @@ class _Pool(Generic[Item, Result]):
         self._idle.append(ours)
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed: every block takes the same megabytes, and the kernel would clear them each time."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BYTES)
+
+
 def _serve(function: Callable[[Item], Result], pipe: Connection, others: list[Connection]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _keep_freed_memory()
     for other in others:
         other.close()  # else the workers would hold each other's pipes open when the parent dies
     while True:
