@@ -8,8 +8,8 @@
 Every timing is a process of its own: CPU seconds of all its threads around the call alone, and its peak memory. All
 tools have their turn, `--rounds` times; one that has taken more than `--budget` seconds has no further turn.
 
-Encoders take a list of str, or bytes where they can, on one thread. In each turn a process makes eight new tokenizers
-and lets each encode the text once. `first` is the first of these passes, the next two do not count, `cold` is the last
+Encoders take a list of str, or bytes where they can, on one thread. In each turn a process makes ten new tokenizers
+and lets each encode the text once. `first` is the first of these passes, the next four do not count, `cold` is the last
 five (one, for tools that have taken ten seconds by then), and `warm` the last tokenizer with the same text again. A
 first pass also pays for its memory. In a virtual machine whose host takes memory back, that is little in one round and
 as much as the encoding in the next, whoever encodes: so it shows its best over all rounds. The cold passes find memory
@@ -47,7 +47,7 @@ NOT_INSTALLED = 3  # exit code of a worker without its tool
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 VOCABULARIES = {"cl100k": 100_256, "o200k": 199_998}
 TRAINED = 32_000
-SETTLING_PASSES, COLD_PASSES = 3, 5  # of one process
+SETTLING_PASSES, COLD_PASSES = 5, 5  # of one process
 PASSES_S = 10.0  # after so many seconds one cold pass is enough
 PEERS = {
     "train": ["megascratch", "gigatoken", "rustbpe", "tokenizers", "bpeasy"],
