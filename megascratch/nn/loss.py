@@ -225,8 +225,8 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, labels = ctx.saved_tensors
-        done = _go_through(x, weight, labels, grad, *ctx.others, False, ctx.needs_input_grad[1])
+        (x, weight, labels), (vocab_size, tp, softcap) = ctx.saved_tensors, ctx.others
+        done = _go_through(x, weight, labels, grad, vocab_size, tp, softcap, learns=ctx.needs_input_grad[1])
         grad_weight = None if done.grad_weight is None else done.grad_weight.to(weight.dtype)
         return done.grad_x, grad_weight, None, None, None, None, None
 
