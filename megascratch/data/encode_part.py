@@ -19,17 +19,17 @@ _KEPT_BAD_LINES = 20  # of a piece; the rest is only counted
 
 
 def encode_part(
-    part: Part, *, tokenizer: Tokenizer, directory: PartsDirectory, eod_id: int | None, dtype: np.dtype, limits: Limits
+    tokenizer: Tokenizer, directory: PartsDirectory, eod_id: int | None, dtype: np.dtype, limits: Limits, part: Part
 ) -> PartRecord:
     """Write a part's files and its record. Doing it twice, or on two machines at once, gives the same files.
 
     Args:
-        part: what to read.
         tokenizer: text that looks like a special token is text.
         directory: where the files go.
         eod_id: put behind each document that has tokens; None: nothing.
         dtype: of the tokens on disk.
         limits: what is refused.
+        part: what to read.
 
     Raises: DataError: if a document is over the limit, or the input is damaged.
     """

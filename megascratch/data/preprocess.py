@@ -12,8 +12,8 @@ resumes behind its last finished part. The parts need as much room on the disk a
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -142,38 +142,35 @@ def preprocess(
     check_all(checks, "the input and the options")
 
     dtype = token_dtype(tokenizer.vocab_size)
+    eod_id = tokenizer.eod_id if append_eod else None
     plan = _plan(files, tokenizer, json_keys, append_eod)
+    parts_path = Path(f"{output_prefix}.parts")
     tally = _Tally(on_error, json_keys)
-    with ExitStack() as stack:
-        directory = stack.enter_context(
-            open_parts(Path(f"{output_prefix}.parts"), json_keys, plan, resume=resume, overwrite=overwrite)
-        )
-        encode = partial(
-            encode_part,
-            tokenizer=tokenizer,
-            directory=directory,
-            eod_id=tokenizer.eod_id if append_eod else None,
-            dtype=dtype,
-            limits=limits,
-        )
-        apply = stack.enter_context(_engine(engine, encode, workers))
-        writers = [
-            stack.enter_context(IndexedDatasetWriter(prefix, dtype, overwrite=overwrite, scratch=directory.path))
-            for prefix in prefixes.values()
-        ]
-        file_bytes = sum(file.stat().st_size for file in files)
-        advance = stack.enter_context(progress(console, "tokenize", file_bytes, "B"))
+    with (
+        open_parts(parts_path, json_keys, plan, resume=resume, overwrite=overwrite) as directory,
+        _engine(engine, partial(encode_part, tokenizer, directory, eod_id, dtype, limits), workers) as apply,
+        _writers(prefixes, dtype, overwrite, directory.path) as writers,
+        progress(console, "tokenize", sum(file.stat().st_size for file in files), "B") as advance,
+    ):
         for part, record in _records(parts_of(files, json_keys, limits), directory, apply):
             tally.add(record)
-            for key, writer in zip(json_keys, writers):
+            for key, writer in writers.items():
                 writer.add_files(*directory.files(part.number, key))
             advance(part.file_bytes, tally.rates(time.perf_counter() - started))
         tally.require_documents(files)
-    n_tokens = dict(zip(json_keys, tally.n_tokens))
-    seconds = time.perf_counter() - started
-    return Summary(
-        prefixes, tally.n_documents, n_tokens, tally.n_text_bytes, dict(+tally.n_bad_lines), tally.bad_lines, seconds
-    )
+    return tally.summary(prefixes, time.perf_counter() - started)
+
+
+@contextmanager
+def _writers(
+    prefixes: Mapping[str, Path], dtype: np.dtype, overwrite: bool, scratch: Path
+) -> Iterator[dict[str, IndexedDatasetWriter]]:
+    """Open the dataset of each key; all appear when the body is done without an error."""
+    with ExitStack() as stack:
+        yield {
+            key: stack.enter_context(IndexedDatasetWriter(prefix, dtype, overwrite=overwrite, scratch=scratch))
+            for key, prefix in prefixes.items()
+        }
 
 
 def _engine(
@@ -287,6 +284,12 @@ class _Tally:
     def rates(self, seconds: float) -> str:
         """Return documents and tokens a second, for the line of progress."""
         return f"{self.n_documents / seconds:,.0f} documents/s · {sum(self.n_tokens) / seconds:,.0f} tokens/s"
+
+    def summary(self, prefixes: dict[str, Path], seconds: float) -> Summary:
+        """Return all counts."""
+        n_tokens = dict(zip(prefixes, self.n_tokens))
+        n_bad_lines = dict(+self.n_bad_lines)
+        return Summary(prefixes, self.n_documents, n_tokens, self.n_text_bytes, n_bad_lines, self.bad_lines, seconds)
 
     def require_documents(self, files: Sequence[Path]) -> None:
         """Refuse a corpus without a document."""
