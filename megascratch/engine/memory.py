@@ -210,6 +210,6 @@ class MemoryModel:
         value, sum_ = self.placement.dtype.itemsize, ops.acc_dtype(torch.empty(0, dtype=self.placement.dtype)).itemsize
         words = -(-model.vocab_size // self.placement.tp.size)
         tokens = train.micro_batch * self.config.data.seq_length // self.mesh.cp.size
-        chunk = min(tokens, CHUNK_TOKENS) * words * (value + sum_)
+        chunk = min(tokens, CHUNK_TOKENS) * words * value
         gradient = words * model.hidden * (sum_ + value) if self.head_learns else 0
         return chunk + gradient + 2 * tokens * model.hidden * value

@@ -313,14 +313,17 @@ class Attention(nn.Module):
         q, k, v = self._split(self.qkv(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = ops.rope(q, k, *rotary, offset=info.offset, positions=info.positions)
-        return self.proj(self.heads(q, k, v, info, cache))
+        if rotary is not None:  # groups stand in for samples: so q is read where it lies in qkv
+            positions = None if info.positions is None else info.positions.repeat_interleave(self.n_kv_heads, 0)
+            q, k = ops.rope(q.flatten(1, 2), k.flatten(1, 2), *rotary, offset=info.offset, positions=positions)
+        s, b, _, d = v.shape
+        return self.proj(self.heads(q.reshape(s, b, -1, d), k.reshape(v.shape), v, info, cache))
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take [s, b, k·(g+2)·d] apart into q [s, b, n, d] and k, v [s, b, k, d]."""
+        """Take [s, b, k·(g+2)·d] apart into q [s, b, k, g, d], k [s, b, k, 1, d] and v [s, b, k, d]."""
         s, b, _ = qkv.shape
         group = self.n_heads // self.n_kv_heads
         grouped = qkv.view(s, b, self.n_kv_heads, group + 2, self.head_dim)
-        q = grouped[..., :group, :].reshape(s, b, self.n_heads, self.head_dim)
-        return q, grouped[..., group, :], grouped[..., group + 1, :]
+        # By one `split`, whose backward writes the gradient in one pass; v apart, for it alone would keep all of qkv.
+        q, k, v = grouped.split((group, 1, 1), dim=-2)
+        return q, k, v.squeeze(-2).contiguous()

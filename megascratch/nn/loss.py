@@ -140,9 +140,12 @@ def _go_through(
     # Chunks of half precision would lose their sum's last bits with every addition.
     grad_weight = weight.new_empty(weight.shape, dtype=dtype) if grad is not None and learns else None
     words = _own_words(len(weight), vocab_size, tp)
+    place = x.new_empty(min(len(x), CHUNK_TOKENS), len(weight))
     for start in range(0, len(x), CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
-        logits = capped(ops.matmul(x[chunk], weight.t()), softcap)
+        product = place[: len(x[chunk])]
+        ops.matmul_into(product, x[chunk], weight.t(), add=False)
+        logits = capped(product, softcap)
         slope = None if softcap is None or grad is None else 1 - (logits / softcap).square()
         logprobs[chunk], log_total, hits[chunk] = _label_logprobs(logits, labels[chunk], vocab_size, tp)
         if describe:

@@ -14,13 +14,17 @@ from megascratch.ops.registry import Operator
 
 # Rows of the result that repay packing b, or reading its columns as they lie; and the least of products.
 _LEAST_ROWS, _LEAST_DIRECT_ROWS, _LEAST_PRODUCTS = 32, 16, 32 * 32 * 32
+# More elements than the result has. glibc wants 112 bytes more than an aligned block takes, so one that is freed has no
+# room for another of its size; what a product leaves, another operator's result of that size shall have.
+_SPARE = 64
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Multiply a [m, k] by b [k, n], of one dtype and any strides → [m, n], contiguous."""
     if not _pays(a, b):
         return a @ b
-    out = a.new_empty(a.shape[0], b.shape[1])
+    m, n = a.shape[0], b.shape[1]
+    out = a.new_empty(m * n + _SPARE).as_strided((m, n), (n, 1))
     torch.ops.megascratch.matmul(out, a, b, False)
     return out
 

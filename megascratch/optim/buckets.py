@@ -131,7 +131,11 @@ class Bucket:
         self.start, self.stop = self.axis.rank * part, (self.axis.rank + 1) * part
         first = params[0]
         self.values = torch.zeros(numel, dtype=first.dtype, device=first.device)
-        self.grads = torch.zeros(part if self.divides_grads else numel, dtype=grad_dtype, device=first.device)
+        self._grads = torch.empty(part if self.divides_grads else numel, dtype=grad_dtype, device=first.device)
+        self._has_grads = False
+        # In a fixed tree they change places with others, and a GPU's allocator would cut so large a piece up.
+        self._frees_grads = self.tree is None and first.device.type == "cpu"
+        self.zero_grads()
         self.on_gradient: Callable[[Bucket, Tensor], None] = lambda bucket, param: None
         self.on_release: Callable[[Iterable[Tensor]], None] = lambda params: None
         self.spans: list[Span] = []
@@ -146,7 +150,6 @@ class Bucket:
             start = stop
         self._arrived: Tensor | None = None  # sums of gradients [numel] that ZeRO-2 has not divided yet
         self._reducing: tuple[comm.Work | None, Tensor, Tensor] | None = None  # with what is summed, and the sum
-        self._is_reduced = False  # whether a reduction has started since the last `zero_grads`
         run = self.values[self.start : self.stop]
         if self.divides_values:
             run = host_copy(run, run.dtype) if self.is_on_host else run.clone()
@@ -181,6 +184,15 @@ class Bucket:
         return codes
 
     @property
+    def grads(self) -> Tensor:
+        """Sums of gradients, [stop − start] where ZeRO divides them, else [numel]; zeros until a step has some."""
+        if not self._has_grads:
+            self._grads.untyped_storage().resize_(self._grads.nbytes)
+            self._grads.zero_()
+            self._has_grads = True
+        return self._grads
+
+    @property
     def _sums(self) -> Tensor:
         """Where gradients are added up, [numel]."""
         if not self.divides_grads:
@@ -200,20 +212,24 @@ class Bucket:
         return self.spans[0].spec.is_owner(self.mesh) and self.replicas.rank == 0
 
     def zero_grads(self) -> None:
-        """Forget the gradients of the last step."""
-        self.grads.zero_()
-        self._is_reduced = False
+        """Forget the gradients of the last step. On a CPU activations may have their memory, until the first one comes:
+        that is when a layer's activations are done with, so that with one micro-batch a step only the larger of the two
+        has to fit."""
+        self._has_grads = False
+        self._is_reduced = False  # whether a reduction has started since
+        if self._frees_grads:
+            self._grads.untyped_storage().resize_(0)
 
     def end_leaf(self) -> None:
         """What has been added up is one leaf of the tree."""
         if self.tree is not None:
-            self.grads = self.tree.add(self.grads)
+            self._grads = self.tree.add(self.grads)
 
     def start_reduction(self) -> None:
         """Start to sum over the shard axis what has been added up. ZeRO-2 may do so many times a step, others once."""
         self.finish_reduction()
         if self.tree is not None:
-            self.grads = self.tree.total(unused=self.grads)
+            self._grads = self.tree.total(unused=self.grads)
             tree_reduce_buffer(self.grads, self.mesh.dp)
             comm.reduce_buffer(self.grads, self.mesh.cp)
             self._is_reduced = True

@@ -32,6 +32,9 @@ from megascratch.optim.rule import OwnedRun, Update, UpdateRule
 
 T = TypeVar("T")
 
+# Of a rank that shares its gradients with nobody: small enough to fit into what a layer's activations leave.
+_ALONE_NUMEL = 1 << 22
+
 RULES: dict[str, type[UpdateRule]] = {"adamw": AdamW, "muon": Muon}
 
 
@@ -90,7 +93,7 @@ class Optimizer:
             units,
             mesh,
             parallel,
-            optim.bucket_numel,
+            optim.bucket_numel if mesh.world.size > 1 else min(optim.bucket_numel, _ALONE_NUMEL),
             partial(rule_of, optim),
             partial(pace_of, optim),
             precision_of,

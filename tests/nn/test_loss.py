@@ -302,6 +302,16 @@ def test_peak_memory_is_a_quarter_of_logits_then_loss(function: Callable[..., Te
 
 
 @pytest.mark.parametrize("function", FUSED.values(), ids=FUSED.keys())
+def test_one_chunk_of_logits_exists_at_a_time(function: Callable[..., Tensor]) -> None:
+    tokens, v, h = 4 * loss.CHUNK_TOKENS, 1024, 8
+    x, weight = torch.randn(tokens, 1, h, requires_grad=True), torch.randn(v, h, requires_grad=True)
+    labels, weights = torch.randint(0, v, (tokens, 1)), torch.ones(tokens, 1)
+    with _PeakBytes() as fused:
+        function(x, weight, labels, weights, v, Mesh.serial()).backward()
+    assert fused.peak < 1.5 * loss.CHUNK_TOKENS * v * 4
+
+
+@pytest.mark.parametrize("function", FUSED.values(), ids=FUSED.keys())
 def test_peak_memory_at_32k_tokens_and_128k_words(function: Callable[..., Tensor]) -> None:
     """Counted on tensors that have sizes and no memory: under a quarter of logits-then-loss."""
     tokens, v, h = 32768, 131072, 2048

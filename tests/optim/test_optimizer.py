@@ -119,6 +119,19 @@ def test_masters_in_halves_are_the_float32_ones_in_steps_and_checkpoints() -> No
     assert not torch.equal(*(end[next(n for n in want if n.startswith("master"))] for end in (ends[0], want)))
 
 
+def test_sums_of_gradients_have_memory_from_the_first_one_to_the_next_step() -> None:
+    params = _params()
+    optimizer = Optimizer([Unit.one(params)], Mesh.serial(), OptimConfig(bucket_numel=1), ParallelConfig())
+    for _ in range(2):
+        optimizer.zero_grads()
+        assert [bucket._grads.untyped_storage().nbytes() for bucket in optimizer.buckets] == [0, 0, 0]
+        (2 * params[0].sum()).backward()
+        assert torch.equal(params[0].main_grad(), torch.full((3, 4), 2.0, dtype=torch.float64))
+        assert sorted(bucket._grads.untyped_storage().nbytes() for bucket in optimizer.buckets) == [0, 0, 96]
+        for bucket in optimizer.buckets:
+            assert bucket.reduced_grads().sum() == (24.0 if bucket.spans[0].param is params[0] else 0.0)
+
+
 AVERAGES = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
 
 
