@@ -9,9 +9,6 @@
 namespace megascratch::MEGASCRATCH_LEVEL {
 namespace {
 
-// Results that take more than this are not in a cache any more when they are read: they need not pass through it.
-constexpr int64_t cached_bytes = 4 << 20;
-
 // One token's heads of q or of k: x is its first head, the next one lies `stride` further; out is contiguous.
 template <typename T>
 struct TokenHeads {
@@ -77,13 +74,12 @@ void rotate_interleaved(const TokenHeads<T>& heads, const Angles<Acc<T>>& angles
   }
 }
 
-// Whether the results go past the caches: where each head's halves are whole lines, and all of them large.
+// Whether the results go past the caches: each head's halves must be whole lines.
 template <typename T>
 bool results_stream(const RopeArguments& a) {
   const int64_t bytes = a.s * a.b * (a.q.n + a.k.n) * a.d * static_cast<int64_t>(sizeof(T));
-  const auto begins_line = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % line_bytes == 0; };
-  return bytes > cached_bytes && a.r / 2 % numbers_of_line<T> == 0 && a.d % numbers_of_line<T> == 0 &&
-         begins_line(a.q.out) && begins_line(a.k.out);
+  return a.d % numbers_of_line<T> == 0 && rows_stream(static_cast<const T*>(a.q.out), a.r / 2, bytes) &&
+         rows_stream(static_cast<const T*>(a.k.out), a.r / 2, bytes);
 }
 
 template <bool streams, typename T>

@@ -250,6 +250,36 @@ MEGASCRATCH_DEVICE void end_streams() {
 #endif
 }
 
+// Results that take more than this are not in a cache any more when they are read: they need not pass through it.
+constexpr int64_t cached_bytes = 4 << 20;
+
+// Whether rows of so many numbers, `bytes` in all, go past the caches: where they are large, and whole lines.
+template <typename T>
+MEGASCRATCH_DEVICE bool rows_stream(const T* to, int64_t numbers, int64_t bytes) {
+  return bytes > cached_bytes && numbers % numbers_of_line<T> == 0 && reinterpret_cast<uintptr_t>(to) % line_bytes == 0;
+}
+
+// Write a row of n numbers by lines: `value(j, count)` gives the numbers j to j + count − 1.
+template <bool streams, typename T, typename Value>
+MEGASCRATCH_DEVICE void write_row(T* to, int64_t n, const Value& value) {
+  constexpr int64_t lanes = lanes_of<Acc<T>>;
+  int64_t j = 0;
+  for (; j + numbers_of_line<T> <= n; j += numbers_of_line<T>) {
+    Line<T> line;
+#pragma GCC unroll 8
+    for (int i = 0; i < Line<T>::n_vectors; ++i) line.vectors[i] = value(j + i * lanes, lanes);
+    if constexpr (streams) {
+      stream_line(to + j, line);
+    } else {
+      store_line(to + j, line);
+    }
+  }
+  for (; j < n; j += lanes) {
+    const int64_t count = n - j < lanes ? n - j : lanes;
+    store_vector(to + j, value(j, count), count);
+  }
+}
+
 // Visit the n numbers of a row a vector at a time: `visit(j, count)` takes the numbers j to j + count − 1.
 template <typename A, typename Visit>
 MEGASCRATCH_DEVICE void for_vectors(int64_t n, const Visit& visit) {

@@ -92,6 +92,24 @@ def test_every_backend_keeps_the_definition(backend, close, name, shape, dtype):
     compare(backend, close, name, inputs, grads, schedules=3 if shape[-1] < 5000 else 1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_results_too_large_for_the_caches_are_those_of_their_parts(backend, name, dtype):
+    if not backend.name.startswith("cpu"):
+        pytest.skip("only the CPU's kernels write past the caches")
+    _, n_rows, n_parameters = NORMS[name]
+    rows, h = 5 * 2**20 // (128 * dtype.itemsize), 128
+    inputs = [torch.randn(rows, h).to(dtype) for _ in range(n_rows)]
+    inputs += [torch.randn(h).to(dtype) for _ in range(n_parameters)]
+    grads = [torch.randn(rows, h).to(dtype) for _ in range(n_rows)]
+    outputs, (dx, *_) = run(backend, name, inputs, grads)
+    third = slice(rows // 3, 2 * rows // 3)
+    some = [t[third] if t.dim() == 2 else t for t in inputs]
+    expected, (expected_dx, *_) = run(backend, name, some, [g[third] for g in grads])
+    for whole, part in zip([*outputs, dx], [*expected, expected_dx]):
+        torch.testing.assert_close(whole[third], part, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", NORMS)
 def test_strided_and_misaligned_rows(backend, close, name):
     _, n_rows, n_parameters = NORMS[name]
