@@ -77,7 +77,8 @@ def test_what_kills_three_workers_is_reported_and_resumed(corpus, expected, toke
     assert content(corpus.with_name("out_text_document")) == expected
 
 
-def test_resume_makes_only_what_is_missing(corpus, expected, tokenizer, quiet, small_parts, monkeypatch):
+@pytest.mark.parametrize("damaged", ["bin", "lengths"])
+def test_resume_makes_only_what_is_missing(corpus, expected, tokenizer, quiet, small_parts, monkeypatch, damaged):
     (lives := corpus.with_name("lives")).write_bytes(b"x")
     flaky = Flaky(tokenizer, "document 1000 ", lives, "raise")
     out, parts = corpus.with_name("out"), corpus.with_name("out.parts")
@@ -88,8 +89,8 @@ def test_resume_makes_only_what_is_missing(corpus, expected, tokenizer, quiet, s
     with pytest.raises(DataError, match=f"left {n_finished} finished parts +add --resume to continue it"):
         preprocess([corpus], tokenizer, out, append_eod=True, console=quiet)
 
-    damaged = bin_path(parts / "0000002_text")  # as a power cut leaves it
-    damaged.write_bytes(bytes(damaged.stat().st_size))
+    file = parts / f"0000002_text.{damaged}"
+    file.write_bytes(bytes(file.stat().st_size))  # as a power cut leaves it
     made = []
     import megascratch.data.preprocess as module
 
