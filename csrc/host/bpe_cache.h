@@ -7,9 +7,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "huge_pages.h"
 #include "scan_ahead.h"
@@ -55,7 +57,25 @@ class PieceCache {
         return {PieceKey(begin, piece.size(), begin + piece.size()), {id | 1u << 24}};
     }
 
+    /// The entry of a short pre-token of any ids; where they are more than four, it only says how many.
+    static Entry entry_of(const PieceKey& key, const uint32_t* ids, size_t n_ids) {
+        Entry entry{key, {}};
+        if (n_ids <= kMaxIds) std::memcpy(entry.ids, ids, n_ids * sizeof *ids);
+        entry.ids[0] |= uint32_t(n_ids) << 24;
+        return entry;
+    }
+
     void keep(const Entry& entry) { line(entry.key.hash()).put(entry); }
+
+    /// Keep many entries: the memory of some comes while others are put in.
+    void keep(const Entry* entries, size_t n) {
+        constexpr size_t kAtOnce = 32;
+        for (size_t first = 0; first < n; first += kAtOnce) {
+            const size_t last = std::min(n, first + kAtOnce);
+            for (size_t i = first; i < last; ++i) __builtin_prefetch(&line(entries[i].key.hash()), 1);
+            for (size_t i = first; i < last; ++i) keep(entries[i]);
+        }
+    }
 
     void touch(const ScannedPiece& piece) const {
         if (piece.has_key())
@@ -88,10 +108,7 @@ class PieceCache {
     /// Keep the ids of a piece, unless there are too many; it is not awaited any more.
     void remember(const ScannedPiece& piece, const uint32_t* ids, size_t n_ids) {
         if (piece.has_key()) {
-            Entry entry{piece.key, {}};
-            if (n_ids <= kMaxIds) std::memcpy(entry.ids, ids, n_ids * sizeof *ids);
-            entry.ids[0] |= uint32_t(n_ids) << 24;
-            line(piece.hash).put(entry);
+            line(piece.hash).put(entry_of(piece.key, ids, n_ids));
             if (n_ids <= kMaxIds) return;
         }
         if (piece.length > LongEntry::kMaxBytes) return;
@@ -119,6 +136,47 @@ class PieceCache {
 
     HugeArray<Line> lines_;
     HugeArray<LongEntry> long_entries_;
+};
+
+/// What the threads of a run tell each other: the entries that each has made, for the caches of the others. Without it
+/// every thread would encode for itself what is frequent in all of the text.
+class Exchange {
+  public:
+    explicit Exchange(size_t n_threads) : made_(n_threads) {
+        for (Made& made : made_) {
+            made.entries.reserve(kMostEntries);  // so that they stay where they are
+            made.n_heard.resize(n_threads);
+        }
+    }
+
+    /// Tell an entry; the others hear of it once this thread calls `publish`. After many nothing more is told: what is
+    /// frequent comes early.
+    void tell(size_t thread, const PieceCache::Entry& entry) {
+        if (made_[thread].entries.size() < kMostEntries) made_[thread].entries.push_back(entry);
+    }
+    void publish(size_t thread) {
+        made_[thread].n.store(made_[thread].entries.size(), std::memory_order_release);
+    }
+
+    /// Keep what the others have told since the last time.
+    void hear(size_t thread, PieceCache& cache) {
+        for (Made& made : made_) {
+            if (&made == &made_[thread]) continue;
+            const size_t n = made.n.load(std::memory_order_acquire);
+            size_t& n_heard = made.n_heard[thread];
+            cache.keep(made.entries.data() + n_heard, n - n_heard);
+            n_heard = n;
+        }
+    }
+
+  private:
+    static constexpr size_t kMostEntries = size_t(1) << 17;  // 4 MiB a thread, taken as it fills
+    struct alignas(64) Made {
+        std::vector<PieceCache::Entry> entries;  // read by others up to n
+        std::vector<size_t> n_heard;             // by each of the others
+        std::atomic<size_t> n{0};
+    };
+    std::vector<Made> made_;
 };
 
 }  // namespace megascratch::bpe

@@ -138,7 +138,9 @@ class Encoder {
     template <class Id>
     struct Output {
         Encoded<Id> made;
-        Workspace* space = nullptr;
+        Workspace* space;
+        Exchange* exchange = nullptr;  // with the other threads, where there are any
+        size_t thread = 0;
     };
 
     static constexpr int64_t kShareBytes = 1 << 18;  // whose ids are still near when they are put with the others
@@ -146,29 +148,34 @@ class Encoder {
     template <class Id, class Work>
     Encoded<Id> run(size_t n_shares, size_t n_threads, size_t n_bytes, const Work& work) const {
         const size_t n_ids_expected = n_bytes / 4;
+        n_threads = std::min(n_threads, n_shares);
+        std::vector<std::unique_ptr<Workspace>> spaces(n_threads);  // one a thread, for as long as this runs
         const auto make = [&](size_t share, Output<Id>& output) {
-            std::unique_ptr<Workspace> space = borrow();
+            std::unique_ptr<Workspace>& space = spaces[output.thread];
+            if (!space) space = borrow();
             output.space = space.get();
             work(share, output);
             settle(output);
-            give_back(std::move(space));
         };
         Encoded<Id> all;
         if (n_shares == 1) {
-            Output<Id> output;
+            Output<Id> output{};
             output.made.ids.expect(n_ids_expected);
             make(0, output);
             all = std::move(output.made);
         } else if (n_shares > 1) {
             Collector<Id> collector(n_shares, n_ids_expected);
-            work_off(n_shares, n_threads, [&](size_t share, size_t) {
-                Output<Id> output;
+            Exchange exchange(n_threads);
+            work_off(n_shares, n_threads, [&](size_t share, size_t thread) {
+                Output<Id> output{{}, nullptr, &exchange, thread};
                 output.made.ids.reserve(n_ids_expected / n_shares);
                 make(share, output);
                 collector.add(share, std::move(output.made));
             });
             all = collector.take();
         }
+        for (std::unique_ptr<Workspace>& space : spaces)
+            if (space) give_back(std::move(space));
         all.ids.trim();
         return all;
     }
@@ -309,8 +316,17 @@ class Encoder {
             to = std::copy_backward(job.ids, job.ids + job.n_ids, to);
         }
         ids.advance(n_more);
-        for (size_t job = 0; job < space.awaited.size(); ++job)
-            space.cache.remember(space.awaited[job], space.jobs[job].ids, space.jobs[job].n_ids);
+        for (size_t i = 0; i < space.awaited.size(); ++i) {
+            const PieceJob& job = space.jobs[i];
+            const ScannedPiece& piece = space.awaited[i];
+            space.cache.remember(piece, job.ids, job.n_ids);
+            if (output.exchange && piece.has_key() && job.n_ids <= PieceCache::kMaxIds)
+                output.exchange->tell(output.thread, PieceCache::entry_of(piece.key, job.ids, job.n_ids));
+        }
+        if (output.exchange) {
+            output.exchange->publish(output.thread);
+            output.exchange->hear(output.thread, space.cache);
+        }
         space.awaited.clear();
         space.gaps.clear();
     }

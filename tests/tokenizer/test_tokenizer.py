@@ -161,6 +161,19 @@ def test_documents_in_one_buffer(tokenizer: Tokenizer, source_texts: list[str], 
             tokenizer.encode_documents(b"abc", np.array(wrong))
 
 
+def test_threads_that_hear_what_others_have_made(tokenizer: Tokenizer) -> None:
+    """Made-up words all over the text, in a new tokenizer: a thread finds most of them among what another has told."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("aeioubdkmnrst", k=rng.randint(4, 12))) for _ in range(20_000)]
+    texts = [" ".join(rng.choices(words, k=1000)).encode() for _ in range(300)]
+    ends = np.cumsum([len(text) for text in texts])
+    one_ids, one_ends = tokenizer.encode_documents(b"".join(texts), ends)
+    for threads in (2, 5):
+        ids, id_ends = Tokenizer(tokenizer.vocabulary).encode_documents(b"".join(texts), ends, threads)
+        assert np.array_equal(ids, one_ids)
+        assert np.array_equal(id_ends, one_ends)
+
+
 def test_documents_that_python_has_to_cut(tokenizer: Tokenizer) -> None:
     """A normaliser, a token that is always found, a pattern without a scanner: the ids are those of `encode`."""
     texts = ["e\u0301cole self.assertEqual", "", "a1 22 self.assertTrue"]
