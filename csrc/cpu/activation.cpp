@@ -48,55 +48,90 @@ struct CurveOf<Half, Gelu> {
   using type = NarrowGelu;
 };
 
-template <typename T, typename F>
+template <bool streams, typename T, typename F>
 void plain_row(const T* x, T* y, int64_t f) {
-  for_vectors<Acc<T>>(f, [=](int64_t j, int64_t count) {
-    store_vector(y + j, F::at(load_vector(x + j, count)).value, count);
-  });
+  write_row<streams>(y, f, [=](int64_t j, int64_t count) { return F::at(load_vector(x + j, count)).value; });
 }
 
-template <typename T, typename F>
+template <bool streams, typename T, typename F>
 void gated_row(const T* gate, const T* up, T* y, int64_t f) {
-  for_vectors<Acc<T>>(f, [=](int64_t j, int64_t count) {
-    store_vector(y + j, F::at(load_vector(gate + j, count)).value * load_vector(up + j, count), count);
+  write_row<streams>(y, f, [=](int64_t j, int64_t count) {
+    return F::at(load_vector(gate + j, count)).value * load_vector(up + j, count);
   });
 }
 
-template <typename T, typename F>
+template <bool streams, typename T, typename F>
 void plain_backward_row(const T* grad, const T* x, T* dx, int64_t f) {
-  for_vectors<Acc<T>>(f, [=](int64_t j, int64_t count) {
-    store_vector(dx + j, load_vector(grad + j, count) * F::at(load_vector(x + j, count)).slope, count);
+  write_row<streams>(dx, f, [=](int64_t j, int64_t count) {
+    return load_vector(grad + j, count) * F::at(load_vector(x + j, count)).slope;
   });
 }
 
-template <typename T, typename F>
+template <typename V>
+struct GatedGradients {
+  V gate, up;
+};
+
+template <bool streams, typename T, typename F>
 void gated_backward_row(const T* grad, const T* gate, const T* up, T* dgate, T* dup, int64_t f) {
-  for_vectors<Acc<T>>(f, [=](int64_t j, int64_t count) {
+  constexpr int64_t lanes = lanes_of<Acc<T>>;
+  const auto gradients = [=](int64_t j, int64_t count) {
     const auto g = load_vector(grad + j, count);
     const auto a = F::at(load_vector(gate + j, count));
-    store_vector(dgate + j, g * load_vector(up + j, count) * a.slope, count);
-    store_vector(dup + j, g * a.value, count);
-  });
-}
-
-template <typename T, typename F>
-void forward(const ActivationArguments& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
-    T* y = static_cast<T*>(a.y) + row * a.f;
-    a.gated ? gated_row<T, F>(x, x + a.f, y, a.f) : plain_row<T, F>(x, y, a.f);
+    return GatedGradients<VectorOf<Acc<T>>>{g * load_vector(up + j, count) * a.slope, g * a.value};
+  };
+  int64_t j = 0;
+  for (; j + numbers_of_line<T> <= f; j += numbers_of_line<T>) {
+    Line<T> of_gate, of_up;
+#pragma GCC unroll 8
+    for (int i = 0; i < Line<T>::n_vectors; ++i) {
+      const auto both = gradients(j + i * lanes, lanes);
+      of_gate.vectors[i] = both.gate, of_up.vectors[i] = both.up;
+    }
+    if constexpr (streams) {
+      stream_line(dgate + j, of_gate), stream_line(dup + j, of_up);
+    } else {
+      store_line(dgate + j, of_gate), store_line(dup + j, of_up);
+    }
+  }
+  for (; j < f; j += lanes) {
+    const int64_t count = f - j < lanes ? f - j : lanes;
+    const auto both = gradients(j, count);
+    store_vector(dgate + j, both.gate, count), store_vector(dup + j, both.up, count);
   }
 }
 
-template <typename T, typename F>
-void backward(const ActivationArguments& a, int64_t begin, int64_t end) {
+template <bool streams, typename T, typename F>
+void forward_rows(const ActivationArguments& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
+    T* y = static_cast<T*>(a.y) + row * a.f;
+    a.gated ? gated_row<streams, T, F>(x, x + a.f, y, a.f) : plain_row<streams, T, F>(x, y, a.f);
+  }
+  if constexpr (streams) end_streams();
+}
+
+template <bool streams, typename T, typename F>
+void backward_rows(const ActivationArguments& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
     const T* grad = static_cast<const T*>(a.grad) + row * a.stride_grad;
     T* dx = static_cast<T*>(a.dx) + row * (a.gated ? 2 * a.f : a.f);
-    a.gated ? gated_backward_row<T, F>(grad, x, x + a.f, dx, dx + a.f, a.f)
-            : plain_backward_row<T, F>(grad, x, dx, a.f);
+    a.gated ? gated_backward_row<streams, T, F>(grad, x, x + a.f, dx, dx + a.f, a.f)
+            : plain_backward_row<streams, T, F>(grad, x, dx, a.f);
   }
+  if constexpr (streams) end_streams();
+}
+
+template <typename T, typename F>
+void run(const ActivationArguments& a, int64_t begin, int64_t end) {
+  const int64_t bytes = a.rows * a.f * static_cast<int64_t>(sizeof(T));  // of dx, gated ones have two
+  if (a.grad) {
+    const bool streams = rows_stream(static_cast<const T*>(a.dx), a.f, a.gated ? 2 * bytes : bytes);
+    return streams ? backward_rows<true, T, F>(a, begin, end) : backward_rows<false, T, F>(a, begin, end);
+  }
+  const bool streams = rows_stream(static_cast<const T*>(a.y), a.f, bytes);
+  streams ? forward_rows<true, T, F>(a, begin, end) : forward_rows<false, T, F>(a, begin, end);
 }
 
 }  // namespace
@@ -106,7 +141,7 @@ void Kernels::activation(const ActivationArguments& a, int64_t begin, int64_t en
     for_curve(a.curve, [&](auto curve) {
       using T = decltype(zero);
       using F = typename CurveOf<T, decltype(curve)>::type;
-      a.grad ? backward<T, F>(a, begin, end) : forward<T, F>(a, begin, end);
+      run<T, F>(a, begin, end);
     });
   });
 }

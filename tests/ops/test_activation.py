@@ -77,6 +77,18 @@ def test_the_whole_range(backend, close, name):
     assert y.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["relu_squared", "swiglu"])
+def test_results_too_large_for_the_caches_are_those_of_their_parts(backend, name, dtype):
+    if not backend.name.startswith("cpu"):
+        pytest.skip("only the CPU's kernels write past the caches")
+    forward, backward = getattr(backend.ops, name), getattr(backend.ops, f"{name}_backward")
+    x = torch.randn(5 * 2**20 // (64 * dtype.itemsize), 128 if name == "swiglu" else 64).to(dtype)
+    grad, third = torch.randn(len(x), 64).to(dtype), slice(len(x) // 3, len(x) // 2)
+    assert torch.equal(forward(x)[third], forward(x[third]))
+    assert torch.equal(backward(grad, x)[third], backward(grad[third], x[third]))
+
+
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 def test_strided_and_misaligned_rows(backend, close, name):
     wide = torch.randn(4, 3, 5, 48).bfloat16()
