@@ -2,8 +2,8 @@
 
 The bytes are counted, not estimated: one forward on the meta device, where tensors are shapes alone, shows every tensor
 that autograd would keep, under any plan and on any layout. By hand, with RMSNorm, SwiGLU, blocked attention
-and no recomputation: the inputs of 2 norms and of the 2 products behind them; q and k, rotated; the product that v is a
-part of; the heads' output; gate and up, and their product: s·b·(4h + 3nd + 3kd + 3f) numbers, and a few a token.
+and no recomputation: the inputs of 2 norms and of the 2 products behind them; q and k, rotated; v; the heads' output;
+gate and up, and their product: s·b·(4h + 2nd + 2kd + 3f) numbers, and a few a token.
 
 Legend: `s` tokens of this rank, `S` of the sequence, `b` micro-batch, `h` hidden, `n` query heads, `k` key/value heads,
 `d` head dimension, `f` feed-forward size.
