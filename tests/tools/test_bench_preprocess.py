@@ -43,7 +43,7 @@ def test_the_table(bench, tmp_path, capsys):
     script.write_text(SCRIPT)
     bench.main(list(map(str, arguments)))
     printed = capsys.readouterr().out
-    for row in ("megascratch", "Megatron-LM", "raw encode"):
+    for row in ("megascratch", "Megatron-LM", "threads: 1", "threads: 2"):
         assert row in printed
 
 
