@@ -118,9 +118,9 @@ class Engine:
         if not learns:
             for stage in self.stages.values():
                 stage.requires_grad_(False)
-        if train.compile:
-            compile_layers(self.stages)
         self.optimizer = Optimizer(units_of(self.stages), mesh, config.optim, parallel)
+        if train.compile:
+            compile_layers(self.stages, self.optimizer.buckets)
         if self.fp8 is not None:
             attach_recipe(self.fp8, self.stages, self.optimizer.buckets)
         self._weights_stay = self.fp8.weights_stay if self.fp8 is not None and train.fp8_weight_cache else nullcontext

@@ -71,7 +71,7 @@ def make_stages(
     return stages
 
 
-def compile_layers(stages: Mapping[int, Stage]) -> None:
+def compile_layers(stages: Mapping[int, Stage], buckets: Iterable[Bucket]) -> None:
     """Have torch.compile make the layers' forward and backward, around the fused operators, at their first use.
 
     Layers differ in their parameters alone, so what one was compiled to serves all. Hooks stay outside: the optimizer's
@@ -80,6 +80,8 @@ def compile_layers(stages: Mapping[int, Stage]) -> None:
     for stage in stages.values():
         for block in stage.layers.values():
             block.forward = torch.compile(block.forward)
+    for bucket in buckets:
+        bucket.keep_grads()
 
 
 def layers_per_stage(config: Config, n_stages: int) -> tuple[int, ...]:

@@ -215,10 +215,17 @@ class Bucket:
         """Forget the gradients of the last step. On a CPU activations may have their memory, until the first one comes:
         that is when a layer's activations are done with, so that with one micro-batch a step only the larger of the two
         has to fit."""
-        self._has_grads = False
         self._is_reduced = False  # whether a reduction has started since
         if self._frees_grads:
             self._grads.untyped_storage().resize_(0)
+            self._has_grads = False
+        else:
+            self.grads.zero_()
+
+    def keep_grads(self) -> None:
+        """Have memory for gradients all the time: what compiled code adds to must not come and go."""
+        self._frees_grads = False
+        self.zero_grads()
 
     def end_leaf(self) -> None:
         """What has been added up is one leaf of the tree."""
