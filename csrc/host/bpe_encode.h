@@ -160,7 +160,7 @@ class Encoder {
         Encoded<Id> all;
         if (n_shares == 1) {
             Output<Id> output{};
-            output.made.ids.expect(n_ids_expected);
+            output.made.ids.reserve(n_ids_expected);
             make(0, output);
             all = std::move(output.made);
         } else if (n_shares > 1) {

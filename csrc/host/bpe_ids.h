@@ -11,11 +11,12 @@
 #include <utility>
 #include <vector>
 
-#include "huge_pages.h"
-
 namespace megascratch::bpe {
 
 /// Ids that grow without being cleared first; uint16 or uint32, as the file or model wants them.
+///
+/// They are written once, from front to back, so small pages do. Huge ones would come a twentieth faster where there are
+/// some to be had; in a virtual machine it is those that the host has taken back, and a first pass waits for it.
 template <class Id>
 class IdBuffer {
   public:
@@ -29,11 +30,6 @@ class IdBuffer {
             data_.reset(static_cast<Id*>(grown));
         }
         return data_.get() + size_;
-    }
-    /// Expect about so many ids: their memory comes in huge pages, which the kernel hands out faster.
-    void expect(size_t n) {
-        reserve(n);
-        wish_huge_pages(data_.get(), capacity_ * sizeof(Id));
     }
     /// Give back what was expected in vain.
     void trim() {
@@ -69,7 +65,7 @@ template <class Id>
 class Collector {
   public:
     Collector(size_t n_shares, size_t n_ids_expected) : waiting_(n_shares), is_here_(n_shares) {
-        all_.ids.expect(n_ids_expected);
+        all_.ids.reserve(n_ids_expected);
     }
     void add(size_t share, Encoded<Id>&& made) {
         std::unique_lock<std::mutex> lock(mutex_);
