@@ -404,7 +404,12 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=float, default=60, help="seconds after which a tool has no further turn")
-    parser.add_argument("--tools", nargs="+", help="only these, by the names in the tables")
+    parser.add_argument(
+        "--tools",
+        nargs="+",
+        choices=sorted({*PEERS["train"], *PEERS["encode"]}),
+        help="only these, by the names in the tables",
+    )
     parser.add_argument(
         "--patterns", nargs="+", choices=VOCABULARIES, default=list(VOCABULARIES), help="to encode with"
     )
