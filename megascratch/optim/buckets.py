@@ -198,7 +198,7 @@ class Bucket:
         if not self.divides_grads:
             return self.grads
         if self._arrived is None:
-            self._arrived = torch.zeros(self.values.numel(), dtype=self.grads.dtype, device=self.grads.device)
+            self._arrived = torch.zeros(self.values.numel(), dtype=self._grads.dtype, device=self._grads.device)
         return self._arrived
 
     @property
@@ -298,8 +298,12 @@ class Bucket:
             self._used.release()
             self.on_release(span.param for span in self.spans)
 
+    def start_gather(self) -> None:
+        """Start to bring all values here, for what reads them outside of a step."""
+        self._values.fetch()
+
     def gather(self) -> None:
-        """Have all values here, for what reads them outside of a step."""
+        """Have all values here."""
         self._values.need()
 
     def give_back(self) -> None:

@@ -218,6 +218,8 @@ class Overlap:
     def gather(self) -> None:
         """Have all values here, for what reads them outside of a step."""
         for bucket in self.buckets:
+            bucket.start_gather()
+        for bucket in self.buckets:
             bucket.gather()
 
     def give_back(self) -> None:
