@@ -88,11 +88,7 @@ void gated_backward_row(const T* grad, const T* gate, const T* up, T* dgate, T* 
       const auto both = gradients(j + i * lanes, lanes);
       of_gate.vectors[i] = both.gate, of_up.vectors[i] = both.up;
     }
-    if constexpr (streams) {
-      stream_line(dgate + j, of_gate), stream_line(dup + j, of_up);
-    } else {
-      store_line(dgate + j, of_gate), store_line(dup + j, of_up);
-    }
+    write_line<streams>(dgate + j, of_gate), write_line<streams>(dup + j, of_up);
   }
   for (; j < f; j += lanes) {
     const int64_t count = f - j < lanes ? f - j : lanes;

@@ -36,11 +36,7 @@ MEGASCRATCH_DEVICE void rotate_line(const T* x, T* out, const Angles<Acc<T>>& an
     const auto c = load_vector(angles.cos + at), s = angles.sign * load_vector(angles.sin + at);
     first.vectors[i] = x1 * c - x2 * s, second.vectors[i] = x2 * c + x1 * s;
   }
-  if constexpr (streams) {
-    stream_line(out + j, first), stream_line(out + angles.pairs + j, second);
-  } else {
-    store_line(out + j, first), store_line(out + angles.pairs + j, second);
-  }
+  write_line<streams>(out + j, first), write_line<streams>(out + angles.pairs + j, second);
 }
 
 template <bool streams, typename T>

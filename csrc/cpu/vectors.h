@@ -244,6 +244,15 @@ MEGASCRATCH_DEVICE void stream_line(T* to, const Line<T>& line) {
 #endif
 }
 
+template <bool streams, typename T>
+MEGASCRATCH_DEVICE void write_line(T* to, const Line<T>& line) {
+  if constexpr (streams) {
+    stream_line(to, line);
+  } else {
+    store_line(to, line);
+  }
+}
+
 MEGASCRATCH_DEVICE void end_streams() {
 #ifdef __x86_64__
   _mm_sfence();
@@ -268,11 +277,7 @@ MEGASCRATCH_DEVICE void write_row(T* to, int64_t n, const Value& value) {
     Line<T> line;
 #pragma GCC unroll 8
     for (int i = 0; i < Line<T>::n_vectors; ++i) line.vectors[i] = value(j + i * lanes, lanes);
-    if constexpr (streams) {
-      stream_line(to + j, line);
-    } else {
-      store_line(to + j, line);
-    }
+    write_line<streams>(to + j, line);
   }
   for (; j < n; j += lanes) {
     const int64_t count = n - j < lanes ? n - j : lanes;
