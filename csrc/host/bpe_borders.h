@@ -37,7 +37,9 @@ struct alignas(64) Token {
 
 class Borders {
   public:
-    Borders(size_t expected) : merged_(expected), of_bytes_(256 * 256, Token::kNone) { tokens_.reserve(expected); }
+    enum class Guess { kNo = 0, kMaybe = 1, kYes = 2 };
+
+    Borders(size_t expected) : merged_(expected), of_bytes_(256 * 256, Token::kNone) { tokens_.reserve(expected + 1); }
 
     const std::vector<Token>& tokens() const { return tokens_; }
     const Token& operator[](uint32_t token) const { return tokens_[token]; }
@@ -93,19 +95,32 @@ class Borders {
             if (joined_before_[token]) tokens_[token].begins |= bit(token);
         }
         joined_before_ = joined_after_ = {};
+        Token nothing;
+        nothing.last_until = 0;  // nor is a byte of it ever joined to another
+        tokens_.push_back(nothing);
     }
+
+    /// What stands before the first token of a text: compatible with all that come after. Its number is the one behind
+    /// that of the last token, and only `finish` gives it.
+    uint32_t nothing() const { return uint32_t(tokens_.size() - 1); }
 
     /// Say whether merging leaves the border between these two.
     bool compatible(uint32_t left, uint32_t right) const {
-        const Token &l = tokens_[left], &r = tokens_[right];
-        const uint32_t merge = of_bytes_[size_t(l.last) << 8 | r.first];
-        if (merge < l.last_until && merge <= r.first_until) return false;
-        if (((l.joins_after & r.begins) == 0) | ((l.ends & r.joins_before) == 0)) return true;
-        return survives(left, right);
+        const Guess guess = at_a_glance(left, right);
+        return guess == Guess::kMaybe ? survives(left, right) : guess == Guess::kYes;
     }
 
-    /// The same, by undoing the later of the merges beside the border, and so on: one over it that would have come before
-    /// the one undone last says no.
+    /// The same, or kMaybe where it takes longer to find out. There are no branches in this.
+    Guess at_a_glance(uint32_t left, uint32_t right) const {
+        const Token &l = tokens_[left], &r = tokens_[right];
+        const uint32_t merge = of_bytes_[size_t(l.last) << 8 | r.first];
+        const unsigned joined = (merge < l.last_until) & (merge <= r.first_until);
+        const unsigned apart = ((l.joins_after & r.begins) == 0) | ((l.ends & r.joins_before) == 0);
+        return Guess((1 - joined) << apart);
+    }
+
+    /// What `compatible` says, by undoing the later of the merges beside the border, and so on: one over it that would
+    /// have come before the one undone last says no.
     bool survives(uint32_t left, uint32_t right) const {
         for (uint32_t before = Token::kNone;;) {
             if (merged_.find(left, right) < before) return false;

@@ -21,7 +21,7 @@ class Trie {
     static constexpr unsigned kEnd = 256;  // what stands behind the last byte of a text
 
     /// Args: strings: distinct, each of the 256 single bytes among them; string i is found as the value i.
-    explicit Trie(const std::vector<std::string_view>& strings) : starts_(256 * kSymbols) {
+    explicit Trie(const std::vector<std::string_view>& strings) : starts_(kSymbols * kSymbols) {
         std::vector<uint32_t> order(strings.size());
         std::iota(order.begin(), order.end(), 0);
         std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return strings[a] < strings[b]; });
@@ -68,15 +68,16 @@ class Trie {
         bool over() const { return base == kNowhere; }
     };
 
-    /// A walk that has gone two bytes; the second may be kEnd.
+    /// A walk that has gone two bytes; they may be kEnd.
     const Walk& begin(unsigned first, unsigned second) const { return starts_[first * kSymbols + second]; }
 
-    /// Go a byte further, or kEnd. There are no branches in this: nobody can guess where a walk ends.
+    /// Go a byte further, or kEnd. There are no branches in this: nobody can guess where a walk ends. What is chosen by
+    /// masks the compiler would, with `?:`, choose by a branch.
     void step(Walk& walk, unsigned byte) const {
         const Node node = nodes_[walk.base + byte];
-        const bool matches = node.label == byte;
-        walk.base = matches ? uint32_t(node.base) : kNowhere;
-        walk.found = matches ? uint32_t(node.value) : walk.found;
+        const uint32_t if_matches = -uint32_t(node.label == byte);
+        walk.base = uint32_t(node.base) & if_matches;
+        walk.found ^= (walk.found ^ uint32_t(node.value)) & if_matches;
     }
 
     /// Ask for the memory that the next step needs.
