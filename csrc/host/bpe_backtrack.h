@@ -127,14 +127,14 @@ class Backtracker {
         }
     };
 
-    /// Pieces that are encoded together. The tables are larger than the nearest caches: what a piece will read of them is
-    /// asked for, and has come by the time that the piece has its turn again. What is to be done with a piece depends on
-    /// what it has read, and the processor would guess it wrong; so there is a list of pieces for each thing to do, and a
-    /// round goes through one list after the other.
+    /// Pieces that are encoded together. The tables are larger than the nearest caches: what a piece will read of them
+    /// is asked for, and has come by the time that the piece has its turn again. What a piece needs next depends on
+    /// what it has read, and the processor would guess it wrong; so there is a list of pieces for each thing to do, and
+    /// a round goes through one list after the other.
     ///
     ///   walking → found      the longest match from here, a byte a round
     ///   found → candidate    it is asked for, and looked at in the next round
-    ///   candidate → fitting, unsure or unfit;  unsure → fitting or unfit
+    ///   candidate → fitting, unsure or unfit;  unsure → fitting or doubtful;  doubtful → fitting or unfit
     ///   fitting → walking    it is taken: on from its end
     ///   unfit → candidate    the next shorter one
     class Group {
@@ -144,27 +144,33 @@ class Backtracker {
 
         void encode() {
             using Guess = Borders::Guess;
-            Members walking, found, candidates, unsure, fitting, unfit;
+            Members walking, found, candidates, unsure, doubtful, fitting, unfit;
             copy_texts();
             for (uint32_t piece = 0; piece < n_jobs_; ++piece) {
                 begin_walk(piece);
                 walking.add(piece, true);
             }
-            while (walking.n + candidates.n != 0) {
+            while (walking.n + candidates.n + unsure.n != 0) {
                 walking.use_up([&](uint32_t piece) {
                     const bool goes_on = walk_on(piece);
                     walking.add(piece, goes_on);
                     found.add(piece, !goes_on);
                 });
                 for (uint32_t i = 0; i < found.n; ++i) borders_.touch(turns_[found.pieces[i]].candidate());
+                unsure.use_up([&](uint32_t piece) {
+                    const bool fits = look_again(piece);
+                    fitting.add(piece, fits);
+                    doubtful.add(piece, !fits);
+                });
                 candidates.use_up([&](uint32_t piece) {
                     const Guess fits = look_at_candidate(piece);
                     fitting.add(piece, fits == Guess::kYes);
                     unsure.add(piece, fits == Guess::kMaybe);
                     unfit.add(piece, fits == Guess::kNo);
                 });
-                unsure.use_up([&](uint32_t piece) {
-                    const bool fits = look_closely(piece);
+                for (uint32_t i = 0; i < unsure.n; ++i) ask_for_second_look(unsure.pieces[i]);
+                doubtful.use_up([&](uint32_t piece) {
+                    const bool fits = find_out(piece);
                     fitting.add(piece, fits);
                     unfit.add(piece, !fits);
                 });
@@ -242,9 +248,17 @@ class Backtracker {
             return Borders::Guess(unsigned(guess) * !dead_end);  // no is 0
         }
 
-        bool look_closely(uint32_t piece) {
-            Turn& turn = turns_[piece];
-            return borders_.survives(turn.last, turn.candidate());
+        void ask_for_second_look(uint32_t piece) {
+            borders_.touch_for_second_look(turns_[piece].last);
+            borders_.touch_for_second_look(turns_[piece].candidate());
+        }
+
+        bool look_again(uint32_t piece) {
+            return borders_.at_second_look(turns_[piece].last, turns_[piece].candidate());
+        }
+
+        bool find_out(uint32_t piece) {
+            return borders_.survives(turns_[piece].last, turns_[piece].candidate());
         }
 
         void take_candidate(uint32_t piece) {
