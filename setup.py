@@ -199,7 +199,10 @@ def pybind11_modules() -> dict[str, tuple[Path, list[str]]]:
 
 
 def bpe_levels() -> dict[str, list[str]]:
-    return {level: flags for level, flags in cpu_levels().items() if level != "v4"}
+    levels = {level: flags for level, flags in cpu_levels().items() if level != "v4"}
+    if "v3" in levels:
+        levels["v3"] = [*levels["v3"], "-maes"]  # no level has it, every processor of this one does; it hashes pieces
+    return levels
 
 
 # The extension is named only so that setuptools knows the wheel to be of one platform.

@@ -40,7 +40,7 @@ py::tuple to_numpy(Encoded<Id>&& encoded) {
     py::array_t<Id> ids(0);
     if (const size_t n_ids = encoded.ids.size()) {
         Id* const data = encoded.ids.release();
-        ids = py::array_t<Id>(py::ssize_t(n_ids), data, py::capsule(data, [](void* p) { std::free(p); }));
+        ids = py::array_t<Id>(py::ssize_t(n_ids), data, py::capsule(data, [](void* p) { IdMemory::give_back(p); }));
     }
     return py::make_tuple(ids, py::array_t<int64_t>(py::ssize_t(encoded.ends.size()), encoded.ends.data()));
 }
@@ -144,10 +144,11 @@ py::bytes decode(const Decoder& decoder, const py::array_t<Id, py::array::c_styl
     return bytes;
 }
 
-/// Whether this processor can run what is compiled for x86-64-v3.
+/// Whether this processor can run what is compiled for x86-64-v3 and AES.
 bool runs_v3() {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("aes");
 #else
     return false;
 #endif

@@ -19,7 +19,7 @@ class PieceTable {
     void touch(const ScannedPiece& piece) const { __builtin_prefetch(&short_[piece.hash >> (64 - log_)]); }
 
     void add(const ScannedPiece& piece) {
-        if (piece.has_key())
+        if (piece.key)
             add_short(piece.key, 1);
         else
             add_long(piece.view(), 1);
@@ -36,7 +36,7 @@ class PieceTable {
     template <class Visit>
     void for_each(Visit&& visit) const {
         for_each_short([&](const PieceKey& key, int64_t count) {
-            visit(std::string_view(reinterpret_cast<const char*>(&key), key.length()), count);
+            visit(std::string_view(reinterpret_cast<const char*>(key.bytes()), key.length()), count);
         });
         for (size_t i = 0; i < long_.size(); ++i) visit(long_[i], long_counts_[i]);
     }
@@ -104,15 +104,19 @@ class PieceCounter {
         if (tables_.size() < n_threads) tables_.resize(n_threads);
         work_off(shares.size(), n_threads, [&](size_t share, size_t thread) {
             PieceTable& table = tables_[thread];
-            const auto batches = std::make_unique<ScannedBatch[]>(3);
+            const auto batches = std::make_unique<Batch[]>(2);
             for_each_stretch(shares[share], ends, [&](int64_t begin, int64_t end, bool) {
                 const Text stretch(text + begin, text + end);
-                scan_ahead(
-                    batches.get(), Cutter<Scanner>(stretch, readable_end), stretch.begin, readable_end,
-                    [&](const ScannedPiece& piece) { table.touch(piece); }, [](const ScannedBatch&) {},
-                    [&](const ScannedBatch& batch) {
-                        for (size_t i = 0; i < batch.n; ++i) table.add(batch.pieces[i]);
-                    });
+                const auto look = [&](Batch& batch) {
+                    for (size_t i = 0; i < batch.n; ++i) {
+                        batch.pieces[i] = ScannedPiece(batch.borders[i], batch.borders[i + 1], readable_end);
+                        table.touch(batch.pieces[i]);
+                    }
+                };
+                const auto count = [&](const Batch& batch) {
+                    for (size_t i = 0; i < batch.n; ++i) table.add(batch.pieces[i]);
+                };
+                scan_ahead(batches.get(), Cutter<Scanner>(stretch, readable_end), stretch.begin, look, count);
             });
         });
     }
@@ -127,6 +131,10 @@ class PieceCounter {
     }
 
   private:
+    struct Batch : ScannedBatch {
+        ScannedPiece pieces[kMost];
+    };
+
     std::vector<PieceTable> tables_ = std::vector<PieceTable>(1);
 };
 

@@ -41,7 +41,6 @@ class Encoder {
         if (std::count(std::begin(id_of_byte), std::end(id_of_byte), -1) != 0)
             throw std::invalid_argument("the tokens lack some of the 256 single bytes");
         backtracker_ = Backtracker::make(tokens, id_of_byte, pairs, rules);
-        whole_tokens_ = std::make_unique<WholeTokens>(tokens.size());
         std::vector<bool> merges_find(tokens.size());
         if (backtracker_)
             merges_find = backtracker_->reachable(tokens.size());
@@ -56,6 +55,7 @@ class Encoder {
                 whole_ids_.push_back(uint32_t(id));
                 own_piece(tokens[id], uint32_t(id));
             }
+        whole_tokens_ = std::make_unique<WholeTokens>(own_pieces_);
     }
 
     /// Whether encoding takes linear time; false for rules that no training yields.
@@ -106,7 +106,7 @@ class Encoder {
   private:
     static const uint8_t* bytes(const char* text) { return reinterpret_cast<const uint8_t*>(text); }
 
-    static constexpr size_t kMaxIds = size_t(1) << 24;  // the cache packs a count beside an id
+    static constexpr size_t kMaxIds = size_t(1) << 24;  // an entry of `WholeTokens` has three bytes for it
 
     /// Where ids are still to come in, or a document ends; `at` counts the ids that are there already.
     struct Gap {
@@ -115,19 +115,22 @@ class Encoder {
         uint32_t job;
     };
 
+    static constexpr size_t kAtOnce = 8;  // ids that are copied together
+
     /// Pieces, and the ids of those that are whole tokens.
     struct Batch : ScannedBatch {
-        static constexpr size_t kAtOnce = 8;  // ids that are copied together
+        WholeTokens::Sought sought[kMost];
         uint32_t ids[kMost + kAtOnce];
-        uint8_t others[kMost + 1];  // the places of the pieces that are not
         size_t n_others;
+        uint8_t others[kMost];       // which are not,
+        ScannedPiece pieces[kMost];  // and those
     };
 
     /// What one thread needs to itself.
     struct Workspace {
         static constexpr size_t kMostJobs = Backtracker::kMostJobs, kMostGaps = 1024;
         PieceCache cache;
-        Batch batches[3];
+        Batch batches[4];
         BacktrackScratch scratch;
         std::vector<uint32_t> ids;
         std::vector<ScannedPiece> awaited;  // piece i is that of jobs[i]
@@ -183,45 +186,43 @@ class Encoder {
     template <class Id, class Cut>
     void encode_stretch(Cut&& cut, const uint8_t* begin, const uint8_t* readable_end, Output<Id>& output) const {
         const PieceCache& cache = output.space->cache;
-        const auto touch = [&](const ScannedPiece& piece) { whole_tokens_->touch(piece); };
-        const auto look = [&](Batch& batch) {
-            batch.n_others = 0;
-            for (size_t i = 0; i < batch.n; ++i) {  // without branches on what is found
-                batch.ids[i] = whole_tokens_->find(batch.pieces[i]);
-                batch.others[batch.n_others] = uint8_t(i);
-                batch.n_others += batch.ids[i] == WholeTokens::kAbsent;
+        const auto seek = [&](Batch& batch) { whole_tokens_->seek(batch.borders, batch.n, readable_end, batch.sought); };
+        const auto find = [&](Batch& batch) {
+            batch.n_others = whole_tokens_->find(batch.sought, batch.n, batch.ids, batch.others);
+            for (size_t i = 0; i < batch.n_others; ++i) {
+                const uint8_t* const* const borders = batch.borders + batch.others[i];
+                batch.pieces[i] = ScannedPiece(borders[0], borders[1], readable_end);
+                cache.touch(batch.pieces[i]);
             }
-            for (size_t i = 0; i < batch.n_others; ++i) cache.touch(batch.pieces[batch.others[i]]);
         };
-        scan_ahead(output.space->batches, cut, begin, readable_end, touch, look, [&](const Batch& batch) {
+        const auto find_others = [&](const Batch& batch) {
+            for (size_t i = 0; i < batch.n_others; ++i) cache.touch_record(batch.pieces[i]);
+        };
+        const auto use = [&](const Batch& batch) {
             size_t done = 0;
             for (size_t i = 0; i < batch.n_others; ++i) {
                 const size_t other = batch.others[i];
-                append_from_batch(batch.ids + done, other - done, output.made.ids);
-                encode_other(batch.pieces[other], output);
+                append_readily(batch.ids + done, other - done, output.made.ids);
+                encode_other(batch.pieces[i], output);
                 done = other + 1;
             }
-            append_from_batch(batch.ids + done, batch.n - done, output.made.ids);
-        });
+            append_readily(batch.ids + done, batch.n - done, output.made.ids);
+        };
+        scan_ahead(output.space->batches, cut, begin, seek, find, find_others, use);
     }
 
     /// Encode a piece that is not one of `whole_tokens_`.
     template <class Id>
     void encode_other(const ScannedPiece& piece, Output<Id>& output) const {
-        const PieceCache& cache = output.space->cache;
-        IdBuffer<Id>& ids = output.made.ids;
-        if (piece.has_key()) {
-            const PieceCache::Entry* const entry = cache.find(piece);
-            if (!entry) return encode_new(piece, output);
-            if (entry->n_ids() == 0) return leave_gap(entry->job(), output);
-            if (entry->n_ids() <= PieceCache::kMaxIds) {
-                write_four(entry->ids, ids.reserve(PieceCache::kMaxIds));  // however many there are
-                return ids.advance(entry->n_ids());
-            }
-        }
-        if (const PieceCache::LongEntry* const entry = cache.find_long(piece)) {
-            if (entry->n_ids == 0) return leave_gap(entry->ids[0], output);
-            return append(entry->ids, entry->n_ids, ids);
+        const Workspace& space = *output.space;
+        const PieceCache::Place place = space.cache.find(piece);
+        if (place == PieceCache::kAbsent) return encode_new(piece, output);
+        if (place & PieceCache::kAwaited) {
+            const uint32_t job = place & ~PieceCache::kAwaited;
+            if (job < space.awaited.size() && space.awaited[job].view() == piece.view()) return leave_gap(job, output);
+        } else if (space.cache.holds(place, piece)) {
+            const Record record = space.cache.record(place);
+            return append_readily(record.ids(), record.n_ids(), output.made.ids);
         }
         encode_new(piece, output);
     }
@@ -254,25 +255,20 @@ class Encoder {
         }
     }
 
-    /// Write the ids of an entry, without the count in the first of them.
-    template <class Id>
-    static void write_four(const uint32_t* ids, Id* out) {
-        uint32_t four[PieceCache::kMaxIds];
-        for (size_t i = 0; i < PieceCache::kMaxIds; ++i) four[i] = ids[i] & PieceCache::kIdBits[i];
-        for (size_t i = 0; i < PieceCache::kMaxIds; ++i) out[i] = Id(four[i]);
-    }
-
     template <class Id>
     static void append(const uint32_t* ids, size_t n, IdBuffer<Id>& out) {
         std::copy_n(ids, n, out.reserve(n));
         out.advance(n);
     }
 
-    /// Append n ids, of which there is room behind to read some more: that is quicker than to stop where they end.
+    /// Append n ids, kAtOnce of them at a time, where as many more may be read: that is quicker than to stop in time.
     template <class Id>
-    static void append_from_batch(const uint32_t* ids, size_t n, IdBuffer<Id>& out) {
-        Id* const to = out.reserve(n + Batch::kAtOnce);
-        for (size_t i = 0; i < n; i += Batch::kAtOnce) std::copy_n(ids + i, Batch::kAtOnce, to + i);
+    static void append_readily(const uint32_t* ids, size_t n, IdBuffer<Id>& out) {
+        Id* const to = out.reserve(n + kAtOnce);
+        size_t i = 0;
+        do
+            std::copy_n(ids + i, kAtOnce, to + i);
+        while ((i += kAtOnce) < n);
         out.advance(n);
     }
 
@@ -318,10 +314,8 @@ class Encoder {
         ids.advance(n_more);
         for (size_t i = 0; i < space.awaited.size(); ++i) {
             const PieceJob& job = space.jobs[i];
-            const ScannedPiece& piece = space.awaited[i];
-            space.cache.remember(piece, job.ids, job.n_ids);
-            if (output.exchange && piece.has_key() && job.n_ids <= PieceCache::kMaxIds)
-                output.exchange->tell(output.thread, PieceCache::entry_of(piece.key, job.ids, job.n_ids));
+            space.cache.remember(space.awaited[i], job.ids, job.n_ids, uint32_t(i));
+            if (output.exchange) output.exchange->tell(output.thread, space.awaited[i], job.ids, job.n_ids);
         }
         if (output.exchange) {
             output.exchange->publish(output.thread);
@@ -341,15 +335,18 @@ class Encoder {
 
     /// Note that a token, as a pre-token, is itself.
     void own_piece(std::string_view token, uint32_t id) {
-        if (token.size() > PieceKey::kMaxBytes) return;
-        const PieceCache::Entry entry = PieceCache::entry_of(token, id);
-        if (token.size() > WholeTokens::kMaxBytes || !whole_tokens_->insert(entry.key, id)) own_entries_.push_back(entry);
+        const uint8_t* const begin = reinterpret_cast<const uint8_t*>(token.data());
+        if (token.size() <= PieceKey::kMaxBytes)
+            own_pieces_.push_back({PieceKey(begin, token.size(), begin + token.size()), id});
     }
 
     /// A workspace whose cache has the tokens for which there is no place among the whole ones.
     std::unique_ptr<Workspace> new_workspace() const {
         auto space = std::make_unique<Workspace>();
-        for (const PieceCache::Entry& entry : own_entries_) space->cache.keep(entry);
+        for (const auto& [key, id] : own_pieces_) {
+            const uint8_t* const end = key.bytes() + key.length();
+            space->cache.remember(ScannedPiece(key.bytes(), end, end), &id, 1);
+        }
         return space;
     }
 
@@ -362,8 +359,8 @@ class Encoder {
     std::unique_ptr<Merger> merger_;
     StringTable whole_;  // tokens taken as a whole that merging might not yield
     std::vector<uint32_t> whole_ids_;
-    std::unique_ptr<WholeTokens> whole_tokens_;   // tokens that, as pre-tokens, are themselves
-    std::vector<PieceCache::Entry> own_entries_;  // and those of them for which there is no place there
+    std::unique_ptr<WholeTokens> whole_tokens_;  // tokens that, as pre-tokens, are themselves
+    std::vector<WholeToken> own_pieces_;         // and those of them for which there is no place there
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Workspace>> idle_;  // at most as many as have ever run at once
 };

@@ -1,8 +1,8 @@
 // Walking over text by pre-tokens: sharing it out over threads, and looking some pre-tokens ahead.
 //
 // Whoever looks pre-tokens up in a large table waits for memory at each one. `scan_ahead` lets the caller ask for the
-// memory of each, and cuts some 32 more before the first of those is looked up; by then it has come. And once again, for
-// those that need a second look.
+// memory of each, and cuts some 32 more before the first of those is looked up; by then it has come. And so on, where
+// what is found says where to look next.
 #pragma once
 
 #include <algorithm>
@@ -12,116 +12,58 @@
 #include <cstring>
 #include <exception>
 #include <new>
-#include <string_view>
 #include <thread>
 #include <vector>
-#if defined(__BMI2__)
-#include <immintrin.h>
-#endif
 
-#include "flat_table.h"
+#include "piece_key.h"
 #include "scan_window.h"
 
 namespace megascratch::bpe {
 
-/// A word's first n bytes, and zeros; all of them from n = 8 on.
-inline uint64_t first_bytes(uint64_t word, size_t n) {
-#if defined(__BMI2__)
-    return _bzhi_u64(word, unsigned(8 * n));
-#else
-    return n >= 8 ? word : word & ((uint64_t(1) << 8 * (n % 8)) - 1);
-#endif
-}
-
-/// A pre-token of 1 to 15 bytes as a number: two words, with the length in the last byte. 0, 0 is no piece.
-struct PieceKey {
-    static constexpr size_t kMaxBytes = 15;
-    uint64_t low = 0, high = 0;
-
-    PieceKey() = default;
-    /// Args: readable_end: where reading must stop, at or after the end of the piece.
-    PieceKey(const uint8_t* piece, size_t length, const uint8_t* readable_end) {
-        if (readable_end - piece >= 16) {  // no branch on the length: it would be guessed wrong too often
-            std::memcpy(&low, piece, 8);
-            std::memcpy(&high, piece + 8, 8);
-            low = first_bytes(low, length);
-            high = first_bytes(high, length > 8 ? length - 8 : 0);
-        } else {
-            std::memcpy(&low, piece, std::min<size_t>(length, 8));
-            if (length > 8) std::memcpy(&high, piece + 8, length - 8);
-        }
-        high |= uint64_t(length) << 56;
-    }
-
-    bool operator==(const PieceKey& other) const { return ((low ^ other.low) | (high ^ other.high)) == 0; }
-    size_t length() const { return size_t(high >> 56); }
-    uint64_t hash() const {
-        const uint64_t product = (low ^ high * 0x9e3779b97f4a7c15ULL) * 0xd6e8feb86659fd93ULL;
-        return product ^ __builtin_bswap64(product);
-    }
-};
-
-/// A pre-token on its way; its key is empty where it is longer than a key can hold.
-struct ScannedPiece {
-    const uint8_t* at;
-    size_t length;
-    PieceKey key;
-    uint64_t hash;  // of the key, or of the first 56 bytes
-
-    ScannedPiece() = default;
-    ScannedPiece(const uint8_t* begin, const uint8_t* end, const uint8_t* readable_end) : at(begin), length(size_t(end - begin)) {
-        if (length <= PieceKey::kMaxBytes) {
-            key = PieceKey(begin, length, readable_end);
-            hash = key.hash();
-        } else {
-            hash = hash_bytes({view().data(), std::min<size_t>(length, 56)});
-        }
-    }
-
-    bool has_key() const { return key.high != 0; }
-    std::string_view view() const { return {reinterpret_cast<const char*>(at), length}; }
-};
-
-/// Pieces that are cut, and looked up, together.
+/// Pieces that are cut together: piece i is [borders[i], borders[i + 1]).
 struct ScannedBatch {
     static constexpr size_t kEnough = 32, kMost = kEnough - 1 + kMostCut;
     size_t n = 0;
-    ScannedPiece pieces[kMost];
+    const uint8_t* borders[kMost + 1];
 };
 
-/// Walk over a text by its pieces, in batches that go through three stages, each while the others are in another.
+/// Walk over a text by its pieces, in batches that go through stages, each while the others are in another.
 ///
 /// Args:
-///   batches: room for three of `ScannedBatch`, or of something that is one.
+///   batches: as many as there are stages, of `ScannedBatch` or of something that is one.
 ///   cut(ends): write the ends of the next pieces, kMostCut at most, and return how many; 0 at the end of the text.
 ///   begin: where the first piece begins.
-///   readable_end: where reading must stop, at or after the end of the text.
-///   touch(piece): ask for the memory that `look` will need.
-///   look(batch): ask for what else `use` will need.
-///   use(batch): the batches come in order.
-template <class Batch, class Cut, class Touch, class Look, class Use>
-void scan_ahead(Batch* batches, Cut&& cut, const uint8_t* begin, const uint8_t* readable_end, Touch&& touch, Look&& look,
-                Use&& use) {
-    const uint8_t* ends[ScannedBatch::kMost];
-    const uint8_t* p = begin;
-    for (size_t i = 0; i < 3; ++i) batches[i].n = 0;
-    Batch *newest = batches, *middle = batches + 1, *oldest = batches + 2;
+///   stages(batch): each asks for the memory that the next one will need; the batches come in order.
+template <class Batch, class Cut, class... Stages>
+void scan_ahead(Batch* batches, Cut&& cut, const uint8_t* begin, Stages&&... stages) {
+    constexpr size_t kBatches = sizeof...(stages);
+    Batch* line[kBatches];  // from the newest
+    for (size_t i = 0; i < kBatches; ++i) {
+        line[i] = batches + i;
+        line[i]->n = 0;
+    }
+    bool some_left;
     do {
-        size_t n = 0;
-        while (n < ScannedBatch::kEnough) {
-            const size_t n_more = cut(ends + n);
+        Batch& newest = *line[0];
+        newest.borders[0] = begin;
+        newest.n = 0;
+        while (newest.n < ScannedBatch::kEnough) {
+            const size_t n_more = cut(newest.borders + 1 + newest.n);
             if (n_more == 0) break;
-            n += n_more;
+            newest.n += n_more;
         }
-        for (size_t i = 0; i < n; p = ends[i++]) touch(newest->pieces[i] = ScannedPiece(p, ends[i], readable_end));
-        newest->n = n;
-        if (middle->n != 0) look(*middle);
-        if (oldest->n != 0) use(*oldest);
-        Batch* const used = oldest;
-        oldest = middle;
-        middle = newest;
-        newest = used;
-    } while (oldest->n != 0 || middle->n != 0);
+        begin = newest.borders[newest.n];
+        size_t next = 0;
+        some_left = false;
+        const auto do_stage = [&](auto& stage) {
+            Batch& batch = *line[next++];
+            if (batch.n == 0) return;
+            stage(batch);
+            some_left = true;
+        };
+        (do_stage(stages), ...);
+        std::rotate(line, line + kBatches - 1, line + kBatches);
+    } while (some_left);
 }
 
 /// What one thread does at a time: bytes [begin, end) of the text, in which the documents [first, last) end.

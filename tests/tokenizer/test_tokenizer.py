@@ -252,6 +252,23 @@ def test_the_cache_never_answers_for_another_piece(tokenizer: Tokenizer) -> None
     assert_same_ids(tokenizer.encode(text), oracle.encode(text).ids, tokenizer)
 
 
+def test_the_cache_is_right_after_its_memory_has_been_used_again(tokenizer: Tokenizer) -> None:
+    """Long words whose ids and bytes take 2.5 times its 32 MiB; some come back soon, some when they are gone."""
+    letters = "".join(random.Random(1).choices("etaoinshrdlu", k=200_000))
+    words = [f" {letters[i : i + 200]}" for i in range(150_000)]
+    words = [word for i in range(0, len(words), 1000) for word in (*words[i : i + 1000], *words[:100], *words[-100:])]
+    ends = np.cumsum([len(word) for word in words])
+    text = "".join(words).encode()
+    ids, id_ends = tokenizer.encode_documents(text, ends)
+    for first in range(0, len(words), 12_000):  # by tokenizers that never come so far
+        last = min(first + 12_000, len(words))
+        begin, id_begin = (int(ends[first - 1]), int(id_ends[first - 1])) if first else (0, 0)
+        fresh = Tokenizer(tokenizer.vocabulary)
+        expected, expected_ends = fresh.encode_documents(text[begin : int(ends[last - 1])], ends[first:last] - begin)
+        assert np.array_equal(ids[id_begin : id_ends[last - 1]], expected)
+        assert np.array_equal(id_ends[first:last] - id_begin, expected_ends)
+
+
 def test_special_tokens_in_text_are_text_unless_allowed(tokenizer: Tokenizer) -> None:
     text = "a<|endoftext|>b"
     assert tokenizer.eod_id == tokenizer.vocab_size - 1
