@@ -52,7 +52,7 @@ py::array_t<int64_t> scan(const std::string& scanner, const py::buffer& text) {
         const py::gil_scoped_release release;
         const Text whole(bytes.data(), bytes.data() + bytes.size());
         Cutter<decltype(scan_next)> cut(whole, whole.end);
-        const uint8_t* next[kMostCut];
+        const uint8_t* next[kMostCut + kCutAtOnce];
         while (const size_t n = cut(next))
             for (size_t i = 0; i < n; ++i) ends.push_back(next[i] - whole.begin);
     });

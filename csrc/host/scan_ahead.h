@@ -24,7 +24,7 @@ namespace megascratch::bpe {
 struct ScannedBatch {
     static constexpr size_t kEnough = 32, kMost = kEnough - 1 + kMostCut;
     size_t n = 0;
-    const uint8_t* borders[kMost + 1];
+    const uint8_t* borders[kMost + 1 + kCutAtOnce];
 };
 
 /// Walk over a text by its pieces, in batches that go through stages, each while the others are in another.
