@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import random
+import struct
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -267,6 +268,21 @@ def test_the_cache_is_right_after_its_memory_has_been_used_again(tokenizer: Toke
         expected, expected_ends = fresh.encode_documents(text[begin : int(ends[last - 1])], ends[first:last] - begin)
         assert np.array_equal(ids[id_begin : id_ends[last - 1]], expected)
         assert np.array_equal(id_ends[first:last] - id_begin, expected_ends)
+
+
+@pytest.mark.parametrize("filler", [228, 232, 236, 240])
+def test_text_cannot_pose_as_a_record_of_the_cache(filler: int) -> None:
+    """Where a record was, there is the text of another once its memory has been used again, and looks like it."""
+    encoder = _bpe.Encoder([bytes([byte]) for byte in range(256)], np.zeros((0, 4), np.int32), whole_first=True)
+
+    def encode(*pieces: bytes) -> list[int]:
+        ends = np.cumsum([len(piece) for piece in pieces])
+        return encoder.encode(b"".join(pieces), ends, np.array([len(pieces)]), 1)[0].tolist()
+
+    forged = struct.pack("<HHI", 6, 1, 7) + b"zqxjkv\0\0"  # a length, a number of ids, the id, and the bytes
+    assert encode(b"q" * filler, b"zqxjkv") == list(b"q" * filler + b"zqxjkv")
+    encode(*(forged * 15 + b"%016d" % i for i in range(26_500)))  # 34 MB of records
+    assert encode(b"zqxjkv") == list(b"zqxjkv")
 
 
 def test_special_tokens_in_text_are_text_unless_allowed(tokenizer: Tokenizer) -> None:
