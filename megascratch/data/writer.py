@@ -33,7 +33,7 @@ from megascratch.errors import DataError, Problem
 
 _COPY_TOKENS = 8 << 20
 _COPY_BYTES = 1 << 20
-_INDEX_SEQUENCES = 1 << 20
+_INDEX_SEQUENCES = 1 << 16  # below 4 MB: from there on numpy asks for huge pages, and clearing one takes milliseconds
 
 
 def require_free(prefix: Path | str, overwrite: bool) -> None:
