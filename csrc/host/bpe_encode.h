@@ -1,7 +1,7 @@
 // The BPE encoder: text or pre-tokens to ids, over threads.
 //
 //   scanner        cuts pre-tokens, some way ahead of those that are looked up, and asks for the memory of each
-//   whole tokens   are nineteen of twenty of them
+//   whole tokens   are nine of ten of them
 //   cache          has nearly all others, with their ids
 //   vocabulary     has some of what is left as a whole
 //   merging        does the rest: by longest matches for a trained vocabulary, else by the book
